@@ -1,0 +1,363 @@
+//! The command line, as data.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use proto::ids::{JobName, NodeName, WorkerId};
+
+/// Launches, heals and reshapes distributed training jobs, and keeps their checkpoints.
+#[derive(Debug, Parser)]
+#[command(name = "cairn", version, max_term_width = 100, after_help = "\
+Start here:
+  cairn train examples/tiny.toml                 train the shipped example on this machine
+  cairn checkpoint list --store ./cairn-store tiny   what it left behind
+
+Exit codes: 0 done; 2 the request is wrong; 3 the job failed; 4 data is corrupt or missing; 130 interrupted.")]
+pub(crate) struct Cairn {
+    /// Log what happens to standard error (CAIRN_LOG sets a finer filter).
+    #[arg(long, short, global = true)]
+    pub(crate) verbose: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a whole job on this machine: coordinator, agent and workers.
+    Train(TrainArgs),
+    /// Run the control plane for a store.
+    Coordinator(CoordinatorArgs),
+    /// Run this node's agent, which launches workers for the coordinator.
+    Agent(AgentArgs),
+    /// One training process; started by its agent.
+    #[command(hide = true)]
+    Worker(WorkerArgs),
+    /// Hand a job to a coordinator.
+    Submit(SubmitArgs),
+    /// List the jobs of a coordinator.
+    Jobs(OperatorArgs),
+    /// Show one job: state, step, workers.
+    Status(JobArgs),
+    /// Follow a job until it ends.
+    Watch(JobArgs),
+    /// Change how many workers a running job uses.
+    Scale(ScaleArgs),
+    /// Save a checkpoint and stop a job; `resume` goes on.
+    Pause(JobArgs),
+    /// Go on with a paused job.
+    Resume(JobArgs),
+    /// End a job for good, without a further checkpoint.
+    Cancel(JobArgs),
+    /// Look into a checkpoint store.
+    #[command(subcommand)]
+    Checkpoint(CheckpointCommand),
+    /// Make datasets.
+    #[command(subcommand)]
+    Data(DataCommand),
+    /// Measure this machine.
+    #[command(subcommand)]
+    Bench(BenchCommand),
+}
+
+/// How results are written to standard output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// How to treat what the store already holds.
+#[derive(Debug, Clone, Copy, Args)]
+#[group(multiple = false)]
+pub(crate) struct ModeArgs {
+    /// Go on from the newest good checkpoint, or from the start if there is none.
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// Start over; older checkpoints stay until pruned, and are never resumed from.
+    #[arg(long)]
+    pub(crate) fresh: bool,
+}
+
+/// The job file and what overrides it.
+#[derive(Debug, Args)]
+pub(crate) struct JobFileArgs {
+    /// The job file.
+    #[arg(value_name = "JOB.toml")]
+    pub(crate) file: PathBuf,
+    /// Number of workers (overrides resources.workers).
+    #[arg(long, value_name = "N")]
+    pub(crate) workers: Option<u32>,
+    /// Store URL or path (overrides checkpoint.store).
+    #[arg(long, value_name = "URL")]
+    pub(crate) store: Option<String>,
+    /// Stop after step N with a checkpoint, the job paused; the schedule's horizon stays training.steps.
+    #[arg(long, value_name = "N")]
+    pub(crate) steps: Option<u64>,
+    /// Override any key of the job file; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    pub(crate) set: Vec<(String, String)>,
+    #[command(flatten)]
+    pub(crate) mode: ModeArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cairn train examples/tiny.toml --workers 2
+  cairn train examples/tiny.toml --set training.steps=50 --fresh
+  cairn train examples/tiny.toml --resume --workers 1 --output json
+
+Ctrl-C saves a checkpoint and stops; a second one stops at once. --resume goes on from there.")]
+pub(crate) struct TrainArgs {
+    #[command(flatten)]
+    pub(crate) job: JobFileArgs,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  cairn coordinator --store file:///srv/cairn --listen 127.0.0.1:7070")]
+pub(crate) struct CoordinatorArgs {
+    /// The store the jobs live in.
+    #[arg(long, value_name = "URL")]
+    pub(crate) store: String,
+    /// Address to listen on; loopback only in this release.
+    #[arg(long, default_value = "127.0.0.1:7070")]
+    pub(crate) listen: SocketAddr,
+    /// Token file, made with mode 0600 if it does not exist.
+    #[arg(long, value_name = "FILE", env = "CAIRN_TOKEN_FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// Wait for the present leader to fall silent instead of refusing to start beside it.
+    #[arg(long)]
+    pub(crate) standby: bool,
+    /// Trust a store without atomic conditional create; safe only while this is the one coordinator.
+    #[arg(long)]
+    pub(crate) allow_single_coordinator: bool,
+    /// Stop when standard input closes.
+    #[arg(long, hide = true)]
+    pub(crate) supervised: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  cairn agent --coordinator 127.0.0.1:7070 --node a --slots 2")]
+pub(crate) struct AgentArgs {
+    /// The coordinator's address.
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7070", env = "CAIRN_COORDINATOR")]
+    pub(crate) coordinator: String,
+    /// The coordinator's token file.
+    #[arg(long, value_name = "FILE", env = "CAIRN_TOKEN_FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// This node's name; by default the host name.
+    #[arg(long)]
+    pub(crate) node: Option<NodeName>,
+    /// Workers this node can run at once; by default one a core.
+    #[arg(long, value_name = "N")]
+    pub(crate) slots: Option<u32>,
+    /// Folder on a memory file system for snapshots.
+    #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
+    pub(crate) memory: PathBuf,
+    /// Interface the workers' data plane listens on.
+    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
+    pub(crate) ring_host: IpAddr,
+    /// Stop when standard input closes.
+    #[arg(long, hide = true)]
+    pub(crate) supervised: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WorkerArgs {
+    /// The agent's socket.
+    #[arg(long)]
+    pub(crate) agent: PathBuf,
+    /// This process's id.
+    #[arg(long)]
+    pub(crate) id: WorkerId,
+    /// The job it works for.
+    #[arg(long)]
+    pub(crate) job: JobName,
+}
+
+/// Where the coordinator is.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct OperatorArgs {
+    /// The coordinator's address.
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7070", env = "CAIRN_COORDINATOR")]
+    pub(crate) coordinator: String,
+    /// The coordinator's token file.
+    #[arg(long, value_name = "FILE", env = "CAIRN_TOKEN_FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  cairn submit examples/tiny.toml --coordinator 127.0.0.1:7070 && cairn watch tiny
+
+The job's checkpoints go to the coordinator's store, whatever checkpoint.store says.")]
+pub(crate) struct SubmitArgs {
+    #[command(flatten)]
+    pub(crate) job: JobFileArgs,
+    #[command(flatten)]
+    pub(crate) operator: OperatorArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct JobArgs {
+    /// The job's name.
+    #[arg(value_name = "JOB")]
+    pub(crate) name: JobName,
+    #[command(flatten)]
+    pub(crate) operator: OperatorArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ScaleArgs {
+    /// The job's name.
+    #[arg(value_name = "JOB")]
+    pub(crate) name: JobName,
+    /// The most workers it shall use.
+    #[arg(value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) workers: u32,
+    #[command(flatten)]
+    pub(crate) operator: OperatorArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CheckpointCommand {
+    /// The checkpoints of a job, oldest first.
+    List(CheckpointListArgs),
+    /// One checkpoint: digest, parameters, scalar state, objects.
+    Show(CheckpointArgs),
+    /// Read every byte of one checkpoint (or of all) again and prove it.
+    Verify(CheckpointArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckpointListArgs {
+    /// The store, a URL or a path.
+    #[arg(long, value_name = "URL")]
+    pub(crate) store: String,
+    /// The job's name.
+    #[arg(value_name = "JOB")]
+    pub(crate) name: JobName,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cairn checkpoint show --store ./cairn-store tiny          the newest
+  cairn checkpoint verify --store s3://bucket/prefix tiny 150")]
+pub(crate) struct CheckpointArgs {
+    #[command(flatten)]
+    pub(crate) job: CheckpointListArgs,
+    /// The step; by default the newest for `show`, every one for `verify`.
+    #[arg(value_name = "STEP")]
+    pub(crate) step: Option<u64>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DataCommand {
+    /// Tokenize text into indexed datasets, one for each input file.
+    Prepare(PrepareArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cairn data prepare --tokenizer bytes --output data book.txt
+  cairn data prepare --tokenizer gpt2 --output data train.txt held-out.txt
+  cairn data prepare --tokenizer tokenizer.json --output data corpus.jsonl
+
+Writes DIR/<file name without ending>.bin and .idx; name that path without ending in data.train.")]
+pub(crate) struct PrepareArgs {
+    /// `bytes`, `gpt2`, or the path of a Hugging Face tokenizer.json.
+    #[arg(long)]
+    pub(crate) tokenizer: String,
+    /// The folder to write to.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) output: PathBuf,
+    /// Text files, or .jsonl files with a "text" field in each line.
+    #[arg(value_name = "FILE", required = true)]
+    pub(crate) files: Vec<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Tokens a second of full training steps on this machine.
+    Train(BenchTrainArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cairn bench train --workers 1 --threads 2
+  cairn bench train --workers 2 --threads 1 --peer
+
+--peer runs tests/peers/torch_train.py (PyTorch must be installed) in turn with Cairn and prints the ratio.")]
+pub(crate) struct BenchTrainArgs {
+    /// A preset: tiny, small, llama-15m, llama-42m, llama-110m, llama-1b.
+    #[arg(long, default_value = "small")]
+    pub(crate) preset: String,
+    /// Tokens of one sequence.
+    #[arg(long, default_value_t = 256)]
+    pub(crate) sequence_length: usize,
+    /// Sequences of one step.
+    #[arg(long, default_value_t = 16)]
+    pub(crate) global_batch: usize,
+    /// Sequences of one micro-batch.
+    #[arg(long, default_value_t = 4)]
+    pub(crate) micro_batch: usize,
+    /// Workers.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) workers: u32,
+    /// Threads of each worker; 0 shares the cores out.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) threads: usize,
+    /// Seconds of each measurement.
+    #[arg(long, default_value_t = 10.0)]
+    pub(crate) seconds: f64,
+    /// Also measure PyTorch on the same model, in turn.
+    #[arg(long)]
+    pub(crate) peer: bool,
+    /// The Python that has PyTorch.
+    #[arg(long, default_value = "python3", requires = "peer")]
+    pub(crate) python: PathBuf,
+    /// The peer script.
+    #[arg(long, default_value = "tests/peers/torch_train.py", requires = "peer")]
+    pub(crate) script: PathBuf,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) output: Output,
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    let (key, value) =
+        text.split_once('=').ok_or_else(|| format!("{text:?} is not KEY=VALUE, such as training.steps=50"))?;
+    Ok((key.trim().to_string(), value.trim().to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::Cairn;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cairn::command().debug_assert();
+    }
+}

@@ -1,0 +1,150 @@
+//! A job's events on the terminal: a progress bar and a line for each event worth knowing, or JSON lines.
+
+use std::io::{IsTerminal, Write};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use proto::event::JobEvent;
+use tokio::time::Instant;
+
+use crate::args::Output;
+use crate::table;
+
+/// Without a terminal there is no bar; steps are then reported as lines, at most this often.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// Writes events as they come.
+pub(crate) struct Renderer {
+    output: Output,
+    bar: ProgressBar,
+    has_bar: bool,
+    steps: u64,
+    tokens_per_step: u64,
+    last_line: Option<Instant>,
+    last_checkpoint: Option<u64>,
+    /// Smoothed seconds a step, for the time left.
+    pace: Option<f64>,
+}
+
+impl Renderer {
+    /// A renderer for a job whose bar ends at `steps`, each of `tokens_per_step` tokens.
+    pub(crate) fn new(output: Output, steps: u64, tokens_per_step: u64) -> Self {
+        let has_bar = output == Output::Text && std::io::stderr().is_terminal();
+        let bar = ProgressBar::with_draw_target(
+            Some(steps),
+            if has_bar { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() },
+        );
+        let template = "{bar:28.cyan/blue} step {pos}/{len}  {msg}";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style.progress_chars("━╸─"));
+        }
+        Self {
+            output,
+            bar,
+            has_bar,
+            steps,
+            tokens_per_step,
+            last_line: None,
+            last_checkpoint: None,
+            pace: None,
+        }
+    }
+
+    /// Says something to a person; silent in JSON, whose lines are events only.
+    pub(crate) fn note(&self, text: &str) {
+        if self.output == Output::Text {
+            self.line(text);
+        }
+    }
+
+    /// Shows one event.
+    pub(crate) fn event(&mut self, event: &JobEvent) {
+        if self.output == Output::Json {
+            // A closed pipe must not end the job; what cannot be written is not wanted.
+            let _ = writeln!(std::io::stdout(), "{}", event.to_json());
+            return;
+        }
+        match event {
+            JobEvent::Step { step, loss, tokens_per_second, .. } => self.step(*step, *loss, *tokens_per_second),
+            JobEvent::Checkpoint { step, .. } => {
+                self.last_checkpoint = Some(*step);
+                self.line(&describe(event));
+            }
+            _ => self.line(&describe(event)),
+        }
+        if event.is_last() {
+            self.bar.finish_and_clear();
+        }
+    }
+
+    fn step(&mut self, step: u64, loss: f64, rate: f64) {
+        if rate > 0.0 {
+            let seconds = self.tokens_per_step as f64 / rate;
+            self.pace = Some(self.pace.map_or(seconds, |pace| 0.9 * pace + 0.1 * seconds));
+        }
+        let left = self.pace.unwrap_or(0.0) * self.steps.saturating_sub(step) as f64;
+        let checkpoint = self.last_checkpoint.map_or("none yet".to_string(), |step| format!("step {step}"));
+        let message = format!(
+            "loss {loss:.4}  {} tokens/s  {} left  checkpoint {checkpoint}",
+            table::count(rate),
+            table::duration(left)
+        );
+        self.bar.set_position(step);
+        self.bar.set_message(message.clone());
+        let due = self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) || step == self.steps;
+        if !self.has_bar && due {
+            self.last_line = Some(Instant::now());
+            self.line(&format!("step {step}/{}  {message}", self.steps));
+        }
+    }
+
+    fn line(&self, text: &str) {
+        if self.has_bar {
+            self.bar.println(text);
+        } else {
+            let _ = writeln!(std::io::stdout(), "{text}");
+        }
+    }
+}
+
+/// One event as a sentence.
+fn describe(event: &JobEvent) -> String {
+    match event {
+        JobEvent::Generation { generation, world_size } => {
+            let plural = if *world_size == 1 { "worker" } else { "workers" };
+            format!("generation {generation}: {world_size} {plural}")
+        }
+        JobEvent::Step { step, loss, .. } => format!("step {step}  loss {loss:.4}"),
+        JobEvent::Validation { step, loss } => format!("step {step}  validation loss {loss:.4}"),
+        JobEvent::Checkpoint { step, digest, stall_ms, seconds, bytes, .. } => format!(
+            "step {step}  checkpoint stored: {} in {seconds:.2} s, training held {stall_ms:.1} ms, digest {}",
+            table::bytes(*bytes),
+            short(digest)
+        ),
+        JobEvent::Skipped { step, skipped } => {
+            format!("step {step}  checkpoint skipped: storage is slower than the cadence ({skipped} so far)")
+        }
+        JobEvent::Failure { generation, rank, reason } => {
+            let who = rank.map_or(String::new(), |rank| format!(", rank {rank}"));
+            format!("failure in generation {generation}{who}: {reason}")
+        }
+        JobEvent::Recovered { generation, step, seconds, source } => {
+            format!("recovered in {seconds:.2} s: generation {generation} goes on from step {step} ({source})")
+        }
+        JobEvent::Quarantined { step, reason } => format!("checkpoint of step {step} set aside: {reason}"),
+        JobEvent::Finished { step, loss, digest } => {
+            let loss = loss.map_or(String::new(), |loss| format!(", loss {loss:.4}"));
+            format!("finished at step {step}{loss}\ndigest {digest}")
+        }
+        JobEvent::Paused { step, digest, .. } => {
+            let digest = digest.as_ref().map_or(String::new(), |digest| format!("\ndigest {digest}"));
+            format!("paused after step {step}; go on with --resume{digest}")
+        }
+        JobEvent::Failed { reason, .. } => format!("the job failed: {reason}"),
+        JobEvent::Cancelled {} => "the job was cancelled".to_string(),
+    }
+}
+
+fn short(digest: &str) -> &str {
+    digest.get(..16).unwrap_or(digest)
+}

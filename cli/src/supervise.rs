@@ -1,0 +1,112 @@
+//! Child processes of `cairn train`: started, restarted when they die, and stopped with it.
+//!
+//! A child holds a pipe from its parent on standard input and stops when that closes, so none outlives a parent that was
+//! killed. It has a process group of its own, so that a terminal's Ctrl-C reaches only the parent, which saves first.
+
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::process::{Child, Command};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::failure::Failure;
+
+/// A part that keeps dying is started again at most this often.
+const RESTART_EVERY: Duration = Duration::from_millis(500);
+/// Asked to stop, a part gets this long before it is killed.
+const STOP_WITHIN: Duration = Duration::from_secs(5);
+
+/// A part that ended in a way that starting it again cannot mend.
+#[derive(Debug)]
+pub(crate) struct Refused {
+    /// The part's name.
+    pub(crate) part: &'static str,
+    /// Its exit code.
+    pub(crate) code: u8,
+}
+
+/// One supervised part.
+pub(crate) struct Part {
+    stop: watch::Sender<bool>,
+    task: JoinHandle<()>,
+}
+
+impl Part {
+    /// Starts `cairn <arguments>` and keeps it running until [`Part::stop`].
+    ///
+    /// A death by signal, or exit code 3, is met with a restart; any other exit is final and told to `refused`.
+    pub(crate) fn start(
+        name: &'static str,
+        arguments: Vec<String>,
+        refused: mpsc::Sender<Refused>,
+    ) -> Result<Self, Failure> {
+        let program = std::env::current_exe()
+            .map_err(|error| Failure::job(format!("cannot find this program's own file: {error}")))?;
+        let first = spawn(&program, &arguments)
+            .map_err(|error| Failure::job(format!("cannot start the {name} process: {error}")))?;
+        let (stop, stopped) = watch::channel(false);
+        let task = tokio::spawn(keep(name, program, arguments, first, stopped, refused));
+        Ok(Self { stop, task })
+    }
+
+    /// Asks the part to stop, and kills it if it does not.
+    pub(crate) async fn stop(self) {
+        let _ = self.stop.send(true);
+        let _ = self.task.await;
+    }
+}
+
+fn spawn(program: &PathBuf, arguments: &[String]) -> std::io::Result<Child> {
+    Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+}
+
+async fn keep(
+    name: &'static str,
+    program: PathBuf,
+    arguments: Vec<String>,
+    mut child: Child,
+    mut stopped: watch::Receiver<bool>,
+    refused: mpsc::Sender<Refused>,
+) {
+    loop {
+        let status = tokio::select! {
+            status = child.wait() => status,
+            _ = stopped.wait_for(|stop| *stop) => {
+                drop(child.stdin.take());
+                if timeout(STOP_WITHIN, child.wait()).await.is_err() {
+                    tracing::warn!("the {name} process did not stop within {STOP_WITHIN:?} and is killed");
+                    let _ = child.kill().await;
+                }
+                return;
+            }
+        };
+        let code = status.as_ref().ok().and_then(std::process::ExitStatus::code);
+        if let Some(code) = code.filter(|code| *code != 3) {
+            let _ = refused.send(Refused { part: name, code: u8::try_from(code).unwrap_or(3) }).await;
+            return;
+        }
+        tracing::warn!("the {name} process ended ({status:?}); starting it again");
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(RESTART_EVERY) => {}
+                _ = stopped.wait_for(|stop| *stop) => return,
+            }
+            match spawn(&program, &arguments) {
+                Ok(new) => {
+                    child = new;
+                    break;
+                }
+                Err(error) => tracing::error!("cannot start the {name} process again: {error}"),
+            }
+        }
+    }
+}

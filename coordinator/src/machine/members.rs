@@ -1,0 +1,181 @@
+//! The agents attached to the coordinator and what they last reported.
+//!
+//! A report is the whole truth about a node, so only the newest is kept. An agent is lost when it has been silent for
+//! the suspicion time, or when its stream has been closed for a second and it has not come back; a short break of the
+//! connection is no failure.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId};
+use proto::wire::{Desired, FailureKind, WorkerPhase};
+
+/// How long a closed stream may stay closed before the agent is lost.
+const REATTACH: Duration = Duration::from_secs(1);
+
+/// One stream of an agent, numbered by the driver; a later stream of the same node has another number.
+pub type Connection = u64;
+
+/// Why a worker is FAILED or EXITED.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// What sort of trouble.
+    pub kind: FailureKind,
+    /// In words.
+    pub reason: String,
+}
+
+/// One worker as its agent reports it, checked: from JOINING on it has a generation and a rank.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Worker {
+    /// The job it works for.
+    pub job: JobName,
+    /// One life of its process.
+    pub id: WorkerId,
+    /// Where it is in its life.
+    pub phase: WorkerPhase,
+    /// Its place in a generation.
+    pub place: Option<(Generation, Rank)>,
+    /// The newest finished step.
+    pub step: Option<Step>,
+    /// The loss of that step.
+    pub loss: Option<f64>,
+    /// Where its ring listens (`host:port`).
+    pub ring_address: String,
+    /// What its arithmetic depends on.
+    pub identity: String,
+    /// What its data is.
+    pub fingerprint: String,
+    /// Why it failed, if it did.
+    pub failure: Option<Failure>,
+    /// Where its state came from.
+    pub source: String,
+    /// Unix process id.
+    pub process: u32,
+}
+
+/// One attached agent.
+#[derive(Debug, Clone)]
+pub struct Agent {
+    /// One life of its process.
+    pub incarnation: String,
+    /// Its current stream, if it is attached.
+    pub connection: Option<Connection>,
+    /// How many workers it can run.
+    pub slots: u32,
+    /// All its workers.
+    pub workers: Vec<Worker>,
+    /// What it was last told, by job, so that nothing is said twice.
+    pub told: BTreeMap<JobName, Desired>,
+    /// When it was last heard.
+    heard: Duration,
+    /// When its stream closed.
+    closed: Option<Duration>,
+}
+
+impl Agent {
+    /// Its workers of one job.
+    pub fn of<'a>(&'a self, job: &'a JobName) -> impl Iterator<Item = &'a Worker> {
+        self.workers.iter().filter(move |worker| worker.job == *job)
+    }
+}
+
+/// All agents, by node.
+#[derive(Debug, Default)]
+pub struct Members {
+    agents: BTreeMap<NodeName, Agent>,
+    /// When an agent last came or went.
+    changed: Duration,
+}
+
+impl Members {
+    /// A stream opened. Returns why the agent's earlier life ended, if this is another one.
+    pub fn attach(
+        &mut self,
+        now: Duration,
+        node: &NodeName,
+        incarnation: String,
+        connection: Connection,
+        slots: u32,
+    ) -> Option<String> {
+        let before = self.agents.remove(node);
+        let same_life = before.as_ref().is_some_and(|agent| agent.incarnation == incarnation && agent.slots == slots);
+        if !same_life {
+            self.changed = now;
+        }
+        let replaced = before.is_some() && !same_life;
+        let workers = before.filter(|_| same_life).map(|agent| agent.workers).unwrap_or_default();
+        let agent = Agent {
+            incarnation,
+            connection: Some(connection),
+            slots,
+            workers,
+            told: BTreeMap::new(),
+            heard: now,
+            closed: None,
+        };
+        self.agents.insert(node.clone(), agent);
+        replaced.then(|| format!("the agent on {node} was restarted"))
+    }
+
+    /// A whole report arrived. `false`: from a stream that another has replaced.
+    pub fn report(&mut self, now: Duration, node: &NodeName, connection: Connection, workers: Vec<Worker>) -> bool {
+        let Some(agent) = self.agents.get_mut(node).filter(|agent| agent.connection == Some(connection)) else {
+            return false;
+        };
+        agent.heard = now;
+        agent.workers = workers;
+        true
+    }
+
+    /// The stream closed.
+    pub fn detach(&mut self, now: Duration, node: &NodeName, connection: Connection) {
+        if let Some(agent) = self.agents.get_mut(node).filter(|agent| agent.connection == Some(connection)) {
+            agent.connection = None;
+            agent.closed = Some(now);
+        }
+    }
+
+    /// Forgets the agents that are lost by now and says why each is.
+    pub fn bury(&mut self, now: Duration, suspicion: Duration) -> Vec<(NodeName, String)> {
+        let mut lost = Vec::new();
+        for (node, agent) in &self.agents {
+            if agent.closed.is_some_and(|closed| now.saturating_sub(closed) >= REATTACH) {
+                lost.push((node.clone(), format!("the agent on {node} closed its connection and did not come back")));
+            } else if now.saturating_sub(agent.heard) > suspicion {
+                let seconds = suspicion.as_secs_f64();
+                lost.push((node.clone(), format!("the agent on {node} was silent for more than {seconds} s")));
+            }
+        }
+        for (node, _) in &lost {
+            self.agents.remove(node);
+            self.changed = now;
+        }
+        lost
+    }
+
+    /// The agent on a node.
+    pub fn get(&self, node: &NodeName) -> Option<&Agent> {
+        self.agents.get(node)
+    }
+
+    /// The agent on a node, to note what it is told.
+    pub fn get_mut(&mut self, node: &NodeName) -> Option<&mut Agent> {
+        self.agents.get_mut(node)
+    }
+
+    /// All agents in the order of their names.
+    pub fn iter(&self) -> impl Iterator<Item = (&NodeName, &Agent)> {
+        self.agents.iter()
+    }
+
+    /// Slots by node.
+    pub fn slots(&self) -> BTreeMap<NodeName, u32> {
+        self.agents.iter().map(|(node, agent)| (node.clone(), agent.slots)).collect()
+    }
+
+    /// How long no agent has come or gone.
+    pub fn stable_for(&self, now: Duration) -> Duration {
+        now.saturating_sub(self.changed)
+    }
+}

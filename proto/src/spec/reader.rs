@@ -1,0 +1,232 @@
+//! A typed reader over a TOML table that remembers which keys were asked for.
+//!
+//! Each key is named once, where it is read, with its type and default. When a table is done, a key that nobody asked
+//! for is refused with the nearest known one, so a misspelling can never fall back to a default in silence.
+
+use std::collections::BTreeSet;
+
+use toml::{Table, Value};
+
+/// What is wrong with a job file, and what would be right.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// The file could not be read.
+    #[error("cannot read job file {path}: {source}")]
+    Read {
+        /// The file.
+        path: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The text is not TOML.
+    #[error("{place} is not valid TOML: {source}")]
+    Syntax {
+        /// The file, or the `--set` argument.
+        place: String,
+        /// Where and why.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// A key no part of Cairn knows.
+    #[error("{place}: unknown key `{key}`{hint}")]
+    UnknownKey {
+        /// The file, or the `--set` argument.
+        place: String,
+        /// The dotted key.
+        key: String,
+        /// The nearest known key, as a sentence.
+        hint: String,
+    },
+    /// A required key is missing.
+    #[error("{place}: key `{key}` is missing: {wanted}")]
+    Missing {
+        /// The file.
+        place: String,
+        /// The dotted key.
+        key: String,
+        /// What it should hold.
+        wanted: String,
+    },
+    /// A value of the wrong type or out of range.
+    #[error("{place}: `{key}` is {found}, but must be {wanted}")]
+    Value {
+        /// The file.
+        place: String,
+        /// The dotted key.
+        key: String,
+        /// What was found.
+        found: String,
+        /// What would be right.
+        wanted: String,
+    },
+}
+
+/// Reads one table; see the module header.
+pub(super) struct Reader<'a> {
+    place: &'a str,
+    prefix: String,
+    table: Table,
+    asked: BTreeSet<&'static str>,
+}
+
+impl<'a> Reader<'a> {
+    pub(super) fn new(place: &'a str, table: Table) -> Self {
+        Self { place, prefix: String::new(), table, asked: BTreeSet::new() }
+    }
+
+    /// The sub-table `key`, empty if it is absent.
+    pub(super) fn section(&mut self, key: &'static str) -> Result<Reader<'a>, SpecError> {
+        let table = match self.take(key) {
+            None => Table::new(),
+            Some(Value::Table(table)) => table,
+            Some(other) => return Err(self.wrong(key, &other, format!("a table, written [{key}]"))),
+        };
+        Ok(Reader { place: self.place, prefix: format!("{}{key}.", self.prefix), table, asked: BTreeSet::new() })
+    }
+
+    /// Takes a value out, noting that the key is known.
+    pub(super) fn take(&mut self, key: &'static str) -> Option<Value> {
+        self.asked.insert(key);
+        self.table.remove(key)
+    }
+
+    pub(super) fn text(&mut self, key: &'static str) -> Result<Option<String>, SpecError> {
+        match self.take(key) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(other) => Err(self.wrong(key, &other, "a string in quotes".into())),
+        }
+    }
+
+    pub(super) fn boolean(&mut self, key: &'static str, default: bool) -> Result<bool, SpecError> {
+        match self.take(key) {
+            None => Ok(default),
+            Some(Value::Boolean(value)) => Ok(value),
+            Some(other) => Err(self.wrong(key, &other, "true or false".into())),
+        }
+    }
+
+    /// A whole number of at least `least`.
+    pub(super) fn whole(&mut self, key: &'static str, least: u64, default: u64) -> Result<u64, SpecError> {
+        Ok(self.whole_if(key, least)?.unwrap_or(default))
+    }
+
+    pub(super) fn whole_if(&mut self, key: &'static str, least: u64) -> Result<Option<u64>, SpecError> {
+        match self.take(key) {
+            None => Ok(None),
+            Some(value) => self.as_whole(key, &value, least).map(Some),
+        }
+    }
+
+    pub(super) fn as_whole(&self, key: &str, value: &Value, least: u64) -> Result<u64, SpecError> {
+        // 2^48 is beyond any sensible count and keeps products of two of them inside u128, of one and a size in u64.
+        const MOST: u64 = 1 << 48;
+        match value {
+            Value::Integer(number) if u64::try_from(*number).is_ok_and(|n| n >= least && n <= MOST) => {
+                Ok(number.unsigned_abs())
+            }
+            other => Err(self.wrong(key, other, format!("a whole number of at least {least}"))),
+        }
+    }
+
+    pub(super) fn size(&mut self, key: &'static str, default: usize) -> Result<usize, SpecError> {
+        Ok(self.whole(key, 1, default as u64)? as usize)
+    }
+
+    /// A number in `low..=high`.
+    pub(super) fn number(&mut self, key: &'static str, low: f64, high: f64, default: f64) -> Result<f64, SpecError> {
+        match self.take(key) {
+            None => Ok(default),
+            Some(value) => self.as_number(key, &value, low, high),
+        }
+    }
+
+    pub(super) fn as_number(&self, key: &str, value: &Value, low: f64, high: f64) -> Result<f64, SpecError> {
+        let number = match value {
+            Value::Float(number) => *number,
+            Value::Integer(number) => *number as f64,
+            other => return Err(self.wrong(key, other, "a number".into())),
+        };
+        if number >= low && number <= high {
+            return Ok(number);
+        }
+        let wanted = match (low, high) {
+            (low, f64::MAX) if low == f64::MIN_POSITIVE => "a number greater than 0".to_string(),
+            (low, f64::MAX) => format!("a number of at least {low}"),
+            (low, high) => format!("a number from {low} to {high}"),
+        };
+        Err(self.wrong(key, value, wanted))
+    }
+
+    /// One of a fixed set of words.
+    pub(super) fn choice<T: Copy>(
+        &mut self,
+        key: &'static str,
+        choices: &[(&str, T)],
+        default: T,
+    ) -> Result<T, SpecError> {
+        let Some(value) = self.take(key) else { return Ok(default) };
+        let known = value.as_str().and_then(|text| choices.iter().find(|(word, _)| *word == text));
+        known.map(|(_, choice)| *choice).ok_or_else(|| {
+            let words: Vec<_> = choices.iter().map(|(word, _)| format!("\"{word}\"")).collect();
+            let near = value.as_str().and_then(|text| nearest(text, choices.iter().map(|(word, _)| *word)));
+            let near = near.map(|word| format!(" (did you mean \"{word}\"?)")).unwrap_or_default();
+            self.wrong(key, &value, format!("one of {}{near}", words.join(", ")))
+        })
+    }
+
+    pub(super) fn texts(&mut self, key: &'static str, default: &[&str]) -> Result<Vec<String>, SpecError> {
+        let Some(value) = self.take(key) else { return Ok(default.iter().map(ToString::to_string).collect()) };
+        let texts = value.as_array().and_then(|items| {
+            items.iter().map(|item| item.as_str().map(str::to_string)).collect::<Option<Vec<String>>>()
+        });
+        texts.ok_or_else(|| self.wrong(key, &value, "a list of strings".into()))
+    }
+
+    pub(super) fn missing(&self, key: &str, wanted: &str) -> SpecError {
+        SpecError::Missing { place: self.place.into(), key: format!("{}{key}", self.prefix), wanted: wanted.into() }
+    }
+
+    pub(super) fn wrong(&self, key: &str, found: &Value, wanted: String) -> SpecError {
+        self.refuse(key, describe(found), wanted)
+    }
+
+    pub(super) fn refuse(&self, key: &str, found: String, wanted: String) -> SpecError {
+        SpecError::Value { place: self.place.into(), key: format!("{}{key}", self.prefix), found, wanted }
+    }
+
+    /// Refuses what is left over.
+    pub(super) fn finish(self) -> Result<(), SpecError> {
+        let Some(key) = self.table.keys().next() else { return Ok(()) };
+        let hint = match nearest(key, self.asked.iter().copied()) {
+            Some(near) => format!(" (did you mean `{}{near}`?)", self.prefix),
+            None => {
+                let known: Vec<_> = self.asked.iter().map(|key| format!("`{key}`")).collect();
+                format!(" (known here: {})", known.join(", "))
+            }
+        };
+        Err(SpecError::UnknownKey { place: self.place.into(), key: format!("{}{key}", self.prefix), hint })
+    }
+}
+
+/// The candidate most like `text`, if any is like it at all.
+fn nearest<'c>(text: &str, candidates: impl Iterator<Item = &'c str>) -> Option<&'c str> {
+    candidates
+        .map(|candidate| (strsim::jaro_winkler(text, candidate), candidate))
+        .filter(|(likeness, _)| *likeness > 0.75)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, candidate)| candidate)
+}
+
+/// A value in words, short enough for a message.
+fn describe(value: &Value) -> String {
+    let shown = match value {
+        Value::Table(_) => return "a table".into(),
+        Value::Array(_) => return "a list".into(),
+        Value::String(text) => format!("the string {text:?}"),
+        Value::Boolean(flag) => format!("the boolean {flag}"),
+        other => other.to_string(),
+    };
+    shown.chars().take(80).collect()
+}

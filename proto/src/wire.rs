@@ -1,0 +1,11 @@
+//! The generated gRPC messages, clients and servers of `schema/cairn.proto`.
+
+#![allow(missing_docs, unreachable_pub, clippy::pedantic)] // generated code; the schema carries the documentation
+
+tonic::include_proto!("cairn.v1");
+
+/// Largest gRPC message accepted, in bytes: far above any announcement, far below what could exhaust memory.
+pub const MOST_MESSAGE_BYTES: usize = 64 << 20;
+
+/// The version every part of one cluster must share.
+pub const BUILD: &str = env!("CARGO_PKG_VERSION");
