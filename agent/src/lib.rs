@@ -1,1 +1,92 @@
-//! placeholder while the room is built
+//! The node agent: one process per machine.
+//!
+//! It launches the node's workers, keeps their snapshots in a memory file system, uploads them to the store, and speaks
+//! for the node to the coordinator. `machine` decides (pure), `driver` performs; `children` are the worker processes,
+//! `socket` the Unix socket they attach to, `link` the stream to the coordinator, `uploads` the way of a snapshot into
+//! the store, `folder` the place in memory. Losing the coordinator stops nothing here: workers go on, receipts and step
+//! reports wait, and the link is tried again for ever (P4). Losing the agent ends its workers: their socket closes.
+
+mod children;
+mod driver;
+mod folder;
+mod link;
+pub mod machine;
+mod receipts;
+mod socket;
+mod uploads;
+
+use std::future::Future;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use proto::auth::Token;
+use proto::ids::NodeName;
+
+/// What an agent is started with.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Host and port of the coordinator.
+    pub coordinator: String,
+    /// The credential the coordinator asks for.
+    pub token: Token,
+    /// This node's name, unique in the cluster.
+    pub node: NodeName,
+    /// How many workers the node can run at once.
+    pub slots: u32,
+    /// CPU cores to share out among the workers of a job that does not fix its threads.
+    pub cores: usize,
+    /// A folder on a memory file system, for snapshots and the workers' socket. Agents of one machine may share it.
+    pub memory_dir: PathBuf,
+    /// The `cairn` binary, started as `cairn worker …`.
+    pub executable: PathBuf,
+    /// The interface the workers' ring listens on.
+    pub ring_host: IpAddr,
+}
+
+/// Why an agent ended on its own.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The folder for snapshots cannot be used.
+    #[error("memory folder {path}: {source}; give a writable folder on a memory file system with --memory-dir")]
+    Folder {
+        /// The folder, or the file in it.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The coordinator's address cannot be used.
+    #[error("coordinator address {address:?}: {reason}; give host:port")]
+    Address {
+        /// As given.
+        address: String,
+        /// Why.
+        reason: String,
+    },
+    /// The coordinator will not have this agent.
+    #[error("the coordinator refused this agent: {0}")]
+    Refused(String),
+    /// This node does not see the coordinator's store.
+    #[error("{0}")]
+    ForeignStore(String),
+    /// The workers' socket failed.
+    #[error("the workers' socket failed: {0}")]
+    Socket(String),
+}
+
+impl AgentError {
+    /// The exit code of the process: 2 where the user must change something, 3 otherwise.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Folder { .. } | Self::Address { .. } | Self::Refused(_) | Self::ForeignStore(_) => 2,
+            Self::Socket(_) => 3,
+        }
+    }
+}
+
+/// Runs the node's agent until `shutdown` is ready or the agent cannot go on; ends its workers before it returns.
+///
+/// Needs a tokio runtime with I/O and time.
+pub async fn run(options: Options, shutdown: impl Future<Output = ()> + Send) -> Result<(), AgentError> {
+    driver::run(options, shutdown).await
+}

@@ -8,12 +8,17 @@ use proto::ids::{JobName, NodeName, WorkerId};
 
 /// Launches, heals and reshapes distributed training jobs, and keeps their checkpoints.
 #[derive(Debug, Parser)]
-#[command(name = "cairn", version, max_term_width = 100, after_help = "\
+#[command(
+    name = "cairn",
+    version,
+    max_term_width = 100,
+    after_help = "\
 Start here:
   cairn train examples/tiny.toml                 train the shipped example on this machine
   cairn checkpoint list --store ./cairn-store tiny   what it left behind
 
-Exit codes: 0 done; 2 the request is wrong; 3 the job failed; 4 data is corrupt or missing; 130 interrupted.")]
+Exit codes: 0 done; 2 the request is wrong; 3 the job failed; 4 data is corrupt or missing; 130 interrupted."
+)]
 pub(crate) struct Cairn {
     /// Log what happens to standard error (CAIRN_LOG sets a finer filter).
     #[arg(long, short, global = true)]

@@ -119,10 +119,7 @@ pub(crate) async fn watch(args: JobArgs) -> Result<u8, Failure> {
 }
 
 /// Prints a job's status, whichever call answered with it.
-fn show(
-    operator: &OperatorArgs,
-    reply: Result<tonic::Response<JobStatus>, tonic::Status>,
-) -> Result<u8, Failure> {
+fn show(operator: &OperatorArgs, reply: Result<tonic::Response<JobStatus>, tonic::Status>) -> Result<u8, Failure> {
     let job = reply.map_err(|status| client::explain(status, &operator.coordinator))?.into_inner();
     if operator.output == Output::Json {
         println!("{}", status_json(&job));
@@ -135,7 +132,10 @@ fn show(
     if let Some(loss) = job.loss {
         println!("loss        {loss:.4}");
     }
-    println!("generation  {}, {} workers (from {} to {})", job.generation, job.world_size, job.min_workers, job.max_workers);
+    println!(
+        "generation  {}, {} workers (from {} to {})",
+        job.generation, job.world_size, job.min_workers, job.max_workers
+    );
     if let Some(step) = job.checkpoint_step {
         println!("checkpoint  step {step}, digest {}", job.digest);
     }

@@ -38,16 +38,7 @@ impl Renderer {
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style.progress_chars("━╸─"));
         }
-        Self {
-            output,
-            bar,
-            has_bar,
-            steps,
-            tokens_per_step,
-            last_line: None,
-            last_checkpoint: None,
-            pace: None,
-        }
+        Self { output, bar, has_bar, steps, tokens_per_step, last_line: None, last_checkpoint: None, pace: None }
     }
 
     /// Says something to a person; silent in JSON, whose lines are events only.

@@ -1,1 +1,40 @@
-//! placeholder while the room is built
+//! The harness of the workspace tests: real `cairn` processes, their events, and the means to kill them.
+//!
+//! Every test trains a small real model on the shipped corpus in a folder of its own. The oracle of all of them is the
+//! digest: it must equal that of an undisturbed run.
+
+pub mod job;
+pub mod process;
+pub mod run;
+pub mod source;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// The root of the workspace.
+pub fn root() -> &'static Path {
+    static ROOT: OnceLock<PathBuf> = OnceLock::new();
+    ROOT.get_or_init(|| {
+        let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+        here.parent().expect("the tests crate lies in the workspace").to_path_buf()
+    })
+}
+
+/// The `cairn` binary of the profile the tests are built with, brought up to date first.
+pub fn cairn() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        let test = std::env::current_exe().expect("a test knows its own file");
+        // target/<profile>/deps/<test>
+        let folder = test.parent().and_then(Path::parent).expect("tests lie in target/<profile>/deps").to_path_buf();
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "-p", "cli"]).current_dir(root());
+        if folder.ends_with("release") {
+            build.arg("--release");
+        }
+        let status = build.status().expect("cargo runs");
+        assert!(status.success(), "building the cairn binary failed");
+        folder.join("cairn")
+    })
+}

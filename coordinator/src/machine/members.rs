@@ -84,12 +84,14 @@ impl Agent {
 #[derive(Debug, Default)]
 pub struct Members {
     agents: BTreeMap<NodeName, Agent>,
+    /// Why the agents that are gone are gone.
+    epitaphs: BTreeMap<NodeName, String>,
     /// When an agent last came or went.
     changed: Duration,
 }
 
 impl Members {
-    /// A stream opened. Returns why the agent's earlier life ended, if this is another one.
+    /// A stream opened. The same life of an agent keeps what it reported; another one starts empty.
     pub fn attach(
         &mut self,
         now: Duration,
@@ -97,13 +99,12 @@ impl Members {
         incarnation: String,
         connection: Connection,
         slots: u32,
-    ) -> Option<String> {
+    ) {
         let before = self.agents.remove(node);
         let same_life = before.as_ref().is_some_and(|agent| agent.incarnation == incarnation && agent.slots == slots);
         if !same_life {
             self.changed = now;
         }
-        let replaced = before.is_some() && !same_life;
         let workers = before.filter(|_| same_life).map(|agent| agent.workers).unwrap_or_default();
         let agent = Agent {
             incarnation,
@@ -115,7 +116,7 @@ impl Members {
             closed: None,
         };
         self.agents.insert(node.clone(), agent);
-        replaced.then(|| format!("the agent on {node} was restarted"))
+        self.epitaphs.remove(node);
     }
 
     /// A whole report arrived. `false`: from a stream that another has replaced.
@@ -147,8 +148,9 @@ impl Members {
                 lost.push((node.clone(), format!("the agent on {node} was silent for more than {seconds} s")));
             }
         }
-        for (node, _) in &lost {
+        for (node, reason) in &lost {
             self.agents.remove(node);
+            self.epitaphs.insert(node.clone(), reason.clone());
             self.changed = now;
         }
         lost
@@ -157,6 +159,11 @@ impl Members {
     /// The agent on a node.
     pub fn get(&self, node: &NodeName) -> Option<&Agent> {
         self.agents.get(node)
+    }
+
+    /// Why there is no agent on a node.
+    pub fn epitaph(&self, node: &NodeName) -> String {
+        self.epitaphs.get(node).cloned().unwrap_or_else(|| format!("no agent on {node}"))
     }
 
     /// The agent on a node, to note what it is told.

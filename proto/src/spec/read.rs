@@ -33,9 +33,8 @@ impl JobSpec {
 
     /// As [`JobSpec::load`], from text; `place` names it in messages.
     pub fn parse(place: &str, text: &str, folder: &Path, overrides: &Overrides) -> Result<Self, SpecError> {
-        let mut table: Table = text
-            .parse()
-            .map_err(|source| SpecError::Syntax { place: place.into(), source: Box::new(source) })?;
+        let mut table: Table =
+            text.parse().map_err(|source| SpecError::Syntax { place: place.into(), source: Box::new(source) })?;
         for (key, value) in overrides {
             apply(&mut table, key, value)?;
         }
@@ -120,8 +119,7 @@ fn model(mut r: Reader) -> Result<ModelSpec, SpecError> {
         head_dim,
         intermediate_size,
         vocab_size,
-        tie_word_embeddings: r
-            .boolean("tie_word_embeddings", base.as_ref().is_some_and(|m| m.tie_word_embeddings))?,
+        tie_word_embeddings: r.boolean("tie_word_embeddings", base.as_ref().is_some_and(|m| m.tie_word_embeddings))?,
         rope_theta: r.number("rope_theta", 1.0, f64::MAX, 10_000.0)?,
         rms_norm_eps: r.number("rms_norm_eps", f64::MIN_POSITIVE, 1.0, 1e-5)?,
         initializer_range: r.number("initializer_range", 0.0, 10.0, 0.02)?,
@@ -146,7 +144,11 @@ fn training(mut r: Reader) -> Result<TrainingSpec, SpecError> {
         global_batch: r.size("global_batch", 16)?,
         micro_batch: r.size("micro_batch", 1)?,
         seed: r.whole("seed", 0, 1)?,
-        reduction: r.choice("reduction", &[("exact", Reduction::Exact), ("fast", Reduction::Fast)], Reduction::Exact)?,
+        reduction: r.choice(
+            "reduction",
+            &[("exact", Reduction::Exact), ("fast", Reduction::Fast)],
+            Reduction::Exact,
+        )?,
         validate_every: r.whole("validate_every", 0, 0)?,
         validate_sequences: r.size("validate_sequences", 64)?,
     };

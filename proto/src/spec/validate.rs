@@ -48,7 +48,11 @@ impl JobSpec {
             return refuse("training.micro_batch", t.micro_batch.to_string(), wanted);
         }
         if self.resources.device == DeviceKind::Cuda {
-            return refuse("resources.device", "\"cuda\"".into(), "\"cpu\" or \"auto\": this build has no GPU device".into());
+            return refuse(
+                "resources.device",
+                "\"cuda\"".into(),
+                "\"cpu\" or \"auto\": this build has no GPU device".into(),
+            );
         }
         self.validate_timeouts(place)
     }
@@ -83,12 +87,7 @@ impl ModelSpec {
     /// Checks that the shape is one the kernels can compute.
     pub fn validate(&self, place: &str) -> Result<(), SpecError> {
         let refuse = |key: &str, found: usize, wanted: String| {
-            Err(SpecError::Value {
-                place: place.into(),
-                key: format!("model.{key}"),
-                found: found.to_string(),
-                wanted,
-            })
+            Err(SpecError::Value { place: place.into(), key: format!("model.{key}"), found: found.to_string(), wanted })
         };
         const MOST: usize = 1 << 24;
         let sizes = [

@@ -1,0 +1,116 @@
+//! The worker processes.
+//!
+//! Each is a child in a task of its own, which ends it when told and says how it ended. Output of a worker is passed on
+//! to the agent's log line by line. A child never outlives the agent's runtime (`kill_on_drop`), and should the agent
+//! be killed outright, the worker sees its socket close and exits.
+
+use std::collections::BTreeMap;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{ExitStatus, Stdio};
+
+use proto::ids::{JobName, WorkerId};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::driver::Input;
+
+/// Longer output lines are cut.
+const LONGEST_LINE: u64 = 8 << 10;
+
+/// The running worker processes.
+#[derive(Debug)]
+pub(crate) struct Children {
+    executable: PathBuf,
+    socket: PathBuf,
+    inputs: mpsc::Sender<Input>,
+    kills: BTreeMap<WorkerId, oneshot::Sender<()>>,
+}
+
+impl Children {
+    pub(crate) fn new(executable: PathBuf, socket: PathBuf, inputs: mpsc::Sender<Input>) -> Self {
+        Self { executable, socket, inputs, kills: BTreeMap::new() }
+    }
+
+    /// Starts a worker process and returns its process id. Its end is reported as [`Input::Exited`].
+    pub(crate) fn spawn(&mut self, job: &JobName, worker: WorkerId) -> std::io::Result<u32> {
+        let mut child = Command::new(&self.executable)
+            .arg("worker")
+            .arg("--agent")
+            .arg(&self.socket)
+            .args(["--id", &worker.to_string(), "--job", job.as_str()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let process = child.id().unwrap_or(0);
+        if let Some(output) = child.stdout.take() {
+            tokio::spawn(pass_on(output, worker));
+        }
+        if let Some(output) = child.stderr.take() {
+            tokio::spawn(pass_on(output, worker));
+        }
+        let (kill, killed) = oneshot::channel();
+        self.kills.insert(worker, kill);
+        tokio::spawn(watch(child, killed, worker, self.inputs.clone()));
+        Ok(process)
+    }
+
+    /// Ends a process at once.
+    pub(crate) fn kill(&mut self, worker: WorkerId) {
+        self.kills.remove(&worker);
+    }
+
+    /// A process has ended.
+    pub(crate) fn ended(&mut self, worker: WorkerId) {
+        self.kills.remove(&worker);
+    }
+
+    /// Ends all processes at once; returns how many are to end.
+    pub(crate) fn kill_all(&mut self) -> usize {
+        std::mem::take(&mut self.kills).len()
+    }
+}
+
+/// Waits for a child to end; kills it when the sender of `killed` is dropped.
+async fn watch(mut child: Child, killed: oneshot::Receiver<()>, worker: WorkerId, inputs: mpsc::Sender<Input>) {
+    let status = tokio::select! {
+        status = child.wait() => status,
+        _ = killed => match child.start_kill() {
+            Ok(()) => child.wait().await,
+            Err(error) => Err(error),
+        },
+    };
+    let reason = match status {
+        Ok(status) => describe(status),
+        Err(error) => format!("the worker process cannot be watched: {error}"),
+    };
+    // A closed channel means that the agent itself is ending.
+    let _ = inputs.send(Input::Exited { worker, reason }).await;
+}
+
+/// How a process ended, in words.
+fn describe(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("the worker process ended with exit code {code}"),
+        (None, Some(9)) => "the worker process was killed (signal 9)".into(),
+        (None, Some(signal)) => format!("the worker process was ended by signal {signal}"),
+        (None, None) => "the worker process ended".into(),
+    }
+}
+
+/// Logs a child's output, line by line.
+async fn pass_on(output: impl AsyncRead + Unpin, worker: WorkerId) {
+    let name: String = worker.to_string().chars().take(8).collect();
+    let mut reader = BufReader::new(output);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match (&mut reader).take(LONGEST_LINE).read_until(b'\n', &mut line).await {
+            Ok(0) | Err(_) => return,
+            Ok(_) => tracing::info!(target: "cairn::worker", worker = name, "{}", String::from_utf8_lossy(&line).trim_end()),
+        }
+    }
+}

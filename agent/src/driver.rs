@@ -1,0 +1,374 @@
+//! Performs what the machine decides: the one loop of the agent.
+//!
+//! Everything that happens on the node arrives here as an [`Input`], one at a time: worker messages, ended processes,
+//! orders of the coordinator, finished uploads, the clock. The machine says what to do, and it is done at once; nothing
+//! in the loop waits for storage or for a peer.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+use proto::ids::{Epoch, WorkerId};
+use proto::wire::{self, agent_command, agent_message, coordinator_message, worker_message};
+use tokio::sync::mpsc;
+
+use crate::children::Children;
+use crate::folder::Folder;
+use crate::link::{self, Outgoing};
+use crate::machine::{Action, Command, Event, Machine};
+use crate::receipts::{SaveKey, Waiting};
+use crate::socket::{self, Commands};
+use crate::uploads::{Finished, Uploads};
+use crate::{AgentError, Options};
+
+/// Inputs waiting for the loop at most; senders wait beyond it.
+const INPUTS: usize = 1024;
+/// The machine's clock.
+const TICK: Duration = Duration::from_millis(100);
+/// Between two sendings of an unsettled receipt.
+const RESEND: Duration = Duration::from_secs(5);
+/// Between two reports, until the coordinator says otherwise.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// For killed workers to be gone at the end.
+const ENDING: Duration = Duration::from_secs(5);
+
+/// Something happened on the node.
+#[derive(Debug)]
+pub(crate) enum Input {
+    /// A stream to the coordinator is being opened; its first message must be the hello.
+    LinkUp(Outgoing),
+    /// The stream is gone.
+    LinkDown,
+    /// There will be no stream.
+    LinkFailed(AgentError),
+    /// The coordinator spoke.
+    Coordinator(wire::CoordinatorMessage),
+    /// A worker opened its stream.
+    Attached { worker: WorkerId, commands: Commands },
+    /// A worker spoke.
+    Worker { worker: WorkerId, body: worker_message::Body },
+    /// A worker's stream ended.
+    Detached { worker: WorkerId },
+    /// A worker process ended.
+    Exited { worker: WorkerId, reason: String },
+    /// An upload is over.
+    Uploaded(Finished),
+    /// No worker can attach any more.
+    SocketFailed(String),
+}
+
+/// A worker's stream and process end apart from one another; it is gone when both have.
+#[derive(Debug, Default)]
+struct Presence {
+    commands: Option<Commands>,
+    exited: Option<String>,
+}
+
+struct Driver {
+    options: Options,
+    incarnation: String,
+    machine: Machine,
+    began: Instant,
+    folder: Folder,
+    children: Children,
+    present: BTreeMap<WorkerId, Presence>,
+    link: Option<Outgoing>,
+    welcomed: bool,
+    waiting: Waiting,
+    uploads: Uploads,
+    heartbeat: Duration,
+    reported: Instant,
+    resent: Instant,
+}
+
+/// Runs the agent; see [`crate::run`].
+pub(crate) async fn run(options: Options, shutdown: impl Future<Output = ()> + Send) -> Result<(), AgentError> {
+    let endpoint = link::endpoint(&options.coordinator)?;
+    let incarnation = uuid::Uuid::new_v4().to_string();
+    let folder = Folder::create(&options.memory_dir, &incarnation)?;
+    let (sender, mut inputs) = mpsc::channel(INPUTS);
+    socket::serve(&folder.socket(), sender.clone())?;
+    let link = tokio::spawn(link::run(endpoint, options.token.clone(), sender.clone()));
+    let now = Instant::now();
+    let mut driver = Driver {
+        machine: Machine::new(options.cores),
+        children: Children::new(options.executable.clone(), folder.socket(), sender.clone()),
+        uploads: Uploads::new(sender),
+        options,
+        incarnation,
+        began: now,
+        folder,
+        present: BTreeMap::new(),
+        link: None,
+        welcomed: false,
+        waiting: Waiting::default(),
+        heartbeat: HEARTBEAT,
+        reported: now,
+        resent: now,
+    };
+    let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut shutdown = std::pin::pin!(shutdown);
+    let result = loop {
+        tokio::select! {
+            () = &mut shutdown => break Ok(()),
+            _ = tick.tick() => driver.tick(),
+            input = inputs.recv() => match input {
+                None => break Ok(()),
+                Some(Input::LinkFailed(error)) => break Err(error),
+                Some(Input::SocketFailed(reason)) => break Err(AgentError::Socket(reason)),
+                Some(input) => driver.take(input),
+            },
+        }
+    };
+    link.abort();
+    driver.end(&mut inputs).await;
+    result
+}
+
+impl Driver {
+    fn take(&mut self, input: Input) {
+        match input {
+            Input::LinkUp(link) => self.link_up(link),
+            Input::LinkDown => {
+                self.link = None;
+                self.welcomed = false;
+            }
+            Input::Coordinator(message) => self.order(message),
+            Input::Attached { worker, commands } => self.attach(worker, commands),
+            Input::Worker { worker, body } => self.hear(worker, body),
+            Input::Detached { worker } => {
+                if let Some(presence) = self.present.get_mut(&worker) {
+                    presence.commands = None;
+                }
+                // A worker without its agent exits by itself; one that does not is ended.
+                self.children.kill(worker);
+                self.gone(worker);
+            }
+            Input::Exited { worker, reason } => {
+                self.children.ended(worker);
+                self.present.entry(worker).or_default().exited = Some(reason);
+                self.gone(worker);
+            }
+            Input::Uploaded(finished) => self.uploaded(finished),
+            Input::LinkFailed(_) | Input::SocketFailed(_) => {} // the loop has ended
+        }
+    }
+
+    fn tick(&mut self) {
+        self.event(Event::Tick);
+        let now = Instant::now();
+        if now - self.reported >= self.heartbeat {
+            self.report();
+        }
+        if now - self.resent >= RESEND {
+            self.resend();
+        }
+        self.flush();
+    }
+
+    fn event(&mut self, event: Event) {
+        let mut fresh = || WorkerId::from_uuid(uuid::Uuid::new_v4());
+        let actions = self.machine.handle(self.began.elapsed(), event, &mut fresh);
+        for action in actions {
+            self.perform(action);
+        }
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::Spawn { job, worker } => {
+                let made = self.folder.make_slots(worker).and_then(|()| self.children.spawn(&job, worker));
+                match made {
+                    Ok(process) => {
+                        tracing::info!(%job, %worker, process, "worker started");
+                        self.event(Event::Started { worker, process });
+                    }
+                    Err(error) => {
+                        let reason = format!("the worker could not be started: {error}");
+                        self.present.entry(worker).or_default().exited = Some(reason);
+                        self.gone(worker);
+                    }
+                }
+            }
+            Action::Kill { worker, reason } => {
+                tracing::info!(%worker, reason, "ending a worker");
+                self.children.kill(worker);
+            }
+            Action::Send { worker, command } => self.command(worker, command),
+            Action::Report => self.report(),
+            Action::Fence { job, fenced, live } => self.uploads.fence(&job, fenced, live),
+            Action::Forget(job) => {
+                self.uploads.forget(&job);
+                self.waiting.forget(&job);
+            }
+            Action::Refused(reason) => tracing::warn!(reason, "an order was refused"),
+        }
+    }
+
+    fn command(&mut self, worker: WorkerId, command: Command) {
+        let body = match command {
+            Command::Prepare { spec, threads } => agent_command::Body::Prepare(wire::Prepare {
+                spec,
+                threads,
+                slots: self.folder.slots(worker).display().to_string(),
+                ring_host: self.options.ring_host.to_string(),
+            }),
+            Command::Run(run) => agent_command::Body::Run(run),
+            Command::Hold(generation) => agent_command::Body::Hold(generation),
+        };
+        self.tell(worker, body);
+    }
+
+    fn tell(&mut self, worker: WorkerId, body: agent_command::Body) {
+        let Some(commands) = self.present.get(&worker).and_then(|presence| presence.commands.as_ref()) else { return };
+        if let Err(mpsc::error::TrySendError::Full(_)) = commands.try_send(Ok(wire::AgentCommand { body: Some(body) })) {
+            tracing::warn!(%worker, "a worker that does not read its commands is ended");
+            self.children.kill(worker);
+        }
+    }
+
+    fn attach(&mut self, worker: WorkerId, commands: Commands) {
+        // Dropping the commands ends the stream of one that was not started here, or is gone already.
+        let exited = self.present.get(&worker).is_some_and(|presence| presence.exited.is_some());
+        if self.machine.job_of(worker).is_none() || exited {
+            return tracing::warn!(%worker, "an unknown worker was turned away");
+        }
+        self.present.entry(worker).or_default().commands = Some(commands);
+        self.event(Event::Attached(worker));
+    }
+
+    fn hear(&mut self, worker: WorkerId, body: worker_message::Body) {
+        let Some(job) = self.machine.job_of(worker).cloned() else { return };
+        match body {
+            worker_message::Body::Hello(_) => {}
+            worker_message::Body::State(state) => {
+                if let Some(failure) = &state.failure {
+                    tracing::warn!(%job, %worker, rank = state.rank, reason = failure.reason, "a worker failed");
+                }
+                self.event(Event::State { worker, state });
+            }
+            worker_message::Body::Step(step) => {
+                self.waiting.push(agent_message::Body::Step(wire::StepReport { job: job.to_string(), ..step }));
+                self.flush();
+            }
+            worker_message::Body::Skipped(skipped) => {
+                let skipped = wire::SaveSkipped { job: job.to_string(), ..skipped };
+                self.waiting.push(agent_message::Body::Skipped(skipped));
+                self.flush();
+            }
+            worker_message::Body::Captured(captured) => {
+                let slot = captured.slot;
+                if !self.uploads.start(job, worker, &self.folder.slots(worker), captured) {
+                    self.tell(worker, agent_command::Body::SlotFree(slot));
+                }
+            }
+        }
+    }
+
+    /// Tells the machine of a worker's end once its last words have been read, and gives its memory back.
+    fn gone(&mut self, worker: WorkerId) {
+        let over = self.present.get(&worker).is_some_and(|p| p.commands.is_none() && p.exited.is_some());
+        if !over {
+            return;
+        }
+        let reason = self.present.remove(&worker).and_then(|presence| presence.exited).unwrap_or_default();
+        tracing::info!(%worker, reason, "a worker is gone");
+        if let Err(error) = self.folder.remove_slots(worker) {
+            tracing::warn!(%worker, %error, "cannot remove the slots of a worker");
+        }
+        self.event(Event::Exited { worker, reason });
+    }
+
+    fn uploaded(&mut self, finished: Finished) {
+        self.tell(finished.worker, agent_command::Body::SlotFree(finished.slot));
+        self.uploads.ended(&finished.key);
+        if let Some(receipt) = finished.receipt {
+            self.send(agent_message::Body::Receipt(receipt.clone()));
+            self.waiting.receipt(finished.key, receipt);
+        }
+    }
+
+    fn link_up(&mut self, link: Outgoing) {
+        let hello = wire::AgentHello {
+            node: self.options.node.to_string(),
+            incarnation: self.incarnation.clone(),
+            slots: self.options.slots,
+            build: wire::BUILD.into(),
+            report: Some(self.machine.report()),
+        };
+        self.welcomed = false;
+        self.link = Some(link);
+        self.send(agent_message::Body::Hello(hello));
+    }
+
+    fn order(&mut self, message: wire::CoordinatorMessage) {
+        let epoch = Epoch::new(message.epoch);
+        match message.body {
+            Some(coordinator_message::Body::Welcome(welcome)) => {
+                if let Ok(heartbeat) = Duration::try_from_secs_f64(welcome.heartbeat_seconds) {
+                    self.heartbeat = heartbeat.max(TICK);
+                }
+                self.welcomed = true;
+                self.event(Event::Welcomed(epoch));
+                self.report();
+                self.resend();
+                self.flush();
+            }
+            Some(coordinator_message::Body::Desired(desired)) => self.event(Event::Desired { epoch, desired }),
+            Some(coordinator_message::Body::Settled(settled)) => {
+                if let Some(key) = SaveKey::of(&settled) {
+                    self.waiting.settle(&key);
+                    self.uploads.cancel(&key);
+                }
+            }
+            Some(coordinator_message::Body::Refused(_)) | None => {} // the link ends the agent
+        }
+    }
+
+    fn report(&mut self) {
+        self.reported = Instant::now();
+        let report = self.machine.report();
+        self.send(agent_message::Body::Report(report));
+    }
+
+    fn resend(&mut self) {
+        self.resent = Instant::now();
+        if self.welcomed {
+            let receipts: Vec<_> = self.waiting.receipts().cloned().collect();
+            for receipt in receipts {
+                self.send(agent_message::Body::Receipt(receipt));
+            }
+        }
+    }
+
+    /// Sends what waited for a coordinator.
+    fn flush(&mut self) {
+        while self.welcomed {
+            let Some(body) = self.waiting.next() else { return };
+            if let Some(back) = self.send(body) {
+                return self.waiting.put_back(back);
+            }
+        }
+    }
+
+    /// Sends if there is a stream with room; gives the message back if not. What is lost is sent again in time.
+    fn send(&mut self, body: agent_message::Body) -> Option<agent_message::Body> {
+        let Some(link) = &self.link else { return Some(body) };
+        let failed = link.try_send(wire::AgentMessage { body: Some(body) }).err()?;
+        failed.into_inner().body
+    }
+
+    /// Ends all workers and waits until they are gone.
+    async fn end(mut self, inputs: &mut mpsc::Receiver<Input>) {
+        let mut left = self.children.kill_all();
+        let deadline = tokio::time::Instant::now() + ENDING;
+        while left > 0 {
+            match tokio::time::timeout_at(deadline, inputs.recv()).await {
+                Ok(Some(Input::Exited { .. })) => left -= 1,
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => return tracing::warn!(left, "workers did not end in time"),
+            }
+        }
+    }
+}

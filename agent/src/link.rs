@@ -1,0 +1,170 @@
+//! The stream to the coordinator, made again for ever.
+//!
+//! One attempt: connect, send the hello, read the welcome, prove that this node sees the coordinator's store by reading
+//! back a nonce it wrote there (two hosts with different disks under one path are caught here, before any job), then
+//! pass on orders until the stream ends. What ends the agent is only what trying again cannot mend: a refusal, a
+//! foreign store, an address that is none.
+
+use std::time::Duration;
+
+use checkpoint_store::Store;
+use proto::auth::Token;
+use proto::wire::cluster_client::ClusterClient;
+use proto::wire::{self, coordinator_message};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::AgentError;
+use crate::driver::Input;
+
+/// Between two attempts: doubles from the first to the last.
+const WAITS: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// To open a connection.
+const CONNECT: Duration = Duration::from_secs(5);
+/// Silence on the connection after which it is probed, and again after which it is given up.
+const PROBE: Duration = Duration::from_secs(5);
+/// To read the nonce from the store.
+const PROOF: Duration = Duration::from_secs(60);
+/// Messages on their way to the coordinator.
+const OUTGOING: usize = 1024;
+
+/// The way to the coordinator, while there is one.
+pub(crate) type Outgoing = mpsc::Sender<wire::AgentMessage>;
+
+/// Why an attempt ended.
+enum Ended {
+    Lost(String),
+    Fatal(AgentError),
+}
+
+/// Checks the coordinator's address before anything is started.
+pub(crate) fn endpoint(address: &str) -> Result<Endpoint, AgentError> {
+    let refuse = |reason: String| AgentError::Address { address: address.into(), reason };
+    let (host, port) = address.rsplit_once(':').ok_or_else(|| refuse("there is no port".into()))?;
+    if host.is_empty() || port.parse::<u16>().is_err() {
+        return Err(refuse("host or port is not one".into()));
+    }
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| refuse(error.to_string()))?;
+    Ok(endpoint
+        .connect_timeout(CONNECT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(PROBE)
+        .keep_alive_timeout(PROBE)
+        .keep_alive_while_idle(true))
+}
+
+/// Keeps the stream up until the driver is gone or a fatal error was passed to it.
+pub(crate) async fn run(endpoint: Endpoint, token: Token, inputs: mpsc::Sender<Input>) {
+    let mut wait = WAITS.0;
+    let mut welcomed = false;
+    let mut last = String::new();
+    loop {
+        let before = welcomed;
+        let ended = attempt(&endpoint, &token, &inputs, &mut welcomed).await;
+        if inputs.send(Input::LinkDown).await.is_err() {
+            return;
+        }
+        match ended {
+            Ended::Fatal(error) => {
+                let _ = inputs.send(Input::LinkFailed(error)).await;
+                return;
+            }
+            Ended::Lost(reason) => {
+                if reason != last {
+                    tracing::warn!(reason, "no coordinator; workers go on, trying again");
+                    last = reason;
+                }
+            }
+        }
+        wait = if welcomed && !before { WAITS.0 } else { (wait * 2).min(WAITS.1) };
+        tokio::time::sleep(wait).await;
+    }
+}
+
+async fn attempt(endpoint: &Endpoint, token: &Token, inputs: &mpsc::Sender<Input>, welcomed: &mut bool) -> Ended {
+    let lost = |error: String| Ended::Lost(error);
+    let channel: Channel = match endpoint.connect().await {
+        Ok(channel) => channel,
+        Err(error) => return lost(with_cause(&error)),
+    };
+    let token = token.clone();
+    let mut client = ClusterClient::with_interceptor(channel, move |request| token.sign(request))
+        .max_decoding_message_size(wire::MOST_MESSAGE_BYTES)
+        .max_encoding_message_size(wire::MOST_MESSAGE_BYTES);
+    let (sender, outgoing) = mpsc::channel(OUTGOING);
+    if inputs.send(Input::LinkUp(sender)).await.is_err() {
+        return lost("the agent is ending".into());
+    }
+    let mut orders = match client.attach(ReceiverStream::new(outgoing)).await {
+        Ok(response) => response.into_inner(),
+        Err(status) => return refusal(&status, *welcomed),
+    };
+    loop {
+        let message = match orders.message().await {
+            Ok(Some(message)) => message,
+            Ok(None) => return lost("the coordinator closed the stream".into()),
+            Err(status) => return refusal(&status, *welcomed),
+        };
+        match message.body {
+            Some(coordinator_message::Body::Refused(reason)) => return Ended::Fatal(AgentError::Refused(reason)),
+            Some(coordinator_message::Body::Welcome(ref welcome)) => {
+                if let Err(ended) = prove(welcome).await {
+                    return ended;
+                }
+                *welcomed = true;
+                tracing::info!(epoch = message.epoch, store = welcome.store, "taken in by the coordinator");
+            }
+            _ => {}
+        }
+        if inputs.send(Input::Coordinator(message)).await.is_err() {
+            return lost("the agent is ending".into());
+        }
+    }
+}
+
+/// A wrong credential at the first try is the user's to mend; later it may be a coordinator in change.
+fn refusal(status: &tonic::Status, welcomed: bool) -> Ended {
+    match status.code() {
+        tonic::Code::Unauthenticated | tonic::Code::InvalidArgument | tonic::Code::FailedPrecondition if !welcomed => {
+            Ended::Fatal(AgentError::Refused(status.message().to_string()))
+        }
+        _ => Ended::Lost(status.message().to_string()),
+    }
+}
+
+/// Reads the coordinator's nonce from the store as this node sees it.
+async fn prove(welcome: &wire::Welcome) -> Result<(), Ended> {
+    let found = tokio::time::timeout(PROOF, read_nonce(welcome)).await;
+    let url = &welcome.store;
+    match found {
+        Err(_) => Err(Ended::Lost(format!("the store {url} did not answer within {} s", PROOF.as_secs()))),
+        Ok(Ok(nonce)) if nonce == welcome.nonce.as_bytes() => Ok(()),
+        Ok(Ok(_)) => Err(foreign(url, "holds another nonce")),
+        Ok(Err(error)) if error.kind() == checkpoint_store::Kind::Retry => Err(Ended::Lost(error.to_string())),
+        Ok(Err(error)) if error.is_not_found() => Err(foreign(url, "does not hold its nonce")),
+        Ok(Err(error)) => Err(Ended::Fatal(AgentError::ForeignStore(error.to_string()))),
+    }
+}
+
+fn foreign(url: &str, what: &str) -> Ended {
+    Ended::Fatal(AgentError::ForeignStore(format!(
+        "the store {url} as this node sees it is not the coordinator's: it {what}; mount the same storage on every node"
+    )))
+}
+
+async fn read_nonce(welcome: &wire::Welcome) -> Result<Vec<u8>, checkpoint_store::StoreError> {
+    let store = Store::open(&welcome.store)?;
+    Ok(store.get(&welcome.nonce_path).await?.to_vec())
+}
+
+/// An error with its causes in one line; tonic's own message says little.
+fn with_cause(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,99 @@
+//! The parts of a cluster as commands: `coordinator`, `agent` and `worker`.
+
+use std::path::PathBuf;
+
+use proto::auth::Token;
+use proto::ids::NodeName;
+use tokio::io::AsyncReadExt;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::args::{AgentArgs, CoordinatorArgs, WorkerArgs};
+use crate::client::token_path;
+use crate::failure::{Failure, chain};
+
+pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<u8, Failure> {
+    let path = token_path(args.token_file.as_deref())?;
+    let mut random = [0; 32];
+    random[..16].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
+    random[16..].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
+    let token = Token::read_or_create(&path, random).map_err(|error| Failure::request(chain(&error)))?;
+    let here = std::env::current_dir().map_err(Failure::job)?;
+    let options = coordinator::Options {
+        store_url: checkpoint_store::normalize_url(&args.store, &here)?,
+        listen: args.listen,
+        token,
+        host: host_identity(),
+        standby: args.standby,
+        allow_single_coordinator: args.allow_single_coordinator,
+    };
+    if !args.supervised {
+        eprintln!("cairn: coordinator for {} on {}, token file {}", options.store_url, args.listen, path.display());
+    }
+    let outcome = coordinator::run(options, stop_asked(args.supervised)?).await;
+    outcome.map(|()| 0).map_err(|error| Failure::new(error.exit_code(), chain(&error)))
+}
+
+pub(crate) async fn agent(args: AgentArgs) -> Result<u8, Failure> {
+    let path = token_path(args.token_file.as_deref())?;
+    let token = Token::read(&path).map_err(|error| Failure::request(chain(&error)))?;
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let node = match args.node {
+        Some(node) => node,
+        None => default_node_name()?,
+    };
+    let executable = std::env::current_exe()
+        .map_err(|error| Failure::job(format!("cannot find this program's own file: {error}")))?;
+    let options = agent::Options {
+        coordinator: args.coordinator,
+        token,
+        node,
+        slots: args.slots.unwrap_or(cores as u32),
+        cores,
+        memory_dir: args.memory,
+        executable,
+        ring_host: args.ring_host,
+    };
+    let outcome = agent::run(options, stop_asked(args.supervised)?).await;
+    outcome.map(|()| 0).map_err(|error| Failure::new(error.exit_code(), chain(&error)))
+}
+
+pub(crate) fn worker(args: WorkerArgs) -> Result<u8, Failure> {
+    let options = worker::Options { agent_socket: args.agent, worker: args.id, job: args.job };
+    let outcome = tokio::task::block_in_place(|| worker::run(options));
+    outcome.map(|()| 0).map_err(|error| Failure::job(chain(&error)))
+}
+
+/// Completes on Ctrl-C, on SIGTERM, and, for a supervised part, when standard input closes.
+fn stop_asked(supervised: bool) -> Result<impl Future<Output = ()> + Send + 'static, Failure> {
+    let listen = |kind| signal(kind).map_err(|error| Failure::job(format!("cannot listen for signals: {error}")));
+    let mut interrupt = listen(SignalKind::interrupt())?;
+    let mut terminate = listen(SignalKind::terminate())?;
+    Ok(async move {
+        let parent_gone = async {
+            if !supervised {
+                std::future::pending::<()>().await;
+            }
+            let mut byte = [0; 1];
+            while !matches!(tokio::io::stdin().read(&mut byte).await, Ok(0) | Err(_)) {}
+        };
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            () = parent_gone => {}
+        }
+    })
+}
+
+/// What tells this boot of this machine from any other: a leader seen under the same identity and address is a former
+/// process of ours.
+fn host_identity() -> String {
+    let read = |path: &str| std::fs::read_to_string(PathBuf::from(path)).map(|text| text.trim().to_string());
+    let boot = read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let name = read("/proc/sys/kernel/hostname").unwrap_or_else(|_| "localhost".into());
+    format!("{name}/{boot}")
+}
+
+fn default_node_name() -> Result<NodeName, Failure> {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    NodeName::new(name.trim()).map_err(|error| Failure::request(format!("{error}; name this node with --node")))
+}

@@ -1,0 +1,245 @@
+//! The machine's edges: what can happen to it and what it wants done.
+//!
+//! Events are checked by the services before they get here; actions are performed by the driver in the order given.
+
+use std::sync::Arc;
+
+use proto::event::JobEvent;
+use proto::ids::{JobName, NodeName, Step};
+use proto::spec::JobSpec;
+use proto::wire::coordinator_message::Body;
+use proto::wire::{JobStatus, StepReport, SubmitMode};
+
+use super::commit::{ReceiptEntry, ReceiptName};
+use super::ledger::{Checkpoint, Entry, Ledger};
+use super::members::{Connection, Worker};
+
+/// Names a request of an operator, to be answered once.
+pub type RequestId = u64;
+
+/// Something that happened.
+#[derive(Debug)]
+pub enum Event {
+    /// A job was found in the store at start.
+    Loaded {
+        /// The job.
+        job: JobName,
+        /// The fold of its chain.
+        ledger: Box<Ledger>,
+    },
+    /// An agent opened a stream.
+    Attached {
+        /// Its node.
+        node: NodeName,
+        /// One life of the agent.
+        incarnation: String,
+        /// The stream.
+        connection: Connection,
+        /// How many workers it can run.
+        slots: u32,
+        /// Its workers.
+        workers: Vec<Worker>,
+        /// The highest epoch it has obeyed.
+        epoch: u64,
+    },
+    /// An agent reported.
+    Report {
+        /// Its node.
+        node: NodeName,
+        /// The stream.
+        connection: Connection,
+        /// Its workers.
+        workers: Vec<Worker>,
+        /// The highest epoch it has obeyed.
+        epoch: u64,
+    },
+    /// An agent's stream closed.
+    Detached {
+        /// Its node.
+        node: NodeName,
+        /// The stream.
+        connection: Connection,
+    },
+    /// A step was finished.
+    Stepped {
+        /// The job.
+        job: JobName,
+        /// Loss and rate.
+        report: StepReport,
+    },
+    /// A shard is durable; `entry.arrived` is set by the machine.
+    Receipt {
+        /// The job.
+        job: JobName,
+        /// Which receipt.
+        name: ReceiptName,
+        /// Its content.
+        entry: ReceiptEntry,
+    },
+    /// A rank skipped a stored checkpoint.
+    Skipped {
+        /// The job.
+        job: JobName,
+        /// Which one.
+        name: ReceiptName,
+    },
+    /// A store operation ended.
+    Stored {
+        /// The job.
+        job: JobName,
+        /// How.
+        outcome: Outcome,
+    },
+    /// An operator asks.
+    Asked {
+        /// To answer by.
+        request: RequestId,
+        /// What.
+        ask: Ask,
+    },
+    /// Time passed.
+    Tick,
+}
+
+/// How a store operation ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The record is in the chain, or the collection is done.
+    Done,
+    /// The checkpoint is committed.
+    Committed(Box<Checkpoint>),
+    /// It did not work but may later.
+    Failed(String),
+    /// It can never work: these receipts make no checkpoint.
+    Impossible(String),
+    /// Someone else wrote to the chain: this coordinator no longer leads.
+    Lost(String),
+}
+
+/// A request of an operator.
+#[derive(Debug)]
+pub enum Ask {
+    /// Run a job.
+    Submit {
+        /// What is asked; valid.
+        spec: Box<JobSpec>,
+        /// What if the store holds it already.
+        mode: SubmitMode,
+        /// Pause after this step.
+        stop_at: Option<Step>,
+    },
+    /// All jobs.
+    List,
+    /// One job.
+    Status(JobName),
+    /// At most this many workers.
+    Scale(JobName, u32),
+    /// Save and stop.
+    Pause(JobName),
+    /// Go on.
+    Resume(JobName),
+    /// End for good.
+    Cancel(JobName),
+}
+
+/// An answer to a request.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Answer {
+    /// The job is taken, or had already finished.
+    Submitted {
+        /// Nothing was started.
+        finished: bool,
+    },
+    /// One job.
+    Status(Box<JobStatus>),
+    /// All jobs.
+    List(Vec<JobStatus>),
+}
+
+/// Why a request is refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    /// The request is wrong in itself.
+    Invalid(String),
+    /// The job is not in a state for it.
+    Precondition(String),
+    /// No such job.
+    NotFound(String),
+    /// The data it needs is corrupt or missing.
+    DataLoss(String),
+    /// Try again.
+    Unavailable(String),
+}
+
+/// An operation on a job's part of the store. At most one per job is under way.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Operation {
+    /// Append a record to the chain.
+    Append(Entry),
+    /// Write the manifest of this complete set and append its commit record.
+    Commit {
+        /// The step.
+        step: Step,
+        /// The specification in force.
+        generation: proto::ids::Generation,
+        /// All ranks' receipts, in rank order.
+        receipts: Vec<Arc<[u8]>>,
+    },
+    /// Collect what retention no longer keeps.
+    Retain {
+        /// How many of the newest checkpoints stay.
+        keep_last: usize,
+    },
+}
+
+/// Something to be done.
+#[derive(Debug)]
+pub enum Action {
+    /// Tell an agent.
+    Send {
+        /// Its node.
+        node: NodeName,
+        /// Its stream.
+        connection: Connection,
+        /// What.
+        body: Body,
+    },
+    /// Work on a job's part of the store and report `Stored`.
+    Store {
+        /// The job.
+        job: JobName,
+        /// What.
+        operation: Operation,
+    },
+    /// Tell the job's watchers.
+    Publish {
+        /// The job.
+        job: JobName,
+        /// What.
+        event: JobEvent,
+    },
+    /// Watchers from now on see only what follows.
+    Reopen {
+        /// The job.
+        job: JobName,
+    },
+    /// Answer an operator.
+    Reply {
+        /// The request.
+        request: RequestId,
+        /// The answer.
+        answer: Result<Answer, Refusal>,
+    },
+    /// A decision and its reason.
+    Log {
+        /// The job, if it is about one.
+        job: Option<JobName>,
+        /// In words.
+        text: String,
+    },
+    /// Stop acting: another coordinator leads.
+    StepDown {
+        /// How that is known.
+        reason: String,
+    },
+}

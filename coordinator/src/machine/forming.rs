@@ -1,0 +1,194 @@
+//! Forming a generation: from wanted workers to a membership worth persisting.
+//!
+//! A generation forms when every wanted worker is ready. If some never come, it forms with those that did, as long as
+//! they are enough. Workers whose arithmetic would give other bits are refused with the difference named, and other
+//! data than the job began with ends it: both would break the promise that the weights are a function of spec and data.
+
+use proto::ids::{NodeName, WorkerId};
+use proto::spec::Reduction;
+use proto::wire::{FailureKind, WorkerPhase};
+
+use super::job::{Context, Job, Verdict};
+use super::ledger::{Entry, Member, Membership};
+use super::members::Worker;
+use super::schedule::total;
+
+/// How long the nodes must be unchanged before a running job is stopped to grow.
+const STABLE: std::time::Duration = std::time::Duration::from_secs(3);
+
+impl Job {
+    /// Judges workers that end before they are in a generation, and those that would not fit one.
+    pub(super) fn inspect(&mut self, cx: &mut Context<'_>) {
+        let reported: Vec<(NodeName, Worker)> = cx
+            .members
+            .iter()
+            .flat_map(|(node, agent)| agent.of(&self.name).map(|worker| (node.clone(), worker.clone())))
+            .collect();
+        self.excused.retain(|id| reported.iter().any(|(_, worker)| worker.id == *id));
+        self.excuse_surplus(&reported);
+        for (node, worker) in &reported {
+            match worker.phase {
+                WorkerPhase::Exited | WorkerPhase::Failed => self.mourn(cx, worker),
+                WorkerPhase::Ready => self.compare(cx, node, worker),
+                _ => {}
+            }
+        }
+        if !self.refused.is_empty() && cx.members.iter().all(|(node, _)| self.refused.contains_key(node)) {
+            let reasons: Vec<_> = self.refused.values().cloned().collect();
+            self.verdict.get_or_insert(Verdict { reason: reasons.join("; "), code: 2 });
+        }
+    }
+
+    /// Where more workers live than are wanted, the agent ends some: their end is no failure.
+    fn excuse_surplus(&mut self, reported: &[(NodeName, Worker)]) {
+        for (node, worker) in reported {
+            let wanted = self.want.get(node).copied().unwrap_or(0) as usize;
+            let alive = reported.iter().filter(|(on, w)| on == node && w.phase != WorkerPhase::Exited).count();
+            if alive > wanted && worker.phase != WorkerPhase::Exited {
+                self.excused.insert(worker.id);
+            }
+        }
+    }
+
+    /// A worker ended or failed outside any live generation.
+    fn mourn(&mut self, cx: &mut Context<'_>, worker: &Worker) {
+        let of_live = self.live.as_ref().is_some_and(|live| live.has(worker.id));
+        if of_live || !self.excused.insert(worker.id) || worker.place.is_some() {
+            return;
+        }
+        let failure = worker.failure.clone();
+        let kind = failure.as_ref().map_or(FailureKind::Exit, |failure| failure.kind);
+        let reason = failure.map_or_else(|| "a worker ended while it prepared".to_string(), |failure| failure.reason);
+        if self.live.is_none() || matches!(kind, FailureKind::Fatal | FailureKind::Input) {
+            self.trouble(cx, kind, None, reason);
+        }
+    }
+
+    /// Checks a ready worker's arithmetic and data against the job's.
+    fn compare(&mut self, cx: &mut Context<'_>, node: &NodeName, worker: &Worker) {
+        let exact = self.ledger.spec.training.reduction == Reduction::Exact;
+        if let Some(wanted) = self.ledger.identity.as_ref().filter(|wanted| exact && **wanted != worker.identity) {
+            let reason = format!(
+                "node {node} computes with {:?}, but the job was begun with {wanted:?}, and exact mode needs the same",
+                worker.identity
+            );
+            if self.refused.insert(node.clone(), reason.clone()).is_none() {
+                cx.log(&self.name, format!("refused: {reason}"));
+            }
+        }
+        if let Some(wanted) = self.ledger.fingerprint.as_ref().filter(|wanted| **wanted != worker.fingerprint) {
+            let reason = format!(
+                "the data on node {node} (fingerprint {}) are not what the job was begun with (fingerprint {wanted}): \
+                 restore the data of data.train and data.validation, or start over with --fresh",
+                worker.fingerprint
+            );
+            self.verdict.get_or_insert(Verdict { reason, code: 2 });
+        }
+    }
+
+    /// The membership to persist next, if the wanted workers are there (or have had their time).
+    pub(super) fn form(&mut self, cx: &mut Context<'_>) -> Option<Entry> {
+        let late = cx.now.saturating_sub(self.since).as_secs_f64() > self.ledger.spec.fault.restart;
+        let mut complete = true;
+        let mut chosen: Vec<(NodeName, Worker)> = Vec::new();
+        for (node, &wanted) in &self.want {
+            let Some(agent) = cx.members.get(node).filter(|agent| agent.connection.is_some()) else {
+                complete = false;
+                continue;
+            };
+            let alive = agent.of(&self.name).filter(|worker| worker.phase != WorkerPhase::Exited).count();
+            let mut ready: Vec<_> = agent.of(&self.name).filter(|worker| worker.phase == WorkerPhase::Ready).collect();
+            complete &= alive == wanted as usize && ready.len() == alive;
+            ready.truncate(wanted as usize);
+            chosen.extend(ready.into_iter().map(|worker| (node.clone(), worker.clone())));
+        }
+        let enough = chosen.len() >= self.ledger.spec.resources.workers.min as usize;
+        if !complete && !late {
+            return None;
+        }
+        if !enough || chosen.is_empty() {
+            self.since = cx.now;
+            let limit = self.ledger.spec.fault.restart;
+            let reason = format!("only {} of {} workers were ready within {limit} s", chosen.len(), total(&self.want));
+            self.trouble(cx, FailureKind::Transient, None, reason);
+            return None;
+        }
+        self.agree(cx, chosen)
+    }
+
+    /// Makes a membership of ready workers, if they agree on arithmetic and data.
+    fn agree(&mut self, cx: &mut Context<'_>, chosen: Vec<(NodeName, Worker)>) -> Option<Entry> {
+        let (first_node, first) = chosen.first().cloned()?;
+        let exact = self.ledger.spec.training.reduction == Reduction::Exact;
+        for (node, worker) in &chosen {
+            if worker.fingerprint != first.fingerprint {
+                let reason = format!(
+                    "the data on node {node} (fingerprint {}) differ from those on node {first_node} (fingerprint {}): \
+                     give all nodes the same data.train and data.validation",
+                    worker.fingerprint, first.fingerprint
+                );
+                self.verdict = Some(Verdict { reason, code: 2 });
+                return None;
+            }
+            if exact && worker.identity != first.identity {
+                let reason = format!(
+                    "node {node} computes with {:?}, node {first_node} with {:?}, and exact mode needs the same",
+                    worker.identity, first.identity
+                );
+                cx.log(&self.name, format!("refused: {reason}"));
+                self.refused.insert(node.clone(), reason);
+                return None;
+            }
+        }
+        let Some(generation) = self.ledger.generation.next() else {
+            self.verdict = Some(Verdict { reason: "the generation numbers are used up".into(), code: 3 });
+            return None;
+        };
+        let member = |(node, worker): (NodeName, Worker)| Member { node, worker: worker.id, address: worker.ring_address };
+        Some(Entry::Generation(Box::new(Membership {
+            generation,
+            members: chosen.into_iter().map(member).collect(),
+            start: self.ledger.newest().cloned(),
+            identity: self.ledger.identity.clone().unwrap_or(first.identity),
+            fingerprint: first.fingerprint,
+        })))
+    }
+
+    /// Stops a running generation if the job should have another size and could have it at once.
+    pub(super) fn reshape(&mut self, cx: &mut Context<'_>) {
+        let Some(live) = self.live.as_ref().filter(|live| live.joined() && !live.stop && !live.adopting()) else {
+            return;
+        };
+        let world = live.membership.members.len() as u32;
+        let most = self.ledger.spec.resources.workers.max;
+        let wanted = total(&self.want);
+        let spares_ready = || {
+            self.want.iter().all(|(node, &wanted)| {
+                let is_spare = |worker: &&Worker| worker.phase == WorkerPhase::Ready && !live.has(worker.id);
+                let spares = cx.members.get(node).map_or(0, |agent| agent.of(&self.name).filter(is_spare).count());
+                spares as u32 + live.members_on(node) >= wanted
+            })
+        };
+        let why = if world > most {
+            format!("shrinking from {world} to {most} workers")
+        } else if wanted > world && cx.members.stable_for(cx.now) >= STABLE && spares_ready() {
+            format!("growing from {world} to {wanted} workers")
+        } else {
+            return;
+        };
+        cx.log(&self.name, format!("{why}: stopping generation {} with a checkpoint", live.generation()));
+        if let Some(live) = self.live.as_mut() {
+            live.stop = true;
+        }
+    }
+
+    /// Forgets that a node did not fit: another agent lives there now.
+    pub(super) fn pardon(&mut self, node: &NodeName) {
+        self.refused.remove(node);
+    }
+
+    /// Workers whose end needs no further mention.
+    pub(super) fn excuse(&mut self, workers: impl IntoIterator<Item = WorkerId>) {
+        self.excused.extend(workers);
+    }
+}

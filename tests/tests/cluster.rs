@@ -1,0 +1,175 @@
+//! The parts started by hand: a coordinator, two agents, a submitted job.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tests::job::Job;
+use tests::run::{LIMIT, Run, cairn, undisturbed};
+
+/// A part started by hand; killed when the test is done with it.
+struct Part(Child);
+
+impl Part {
+    fn start(words: &[&str]) -> Self {
+        let child = Command::new(tests::cairn()).args(words).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+        Self(child.expect("cairn starts"))
+    }
+
+    fn kill(mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+struct Cluster {
+    address: String,
+    token: String,
+    store: String,
+}
+
+impl Cluster {
+    fn new(job: &Job) -> Self {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
+        let path = |name: &str| job.folder().join(name).display().to_string();
+        Self { address: format!("127.0.0.1:{port}"), token: path("token"), store: path("cairn-store") }
+    }
+
+    fn coordinator(&self) -> Part {
+        let words =
+            ["coordinator", "--store", &self.store, "--listen", &self.address, "--token-file", &self.token];
+        let part = Part::start(&words);
+        let deadline = Instant::now() + LIMIT;
+        while self.call(&["jobs"]).code != Some(0) {
+            assert!(Instant::now() < deadline, "the coordinator does not answer");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        part
+    }
+
+    fn agent(&self, node: &str) -> Part {
+        let words = ["agent", "--coordinator", &self.address, "--token-file", &self.token, "--node", node];
+        Part::start(&[&words[..], &["--slots", "2"]].concat())
+    }
+
+    fn words<'a>(&'a self, words: &[&'a str]) -> Vec<&'a str> {
+        let mut all = words.to_vec();
+        all.extend(["--coordinator", &self.address, "--token-file", &self.token, "--output", "json"]);
+        all
+    }
+
+    fn call(&self, words: &[&str]) -> tests::run::Outcome {
+        cairn(&self.words(words))
+    }
+}
+
+#[test]
+fn two_agents_run_a_submitted_job_and_one_may_die() {
+    let expected = undisturbed();
+    let job = Job::new();
+    let cluster = Cluster::new(&job);
+    let _coordinator = cluster.coordinator();
+    let (_a, b) = (cluster.agent("a"), cluster.agent("b"));
+    let file = job.file().display().to_string();
+    // Both agents take part: the job wants all four slots.
+    let set = ["--set", "resources.workers={ min = 4, max = 4 }"];
+    let submitted = cluster.call(&[&["submit", &file][..], &set].concat());
+    assert_eq!(submitted.code, Some(0), "{}", submitted.stderr);
+    let outcome = Run::start(&cluster.words(&["watch", "t"])).finish();
+    assert_eq!(outcome.digest(), expected);
+
+    // Again, and this time one of the two nodes dies for good.
+    let set = ["--fresh", "--set", "resources.workers=4"];
+    assert_eq!(cluster.call(&[&["submit", &file][..], &set].concat()).code, Some(0));
+    let mut watch = Run::start(&cluster.words(&["watch", "t"]));
+    watch.wait_for_step(6);
+    b.kill();
+    let outcome = watch.finish();
+    assert_eq!(outcome.digest(), expected);
+    let sizes: Vec<_> = outcome.of("generation").iter().filter_map(|event| event["world_size"].as_u64()).collect();
+    assert_eq!(sizes.last(), Some(&2), "the world shrank to the node that is left: {sizes:?}");
+    let status = cluster.call(&["status", "t"]);
+    assert_eq!(status.events[0]["state"], "finished", "{status:?}");
+}
+
+#[test]
+fn a_restarted_coordinator_carries_on_with_the_jobs_it_finds() {
+    let expected = undisturbed();
+    let job = Job::new();
+    let cluster = Cluster::new(&job);
+    let first = cluster.coordinator();
+    let file = job.file().display().to_string();
+    // Handed in while there is nobody to run it.
+    assert_eq!(cluster.call(&["submit", &file]).code, Some(0));
+    first.kill();
+    let _second = cluster.coordinator();
+    let _agent = cluster.agent("a");
+    let outcome = Run::start(&cluster.words(&["watch", "t"])).finish();
+    assert_eq!(outcome.digest(), expected);
+}
+
+#[test]
+fn pause_resume_and_cancel() {
+    let expected = undisturbed();
+    let job = Job::new();
+    let cluster = Cluster::new(&job);
+    let _coordinator = cluster.coordinator();
+    let _agent = cluster.agent("a");
+    let file = job.file().display().to_string();
+    assert_eq!(cluster.call(&["submit", &file, "--workers", "2"]).code, Some(0));
+    let mut watch = Run::start(&cluster.words(&["watch", "t"]));
+    watch.wait_for_step(4);
+    let paused = cluster.call(&["pause", "t"]);
+    assert_eq!(paused.events[0]["state"], "paused", "{paused:?}");
+    assert_eq!(watch.finish().code, Some(0));
+    let resumed = cluster.call(&["resume", "t"]);
+    assert_eq!(resumed.code, Some(0), "{}", resumed.stderr);
+    let outcome = Run::start(&cluster.words(&["watch", "t"])).finish();
+    assert_eq!(outcome.digest(), expected);
+
+    let long = ["--fresh", "--set", "training.steps=100000"];
+    assert_eq!(cluster.call(&[&["submit", &file][..], &long].concat()).code, Some(0));
+    let mut watch = Run::start(&cluster.words(&["watch", "t"]));
+    watch.wait_for_step(2);
+    assert_eq!(cluster.call(&["cancel", "t"]).code, Some(0));
+    watch.wait_for("cancelled", |_| true);
+}
+
+#[test]
+fn nobody_gets_in_without_the_token() {
+    let job = Job::new();
+    let cluster = Cluster::new(&job);
+    let _coordinator = cluster.coordinator();
+    let other = job.folder().join("other");
+    std::fs::write(&other, format!("{}\n", "ab".repeat(32))).expect("written");
+    let other = other.display().to_string();
+    let words = ["jobs", "--coordinator", &cluster.address, "--token-file", &other];
+    let open = cairn(&words);
+    assert_eq!(open.code, Some(2));
+    assert!(open.stderr.contains("chmod 600"), "{}", open.stderr);
+    assert!(Command::new("chmod").args(["600", &other]).status().expect("chmod runs").success());
+    let wrong = cairn(&words);
+    assert_eq!(wrong.code, Some(2));
+    assert!(wrong.stderr.contains("token"), "{}", wrong.stderr);
+}
+
+#[test]
+fn a_second_coordinator_is_refused_while_the_first_lives() {
+    let job = Job::new();
+    let cluster = Cluster::new(&job);
+    let _first = cluster.coordinator();
+    let second = cairn(&[
+        "coordinator", "--store", &cluster.store, "--listen", "127.0.0.1:0", "--token-file", &cluster.token,
+    ]);
+    assert_eq!(second.code, Some(2), "{}", second.stderr);
+    assert!(second.stderr.contains(&cluster.address), "{}", second.stderr);
+    let train = Run::train(&job, &[]).finish();
+    assert_eq!(train.code, Some(2), "{}", train.stderr);
+    assert!(train.stderr.contains(&cluster.address), "{}", train.stderr);
+}

@@ -1,0 +1,47 @@
+//! P1: the trained weights do not depend on how many workers or threads computed them.
+
+use tests::job::Job;
+use tests::run::Run;
+
+#[test]
+fn one_two_three_and_five_workers_train_the_same_bits() {
+    let reference = Run::train(&Job::new(), &["--workers", "1"]).finish();
+    let digest = reference.digest();
+    let losses = reference.losses();
+    assert_eq!(losses.len() as u64, Job::STEPS);
+    for workers in ["2", "3", "5"] {
+        let outcome = Run::train(&Job::new(), &["--workers", workers]).finish();
+        assert_eq!(outcome.digest(), digest, "{workers} workers");
+        assert_eq!(outcome.losses(), losses, "{workers} workers");
+        assert_eq!(outcome.of("validation"), reference.of("validation"), "{workers} workers");
+    }
+}
+
+#[test]
+fn the_number_of_threads_does_not_matter() {
+    let digests: Vec<String> = ["1", "2", "3"]
+        .iter()
+        .map(|threads| {
+            let set = format!("resources.threads={threads}");
+            Run::train(&Job::new(), &["--workers", "2", "--set", &set]).finish().digest()
+        })
+        .collect();
+    assert_eq!(digests[0], digests[1]);
+    assert_eq!(digests[0], digests[2]);
+}
+
+#[test]
+fn training_learns() {
+    let outcome = Run::train(&Job::new(), &["--workers", "2"]).finish();
+    let losses: Vec<f64> = outcome.of("validation").iter().filter_map(|event| event["loss"].as_f64()).collect();
+    assert!(losses.len() >= 3, "{losses:?}");
+    // ln(256) = 5.55 is a model that knows nothing.
+    assert!(losses[losses.len() - 1] < 3.9 && losses[losses.len() - 1] < losses[0], "{losses:?}");
+}
+
+#[test]
+fn another_seed_is_another_model() {
+    let one = Run::train(&Job::new(), &["--workers", "2"]).finish().digest();
+    let two = Run::train(&Job::new(), &["--workers", "2", "--set", "training.seed=8"]).finish().digest();
+    assert_ne!(one, two);
+}

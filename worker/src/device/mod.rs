@@ -1,0 +1,323 @@
+//! The device: the numeric operations a training step is made of.
+//!
+//! The model is written once over [`Device`]; an implementation supplies memory and kernels. Operations are as coarse
+//! as a kernel on any device would be, work on buffers allocated once, and return no partial results. All matrices are
+//! row-major. A *token row* is one position of one sequence: a micro-batch of B sequences of T tokens has B·T rows.
+//!
+//! Every implementation must keep P1: the bits of a result depend on the operation's shapes and operands only, never
+//! on thread count or timing. Different device kinds may give different bits; [`Device::numeric_identity`] says which
+//! arithmetic this one is.
+
+pub mod cpu;
+
+use crate::exact::GradientFault;
+use crate::optimizer::AdamwScalars;
+
+/// What can go wrong on a device.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The device has no room for a buffer.
+    #[error("the device cannot allocate {bytes} bytes for {what}; use a smaller micro_batch or sequence_length")]
+    OutOfMemory {
+        /// Size asked for.
+        bytes: usize,
+        /// What it was for.
+        what: &'static str,
+    },
+    /// The worker threads could not be started.
+    #[error("cannot start {threads} compute threads")]
+    Threads {
+        /// Threads asked for.
+        threads: usize,
+        /// The cause.
+        #[source]
+        source: rayon::ThreadPoolBuildError,
+    },
+}
+
+/// The result of a device operation.
+pub type DeviceResult<T = ()> = Result<T, DeviceError>;
+
+/// A place in a buffer to read from: the buffer and the first element.
+#[derive(Debug)]
+pub struct Part<'a, B>(pub &'a B, pub usize);
+
+/// A place in a buffer to write to: the buffer and the first element.
+#[derive(Debug)]
+pub struct PartMut<'a, B>(pub &'a mut B, pub usize);
+
+/// Which operand of a product is transposed. `C` is always `m × n`, the inner dimension is `k`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Product {
+    /// `C = A·B`, A is `m × k`, B is `k × n`: the gradient of a layer's input.
+    NN,
+    /// `C = A·Bᵀ`, A is `m × k`, B is `n × k`: a layer's output from its weights.
+    NT,
+    /// `C = Aᵀ·B`, A is `k × m`, B is `k × n`: the gradient of a layer's weights.
+    TN,
+}
+
+/// The shape of a matrix product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MatmulShape {
+    /// Rows of C.
+    pub m: usize,
+    /// Columns of C.
+    pub n: usize,
+    /// Length of the sums.
+    pub k: usize,
+}
+
+/// Whether an operation overwrites its output or adds to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Write {
+    /// The output's old value is not read.
+    Replace,
+    /// The result is added to the output.
+    Add,
+}
+
+/// The shape of causal attention. Rows of the query-key-value matrix are `[q heads | k heads | v heads]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionShape {
+    /// Sequences.
+    pub batch: usize,
+    /// Tokens of a sequence.
+    pub sequence: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`, query head `h` uses key head `h / (heads / kv_heads)`.
+    pub kv_heads: usize,
+    /// Width of a head; even.
+    pub head_dim: usize,
+}
+
+impl AttentionShape {
+    /// Width of a row of the query-key-value matrix.
+    pub fn row(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    /// Width of a row of the output.
+    pub fn output_row(&self) -> usize {
+        self.heads * self.head_dim
+    }
+}
+
+/// One kind of device. See the module's text for what every implementation promises.
+pub trait Device: Send + Sync + Sized {
+    /// Float32 memory.
+    type Buffer: Send + Sync;
+    /// Signed 64-bit memory: exact gradient sums.
+    type Sums: Send + Sync;
+    /// Token ids.
+    type Tokens: Send + Sync;
+
+    /// Names the arithmetic: instruction set, kernel and library versions. Equal strings, equal bits.
+    fn numeric_identity(&self) -> String;
+
+    /// Runs `work` with the device's threads or context at hand, so that the operations inside start faster.
+    fn enter<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R;
+
+    /// Zeroed float32 memory; `what` names it in errors.
+    fn allocate(&self, elements: usize, what: &'static str) -> DeviceResult<Self::Buffer>;
+    /// Zeroed 64-bit memory.
+    fn allocate_sums(&self, elements: usize) -> DeviceResult<Self::Sums>;
+    /// Memory for token ids.
+    fn allocate_tokens(&self, elements: usize) -> DeviceResult<Self::Tokens>;
+
+    /// Copies host values to the device.
+    fn upload(&self, from: &[f32], to: PartMut<'_, Self::Buffer>) -> DeviceResult;
+    /// Copies device values to the host, after all operations before it.
+    fn download(&self, from: Part<'_, Self::Buffer>, to: &mut [f32]) -> DeviceResult;
+    /// Copies token ids to the device; ids must be below the vocabulary size.
+    fn upload_tokens(&self, from: &[u32], to: &mut Self::Tokens) -> DeviceResult;
+    /// Sets `elements` elements to zero.
+    fn zero(&self, elements: usize, to: PartMut<'_, Self::Buffer>) -> DeviceResult;
+    /// `y += alpha·x`.
+    fn axpy(
+        &self,
+        elements: usize,
+        alpha: f32,
+        x: Part<'_, Self::Buffer>,
+        y: PartMut<'_, Self::Buffer>,
+    ) -> DeviceResult;
+
+    /// A matrix product.
+    fn matmul(
+        &self,
+        product: Product,
+        shape: MatmulShape,
+        a: Part<'_, Self::Buffer>,
+        b: Part<'_, Self::Buffer>,
+        write: Write,
+        c: PartMut<'_, Self::Buffer>,
+    ) -> DeviceResult;
+
+    /// `out[i] = table[tokens[i]]`, rows of `width`.
+    fn embedding_forward(
+        &self,
+        width: usize,
+        rows: usize,
+        tokens: &Self::Tokens,
+        table: Part<'_, Self::Buffer>,
+        out: &mut Self::Buffer,
+    ) -> DeviceResult;
+    /// `d_table[tokens[i]] += d_out[i]`, in row order.
+    fn embedding_backward(
+        &self,
+        width: usize,
+        rows: usize,
+        tokens: &Self::Tokens,
+        d_out: &Self::Buffer,
+        d_table: PartMut<'_, Self::Buffer>,
+    ) -> DeviceResult;
+
+    /// Residual addition and RMSNorm (Zhang and Sennrich, 2019) in one pass:
+    /// `sum = x + delta` (or `x` itself where `delta` is absent: then `sum` is not written), `scale = 1/√(mean(sum²)+ε)`
+    /// per row, `normed = sum·scale·weight`.
+    #[allow(clippy::too_many_arguments)]
+    fn rmsnorm_forward(
+        &self,
+        norm: NormShape,
+        x: &Self::Buffer,
+        delta: Option<(&Self::Buffer, &mut Self::Buffer)>,
+        weight: Part<'_, Self::Buffer>,
+        normed: &mut Self::Buffer,
+        scale: &mut Self::Buffer,
+    ) -> DeviceResult;
+    /// The backward of [`Device::rmsnorm_forward`]: `d_x` gets (or is increased by) the gradient of `x`; the gain's
+    /// gradient replaces `d_weight`. `workspace` holds [`Device::norm_workspace`] elements.
+    #[allow(clippy::too_many_arguments)]
+    fn rmsnorm_backward(
+        &self,
+        norm: NormShape,
+        x: &Self::Buffer,
+        scale: &Self::Buffer,
+        weight: Part<'_, Self::Buffer>,
+        d_normed: &Self::Buffer,
+        write: Write,
+        d_x: &mut Self::Buffer,
+        d_weight: PartMut<'_, Self::Buffer>,
+        workspace: &mut Self::Buffer,
+    ) -> DeviceResult;
+    /// Elements of workspace a norm's backward needs.
+    fn norm_workspace(&self, norm: NormShape) -> usize;
+
+    /// Rotates queries and keys in place (Su et al., 2021), in the half-split layout of Hugging Face: element `i` of a
+    /// head pairs with `i + head_dim/2`. `table` holds, for each position, `head_dim/2` cosines then as many sines.
+    /// `inverse` rotates back, which is the backward.
+    fn rope(
+        &self,
+        shape: AttentionShape,
+        inverse: bool,
+        table: &Self::Buffer,
+        qkv: &mut Self::Buffer,
+    ) -> DeviceResult;
+
+    /// Causal softmax attention, scaled by `1/√head_dim`; also stores the log of each row's sum of exponentials,
+    /// `[batch, heads, sequence]`.
+    fn attention_forward(
+        &self,
+        shape: AttentionShape,
+        qkv: &Self::Buffer,
+        out: &mut Self::Buffer,
+        log_sum: &mut Self::Buffer,
+        workspace: &mut Self::Buffer,
+    ) -> DeviceResult;
+    /// The backward of [`Device::attention_forward`]; probabilities are computed again from `log_sum`.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_backward(
+        &self,
+        shape: AttentionShape,
+        qkv: &Self::Buffer,
+        out: &Self::Buffer,
+        log_sum: &Self::Buffer,
+        d_out: &Self::Buffer,
+        d_qkv: &mut Self::Buffer,
+        workspace: &mut Self::Buffer,
+    ) -> DeviceResult;
+    /// Elements of workspace attention needs, forward and backward.
+    fn attention_workspace(&self, shape: AttentionShape) -> usize;
+
+    /// `act = silu(gate)·up` with rows `[gate | up]` of twice `width` (Shazeer, 2020).
+    fn swiglu_forward(
+        &self,
+        width: usize,
+        rows: usize,
+        gate_up: &Self::Buffer,
+        act: &mut Self::Buffer,
+    ) -> DeviceResult;
+    /// The backward, in place: `gate_up` becomes its own gradient, and `d_act` becomes `act` again (which the gradient
+    /// of the next matrix needs, and which is cheaper to compute than to keep).
+    fn swiglu_backward(
+        &self,
+        width: usize,
+        rows: usize,
+        gate_up: &mut Self::Buffer,
+        d_act: &mut Self::Buffer,
+    ) -> DeviceResult;
+
+    /// Softmax cross-entropy of `rows` rows of logits against `targets[first..]`. Returns the losses' sum, added in
+    /// float64 in row order. With `gradient = Some(scale)`, logits become `scale·(softmax − one-hot)`.
+    fn cross_entropy(
+        &self,
+        vocabulary: usize,
+        rows: usize,
+        targets: &Self::Tokens,
+        first: usize,
+        gradient: Option<f32>,
+        logits: &mut Self::Buffer,
+    ) -> DeviceResult<f64>;
+
+    /// Rounds `elements` gradients onto the exact grid and writes or adds them to `sums`. Every rounded value must be
+    /// finite and at most `limit` in magnitude; otherwise the first that is not is returned and `sums` is not to be
+    /// used. See [`crate::exact`].
+    fn accumulate_exact(
+        &self,
+        elements: usize,
+        gradient: &Self::Buffer,
+        limit: i64,
+        write: Write,
+        sums: &mut Self::Sums,
+    ) -> DeviceResult<Option<GradientFault>>;
+    /// `gradient[i] = sums[at + i]·scale`, from float64.
+    fn gradient_from_sums(
+        &self,
+        elements: usize,
+        scale: f64,
+        sums: &Self::Sums,
+        at: usize,
+        gradient: &mut Self::Buffer,
+    ) -> DeviceResult;
+    /// The sum of squares of each block of `block` elements (the last may be short), in float64, in a fixed order.
+    fn block_square_sums(
+        &self,
+        elements: usize,
+        block: usize,
+        gradient: &Self::Buffer,
+        out: &mut [f64],
+    ) -> DeviceResult;
+    /// One AdamW update of `elements` elements.
+    fn adamw(
+        &self,
+        elements: usize,
+        scalars: &AdamwScalars,
+        decay: bool,
+        parameters: PartMut<'_, Self::Buffer>,
+        exp_avg: PartMut<'_, Self::Buffer>,
+        exp_avg_sq: PartMut<'_, Self::Buffer>,
+        gradient: Part<'_, Self::Buffer>,
+    ) -> DeviceResult;
+}
+
+/// The shape of a norm.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NormShape {
+    /// Token rows.
+    pub rows: usize,
+    /// Elements of a row.
+    pub width: usize,
+    /// Added to the mean square.
+    pub epsilon: f32,
+}
