@@ -1,1 +1,3 @@
-//! placeholder while the room is built
+//! Control plane: pure machine, driver, gRPC edge.
+pub mod machine;
+mod watch;

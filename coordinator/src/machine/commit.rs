@@ -103,6 +103,11 @@ impl Gathering {
         Some((self.generation, *step, set.values().cloned().collect()))
     }
 
+    /// The receipts of a step so far, in rank order.
+    pub fn receipts(&self, step: Step) -> Vec<ReceiptEntry> {
+        self.sets.get(&step).map(|set| set.values().cloned().collect()).unwrap_or_default()
+    }
+
     /// A step is committed: answers owed for it and for older, incomplete ones.
     pub fn committed(&mut self, step: Step) -> Vec<Settlement> {
         self.committed.insert(step);

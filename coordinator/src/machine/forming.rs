@@ -28,12 +28,12 @@ impl Job {
         self.excuse_surplus(&reported);
         for (node, worker) in &reported {
             match worker.phase {
-                WorkerPhase::Exited | WorkerPhase::Failed => self.mourn(cx, worker),
+                WorkerPhase::Exited | WorkerPhase::Failed => self.mourn(cx, node, worker),
                 WorkerPhase::Ready => self.compare(cx, node, worker),
                 _ => {}
             }
         }
-        if !self.refused.is_empty() && cx.members.iter().all(|(node, _)| self.refused.contains_key(node)) {
+        if self.live.is_none() && !self.refused.is_empty() && cx.members.any() && cx.members.iter().all(|(node, _)| self.refused.contains_key(node)) {
             let reasons: Vec<_> = self.refused.values().cloned().collect();
             self.verdict.get_or_insert(Verdict { reason: reasons.join("; "), code: 2 });
         }
@@ -51,7 +51,7 @@ impl Job {
     }
 
     /// A worker ended or failed outside any live generation.
-    fn mourn(&mut self, cx: &mut Context<'_>, worker: &Worker) {
+    fn mourn(&mut self, cx: &mut Context<'_>, node: &NodeName, worker: &Worker) {
         let of_live = self.live.as_ref().is_some_and(|live| live.has(worker.id));
         if of_live || !self.excused.insert(worker.id) || worker.place.is_some() {
             return;
@@ -59,8 +59,17 @@ impl Job {
         let failure = worker.failure.clone();
         let kind = failure.as_ref().map_or(FailureKind::Exit, |failure| failure.kind);
         let reason = failure.map_or_else(|| "a worker ended while it prepared".to_string(), |failure| failure.reason);
-        if self.live.is_none() || matches!(kind, FailureKind::Fatal | FailureKind::Input) {
+        if self.live.is_none() {
             self.trouble(cx, kind, None, reason);
+        } else if matches!(kind, FailureKind::Fatal | FailureKind::Input) {
+            // A spare that cannot work must not end a job that does.
+            self.refuse(cx, node, format!("node {node}: {reason}"));
+        }
+    }
+
+    fn refuse(&mut self, cx: &mut Context<'_>, node: &NodeName, reason: String) {
+        if self.refused.insert(node.clone(), reason.clone()).is_none() {
+            cx.log(&self.name, format!("refused: {reason}"));
         }
     }
 
@@ -72,9 +81,7 @@ impl Job {
                 "node {node} computes with {:?}, but the job was begun with {wanted:?}, and exact mode needs the same",
                 worker.identity
             );
-            if self.refused.insert(node.clone(), reason.clone()).is_none() {
-                cx.log(&self.name, format!("refused: {reason}"));
-            }
+            self.refuse(cx, node, reason);
         }
         if let Some(wanted) = self.ledger.fingerprint.as_ref().filter(|wanted| **wanted != worker.fingerprint) {
             let reason = format!(
@@ -82,7 +89,10 @@ impl Job {
                  restore the data of data.train and data.validation, or start over with --fresh",
                 worker.fingerprint
             );
-            self.verdict.get_or_insert(Verdict { reason, code: 2 });
+            match self.live {
+                Some(_) => self.refuse(cx, node, reason),
+                None => drop(self.verdict.get_or_insert(Verdict { reason, code: 2 })),
+            }
         }
     }
 
@@ -135,8 +145,7 @@ impl Job {
                     "node {node} computes with {:?}, node {first_node} with {:?}, and exact mode needs the same",
                     worker.identity, first.identity
                 );
-                cx.log(&self.name, format!("refused: {reason}"));
-                self.refused.insert(node.clone(), reason);
+                self.refuse(cx, node, reason);
                 return None;
             }
         }

@@ -176,6 +176,11 @@ impl Members {
         self.agents.iter()
     }
 
+    /// Whether any agent is attached.
+    pub fn any(&self) -> bool {
+        !self.agents.is_empty()
+    }
+
     /// Slots by node.
     pub fn slots(&self) -> BTreeMap<NodeName, u32> {
         self.agents.iter().map(|(node, agent)| (node.clone(), agent.slots)).collect()

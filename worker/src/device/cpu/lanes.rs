@@ -216,7 +216,7 @@ macro_rules! kernel {
         /// # Safety
         /// `isa` must come from `Isa::detect` or `Isa::available`, and the pointers must cover what the body says.
         #[allow(clippy::too_many_arguments)]
-        pub(super) unsafe fn $name(isa: $crate::device::cpu::lanes::Isa, $($arg: $ty),*) $(-> $ret)? {
+        unsafe fn $name(isa: $crate::device::cpu::lanes::Isa, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]
             unsafe fn avx512($($arg: $ty),*) $(-> $ret)? {

@@ -104,6 +104,9 @@ impl Lanes for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_first(p: *const f32, n: usize) -> Self {
+        if n == 16 {
+            return unsafe { Self::load(p) };
+        }
         let mut a = [0.0; 16];
         unsafe {
             std::ptr::copy_nonoverlapping(p, a.as_mut_ptr(), n);
@@ -112,6 +115,9 @@ impl Lanes for Avx2 {
     }
     #[inline(always)]
     unsafe fn store_first(self, p: *mut f32, n: usize) {
+        if n == 16 {
+            return unsafe { self.store(p) };
+        }
         unsafe { std::ptr::copy_nonoverlapping(self.to_array().as_ptr(), p, n) }
     }
     #[inline(always)]

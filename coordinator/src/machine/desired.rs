@@ -1,0 +1,119 @@
+//! What each agent should be told, whole.
+//!
+//! For every job and node there is one desired state, computed from scratch; it is sent when it differs from what the
+//! agent was last told. So a lost message, a restarted agent and a new coordinator all need nothing special. The key of
+//! a generation's data plane is derived, not drawn: a new leader with the same secret announces the same generation in
+//! the same words.
+
+use proto::ids::{Generation, JobName, NodeName};
+use proto::wire::coordinator_message::Body;
+use proto::wire::{Announcement, Desired, Placement, WorkerPhase};
+
+use super::Settings;
+use super::action::Action;
+use super::job::Job;
+use super::live::Live;
+use super::members::{Agent, Members};
+
+impl Job {
+    /// What the agent of a node should do for this job; `None`: nothing to say.
+    fn desired(&self, node: &NodeName, agent: &Agent, settings: &Settings) -> Option<Desired> {
+        let told = agent.told.get(&self.name);
+        let knows = told.is_some_and(|told| told.workers > 0) || agent.of(&self.name).next().is_some();
+        let mut desired = Desired {
+            job: self.name.to_string(),
+            spec: Vec::new(),
+            workers: 0,
+            fenced: self.ledger.generation.get(),
+            run: None,
+        };
+        if self.ledger.end.is_some() {
+            return knows.then_some(desired);
+        }
+        // Nothing is decided about a job that is not led, or whose workers may be alive but are not all heard of.
+        if !self.led || !self.born || self.live.as_ref().is_some_and(Live::adopting) {
+            return None;
+        }
+        let members = self.live.as_ref().map_or(0, |live| live.members_on(node));
+        let wanted = if self.refused.contains_key(node) { 0 } else { self.want.get(node).copied().unwrap_or(0) };
+        desired.workers = wanted.max(members);
+        if desired.workers == 0 && !knows {
+            return None;
+        }
+        if desired.workers > 0 {
+            desired.spec.clone_from(&self.spec_json);
+        }
+        if let Some(live) = self.live.as_ref().filter(|_| members > 0) {
+            desired.run = Some(self.announcement(live, node, agent, settings)?);
+        }
+        Some(desired)
+    }
+
+    /// `None` while a member's address is not known, which only a new coordinator can meet.
+    fn announcement(&self, live: &Live, node: &NodeName, agent: &Agent, settings: &Settings) -> Option<Announcement> {
+        let members = &live.membership.members;
+        let placements = members.iter().enumerate().filter(|(_, member)| member.node == *node);
+        let stop_at = self.ledger.stop_at.map_or(self.ledger.spec.training.steps, |stop_at| stop_at.get());
+        let known = members.iter().all(|member| !member.address.is_empty());
+        // A worker that is past joining needs no addresses any more.
+        let waits = |phase| matches!(phase, WorkerPhase::Ready | WorkerPhase::Starting);
+        if !known && agent.of(&self.name).any(|worker| live.has(worker.id) && waits(worker.phase)) {
+            return None;
+        }
+        Some(Announcement {
+            generation: live.generation().get(),
+            world_size: members.len() as u32,
+            placements: placements
+                .map(|(rank, member)| Placement { worker: member.worker.to_string(), rank: rank as u32 })
+                .collect(),
+            peers: members.iter().map(|member| member.address.clone()).collect(),
+            key: key(settings, &self.name, live.generation()).to_vec(),
+            start: live.membership.start.as_ref().map(|start| start.reference.clone()).unwrap_or_default(),
+            stop_at,
+            stop: live.stop,
+        })
+    }
+}
+
+/// 32 bytes that only holders of the cluster's secret know, different for every generation of every job and store.
+fn key(settings: &Settings, job: &JobName, generation: Generation) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_keyed(&settings.secret);
+    for part in [settings.store.as_bytes(), job.as_str().as_bytes(), &generation.get().to_le_bytes()] {
+        hasher.update(&(part.len() as u64).to_le_bytes());
+        hasher.update(part);
+    }
+    *hasher.finalize().as_bytes()
+}
+
+/// Tells every agent what has changed for it.
+pub(super) fn tell<'a>(
+    members: &mut Members,
+    jobs: impl Iterator<Item = &'a Job> + Clone,
+    settings: &Settings,
+    out: &mut Vec<Action>,
+) {
+    let nodes: Vec<NodeName> = members.iter().map(|(node, _)| node.clone()).collect();
+    for node in nodes {
+        let Some(agent) = members.get(&node) else { continue };
+        let Some(connection) = agent.connection else { continue };
+        let mut news: Vec<(JobName, Desired)> = Vec::new();
+        for job in jobs.clone() {
+            let desired = job.desired(&node, agent, settings);
+            news.extend(desired.map(|desired| (job.name.clone(), desired)));
+        }
+        for worker in &agent.workers {
+            let known = jobs.clone().any(|job| job.name == worker.job) || news.iter().any(|(job, _)| *job == worker.job);
+            if !known {
+                let job = worker.job.to_string();
+                news.push((worker.job.clone(), Desired { job, ..Desired::default() }));
+            }
+        }
+        let Some(agent) = members.get_mut(&node) else { continue };
+        for (job, desired) in news {
+            if agent.told.get(&job) != Some(&desired) {
+                agent.told.insert(job, desired.clone());
+                out.push(Action::Send { node: node.clone(), connection, body: Body::Desired(desired) });
+            }
+        }
+    }
+}

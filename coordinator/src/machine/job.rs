@@ -1,0 +1,359 @@
+//! One job's life.
+//!
+//! The state is what is persisted (the [`Ledger`]) and what is live. Every event only notes facts; then [`Job::advance`]
+//! looks at all of them and decides what comes next. At most one store operation is under way, and what depends on it
+//! is decided when it has succeeded: a generation is announced after its record, a job is finished after its last
+//! checkpoint's commit.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use proto::event::JobEvent;
+use proto::ids::{JobName, NodeName, Rank, Step, WorkerId};
+use proto::wire::FailureKind;
+use proto::wire::coordinator_message::Body;
+use proto::wire::{ReceiptSettled, StepReport};
+
+use super::Settings;
+use super::action::{Action, Operation, RequestId};
+use super::budget::Budget;
+use super::commit::{Gathering, ReceiptEntry, ReceiptName, Settlement};
+use super::ledger::{Checkpoint, End, Entry, Ledger};
+use super::live::Live;
+use super::members::Members;
+use super::schedule::Placement;
+
+/// What a job sees of the rest of the cluster, and where its actions go.
+pub(super) struct Context<'a> {
+    pub(super) now: Duration,
+    pub(super) settings: &'a Settings,
+    pub(super) members: &'a Members,
+    pub(super) out: &'a mut Vec<Action>,
+}
+
+impl Context<'_> {
+    pub(super) fn log(&mut self, job: &JobName, text: String) {
+        self.out.push(Action::Log { job: Some(job.clone()), text });
+    }
+
+    pub(super) fn publish(&mut self, job: &JobName, event: JobEvent) {
+        self.out.push(Action::Publish { job: job.clone(), event });
+    }
+
+    pub(super) fn settle(&mut self, job: &JobName, owed: Vec<Settlement>) {
+        for (node, name, committed) in owed {
+            let Some(connection) = self.members.get(&node).and_then(|agent| agent.connection) else { continue };
+            let body = Body::Settled(ReceiptSettled {
+                job: job.to_string(),
+                generation: name.generation.get(),
+                step: name.step.get(),
+                rank: name.rank.get(),
+                committed,
+            });
+            self.out.push(Action::Send { node, connection, body });
+        }
+    }
+}
+
+/// Why the job must fail.
+#[derive(Debug, Clone)]
+pub(super) struct Verdict {
+    pub(super) reason: String,
+    pub(super) code: u8,
+}
+
+/// A request waiting for an operation.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Waiting {
+    pub(super) request: RequestId,
+    /// Whether it was a submission, which has its own answer.
+    pub(super) submission: bool,
+}
+
+/// An operation under way.
+#[derive(Debug, Clone)]
+pub(super) struct Flight {
+    pub(super) operation: Operation,
+    pub(super) waiting: Option<Waiting>,
+    /// How often it was tried in vain.
+    pub(super) attempts: u32,
+}
+
+/// One job.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) name: JobName,
+    pub(super) ledger: Ledger,
+    /// JSON of the specification for agents, its store being the coordinator's.
+    pub(super) spec_json: Vec<u8>,
+    /// Whether anything of it is stored.
+    pub(super) born: bool,
+    /// Whether this leader's record is in its chain.
+    pub(super) led: bool,
+    pub(super) flight: Option<Flight>,
+    /// When the operation that failed is tried again.
+    pub(super) retry_at: Option<Duration>,
+    /// When a failed commit is tried again, and how often it failed.
+    pub(super) commit_after: (Duration, u32),
+    /// Records operators asked for.
+    pub(super) queue: VecDeque<(Entry, Option<Waiting>)>,
+    pub(super) live: Option<Live>,
+    /// Wanted workers by node, as scheduled.
+    pub(super) want: Placement,
+    /// Since when a generation is being formed.
+    pub(super) since: Duration,
+    pub(super) pausing: bool,
+    pub(super) cancelling: Option<Option<Waiting>>,
+    /// Requests answered when the job has come to rest.
+    pub(super) waiters: Vec<RequestId>,
+    pub(super) verdict: Option<Verdict>,
+    /// A checkpoint to be set aside, and why.
+    pub(super) suspect: Option<(Checkpoint, String)>,
+    pub(super) gathering: Gathering,
+    pub(super) retain: bool,
+    pub(super) budget: Budget,
+    /// When the failure happened from which the job has not yet recovered.
+    pub(super) broken: Option<Duration>,
+    pub(super) refused: BTreeMap<NodeName, String>,
+    pub(super) excused: BTreeSet<WorkerId>,
+    /// The newest step and its loss.
+    pub(super) newest: (Step, Option<f64>),
+    pub(super) skipped: u64,
+    /// What last changed, for people.
+    pub(super) reason: String,
+}
+
+impl Job {
+    /// A job with this history; nothing is done about it yet.
+    pub(super) fn new(name: JobName, ledger: Ledger, store: &str) -> Self {
+        let step = ledger.newest().map_or(Step::ZERO, |checkpoint| checkpoint.step);
+        let mut job = Self {
+            name,
+            spec_json: Vec::new(),
+            ledger,
+            born: true,
+            led: false,
+            flight: None,
+            retry_at: None,
+            commit_after: (Duration::ZERO, 0),
+            queue: VecDeque::new(),
+            live: None,
+            want: Placement::new(),
+            since: Duration::ZERO,
+            pausing: false,
+            cancelling: None,
+            waiters: Vec::new(),
+            verdict: None,
+            suspect: None,
+            gathering: Gathering::default(),
+            retain: false,
+            budget: Budget::default(),
+            broken: None,
+            refused: BTreeMap::new(),
+            excused: BTreeSet::new(),
+            newest: (step, None),
+            skipped: 0,
+            reason: String::new(),
+        };
+        job.render_spec(store);
+        job
+    }
+
+    /// Keeps what agents are told of the specification. Resizing a running job does not change it.
+    pub(super) fn render_spec(&mut self, store: &str) {
+        let mut spec = self.ledger.spec.clone();
+        spec.checkpoint.store = store.to_string();
+        self.spec_json = serde_json::to_vec(&spec).unwrap_or_default();
+    }
+
+    /// Whether it wants to run.
+    pub(super) fn active(&self) -> bool {
+        self.born && self.ledger.end.is_none()
+    }
+
+    /// Looks at everything known and starts what comes next.
+    pub(super) fn advance(&mut self, cx: &mut Context<'_>) {
+        if self.active() && self.led {
+            self.supervise(cx);
+        }
+        if self.flight.is_some() {
+            if self.retry_at.is_some_and(|at| cx.now >= at) {
+                self.retry_at = None;
+                self.send_flight(cx);
+            }
+            return;
+        }
+        if let Some((operation, waiting)) = self.next(cx) {
+            self.flight = Some(Flight { operation, waiting, attempts: 0 });
+            self.send_flight(cx);
+        }
+    }
+
+    fn send_flight(&self, cx: &mut Context<'_>) {
+        if let Some(flight) = &self.flight {
+            cx.out.push(Action::Store { job: self.name.clone(), operation: flight.operation.clone() });
+        }
+    }
+
+    /// Notices what has become of the workers.
+    fn supervise(&mut self, cx: &mut Context<'_>) {
+        self.inspect(cx);
+        let Some(live) = self.live.as_mut() else { return };
+        let was_adopting = live.adopting();
+        if let Some(cause) = live.watch(cx.now, &self.name, cx.members, &self.ledger.spec.fault) {
+            self.trouble(cx, cause.kind, cause.rank, cause.reason);
+            return;
+        }
+        if was_adopting && !live.adopting() {
+            let generation = live.generation();
+            cx.log(&self.name, format!("generation {generation} is alive: training goes on undisturbed"));
+        }
+        if live.joined()
+            && let Some(broken) = self.broken.take()
+        {
+            let event = JobEvent::Recovered {
+                generation: live.generation().get(),
+                step: live.start().get(),
+                seconds: cx.now.saturating_sub(broken).as_secs_f64(),
+                source: live.source.clone(),
+            };
+            cx.publish(&self.name, event);
+        }
+        if self.pausing {
+            live.stop = true;
+        }
+    }
+
+    /// A failure: says its one cause, ends the generation, and decides whether to go on.
+    pub(super) fn trouble(&mut self, cx: &mut Context<'_>, kind: FailureKind, rank: Option<Rank>, reason: String) {
+        let generation = self.ledger.generation.get();
+        let event = JobEvent::Failure { generation, rank: rank.map(Rank::get), reason: reason.clone() };
+        cx.publish(&self.name, event);
+        cx.log(&self.name, format!("generation {generation} failed: {reason}"));
+        let start = self.live.as_ref().and_then(|live| live.membership.start.clone());
+        if let Some(live) = self.live.take() {
+            self.excuse(live.membership.members.iter().map(|member| member.worker));
+        }
+        self.since = cx.now;
+        self.broken.get_or_insert(cx.now);
+        self.reason.clone_from(&reason);
+        let verdict = match (kind, start) {
+            (FailureKind::Fatal, _) => Some(Verdict { reason, code: 3 }),
+            (FailureKind::Input, _) => Some(Verdict { reason, code: 2 }),
+            (FailureKind::Corrupt, Some(checkpoint)) => {
+                self.suspect = Some((checkpoint, reason));
+                None
+            }
+            _ => {
+                let allowed = self.ledger.spec.fault.restarts_without_progress;
+                self.budget.spend(allowed, &reason).map(|reason| Verdict { reason, code: 3 })
+            }
+        };
+        if self.verdict.is_none() {
+            self.verdict = verdict;
+        }
+    }
+
+    /// The next store operation, if one is due.
+    fn next(&mut self, cx: &mut Context<'_>) -> Option<(Operation, Option<Waiting>)> {
+        let append = |entry| Some((Operation::Append(entry), None));
+        if self.born && !self.led && (self.active() || !self.queue.is_empty()) {
+            return append(Entry::Led);
+        }
+        if let Some((entry, waiting)) = self.queue.pop_front() {
+            return Some((Operation::Append(entry), waiting));
+        }
+        if self.active() {
+            if let Some(waiting) = self.cancelling.take() {
+                return Some((Operation::Append(Entry::Ended(End::Cancelled)), waiting));
+            }
+            if let Some(Verdict { reason, code }) = self.verdict.take() {
+                return append(Entry::Ended(End::Failed { reason, code }));
+            }
+            if let Some(operation) = self.commit(cx) {
+                return Some((operation, None));
+            }
+            if let Some((checkpoint, reason)) = self.suspect.take() {
+                return append(Entry::Quarantined { checkpoint, reason });
+            }
+            if let Some(entry) = self.conclude(cx) {
+                return append(entry);
+            }
+            if self.live.is_none() {
+                if let Some(entry) = self.form(cx) {
+                    return append(entry);
+                }
+            } else {
+                self.reshape(cx);
+            }
+        }
+        let keep_last = self.ledger.spec.checkpoint.keep_last;
+        std::mem::take(&mut self.retain).then_some((Operation::Retain { keep_last }, None))
+    }
+
+    fn commit(&mut self, cx: &mut Context<'_>) -> Option<Operation> {
+        let (generation, step, set) = self.gathering.complete().filter(|_| cx.now >= self.commit_after.0)?;
+        Some(Operation::Commit { generation, step, receipts: set.into_iter().map(|entry| entry.receipt).collect() })
+    }
+
+    /// Ends a generation that has stopped and stored its state; then the job, if it is where it should be.
+    fn conclude(&mut self, cx: &mut Context<'_>) -> Option<Entry> {
+        let newest = self.ledger.newest().cloned();
+        let step = newest.as_ref().map_or(Step::ZERO, |checkpoint| checkpoint.step);
+        if let Some(live) = &self.live {
+            let stored = |stopped| newest.as_ref().is_some_and(|newest| newest.step == stopped);
+            let stopped = live.stopped().filter(|stopped| stored(*stopped))?;
+            cx.log(&self.name, format!("generation {} stopped after step {stopped}, stored", live.generation()));
+            self.live = None;
+            self.since = cx.now;
+        }
+        let loss = self.newest.1.filter(|_| self.newest.0 == step);
+        let digest = newest.map(|newest| newest.digest);
+        if step.get() >= self.ledger.spec.training.steps
+            && let Some(digest) = digest
+        {
+            return Some(Entry::Ended(End::Finished { step, loss, digest }));
+        }
+        let reached = self.ledger.stop_at.is_some_and(|stop_at| step >= stop_at);
+        (self.pausing || reached).then_some(Entry::Ended(End::Paused { step, loss, digest }))
+    }
+
+    /// A step is done, says rank 0.
+    pub(super) fn stepped(&mut self, cx: &mut Context<'_>, report: &StepReport) {
+        let step = Step::new(report.step);
+        let Some(live) = self.live.as_mut().filter(|live| live.generation().get() == report.generation) else { return };
+        live.progress(cx.now, step);
+        self.newest = (step, Some(report.loss));
+        let tokens_per_step = self.ledger.spec.training.tokens_per_step();
+        let event = JobEvent::Step {
+            step: report.step,
+            loss: report.loss,
+            grad_norm: report.grad_norm,
+            tokens: report.step.saturating_mul(tokens_per_step),
+            tokens_per_second: if report.seconds > 0.0 { tokens_per_step as f64 / report.seconds } else { 0.0 },
+        };
+        cx.publish(&self.name, event);
+        if let Some(loss) = report.validation_loss {
+            cx.publish(&self.name, JobEvent::Validation { step: report.step, loss });
+        }
+    }
+
+    /// A shard is durable.
+    pub(super) fn received(&mut self, cx: &mut Context<'_>, name: ReceiptName, mut entry: ReceiptEntry) {
+        entry.arrived = cx.now;
+        // Before this leader knows the chain's end it owes no answer: the agent asks again.
+        if self.active() && !self.led {
+            return;
+        }
+        let owed = self.gathering.receive(name, entry);
+        cx.settle(&self.name, owed.into_iter().collect());
+    }
+
+    /// A rank did not capture a step.
+    pub(super) fn skipped(&mut self, cx: &mut Context<'_>, name: ReceiptName) {
+        let Some(owed) = self.gathering.skip(name.generation, name.step) else { return };
+        self.skipped += 1;
+        cx.publish(&self.name, JobEvent::Skipped { step: name.step.get(), skipped: self.skipped });
+        cx.settle(&self.name, owed);
+    }
+}

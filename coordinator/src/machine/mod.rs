@@ -1,0 +1,212 @@
+//! The decisions of the coordinator, pure and synchronous.
+//!
+//! [`Cluster::handle`] turns (now, event) into actions. There is no clock here, no randomness, no I/O, no logging and
+//! no hash order, so a run is a function of its events, and tests drive years of failures in milliseconds. `now` is the
+//! time since the coordinator started. Facts come in as events; after each one every job looks at all it knows and says
+//! what comes next (level-triggered), so the order of events and lost messages do not matter.
+
+mod action;
+mod budget;
+mod commit;
+mod desired;
+mod forming;
+mod job;
+mod ledger;
+mod live;
+mod members;
+mod operate;
+mod schedule;
+mod stored;
+#[cfg(test)]
+mod tests;
+mod view;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use proto::ids::{Epoch, JobName, NodeName};
+use proto::wire::coordinator_message::Body;
+use proto::wire::{JobStatus, Welcome};
+
+pub use action::{Action, Answer, Ask, Event, Operation, Outcome, Refusal, RequestId};
+pub use commit::{ReceiptEntry, ReceiptName};
+use job::{Context, Job};
+pub use ledger::{Checkpoint, End, Entry, Ledger, Member, Membership};
+pub use members::{Connection, Failure, Worker};
+use members::Members;
+use schedule::{Placement, Request, schedule};
+
+/// What the machine is told at its start.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// This leadership.
+    pub epoch: Epoch,
+    /// Where this coordinator is reached, for messages.
+    pub leader: String,
+    /// The store's URL as agents are to use it.
+    pub store: String,
+    /// Time between two reports of an agent.
+    pub heartbeat: Duration,
+    /// Silence after which an agent is lost.
+    pub suspicion: Duration,
+    /// Where agents find the nonce in the store.
+    pub nonce_path: String,
+    /// The nonce.
+    pub nonce: String,
+    /// What the keys of generations are derived from.
+    pub secret: [u8; 32],
+}
+
+/// All agents and all jobs.
+#[derive(Debug)]
+pub struct Cluster {
+    settings: Settings,
+    members: Members,
+    jobs: BTreeMap<JobName, Job>,
+    /// The jobs in order of submission (those found in the store: of their names).
+    order: Vec<JobName>,
+    out: Vec<Action>,
+}
+
+impl Cluster {
+    /// A cluster without agents and jobs.
+    pub fn new(settings: Settings) -> Self {
+        Self { settings, members: Members::default(), jobs: BTreeMap::new(), order: Vec::new(), out: Vec::new() }
+    }
+
+    /// Takes in an event and says what is to be done. `now` must not go back.
+    pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
+        self.take_in(now, event);
+        for (node, reason) in self.members.bury(now, self.settings.suspicion) {
+            let _ = node;
+            self.out.push(Action::Log { job: None, text: format!("lost: {reason}") });
+        }
+        self.place();
+        for name in self.order.clone() {
+            self.with(now, &name, Job::advance);
+        }
+        // What has just ended or failed has given slots back or wants other ones.
+        self.place();
+        let jobs = self.order.iter().filter_map(|name| self.jobs.get(name));
+        desired::tell(&mut self.members, jobs, &self.settings, &mut self.out);
+        std::mem::take(&mut self.out)
+    }
+
+    /// Lets a job act with its surroundings in view.
+    fn with<R>(&mut self, now: Duration, name: &JobName, act: impl FnOnce(&mut Job, &mut Context<'_>) -> R) -> Option<R> {
+        let job = self.jobs.get_mut(name)?;
+        let mut context = Context { now, settings: &self.settings, members: &self.members, out: &mut self.out };
+        Some(act(job, &mut context))
+    }
+
+    fn take_in(&mut self, now: Duration, event: Event) {
+        match event {
+            Event::Loaded { job, ledger } => {
+                let loaded = Job::new(job.clone(), *ledger, &self.settings.store);
+                self.jobs.insert(job.clone(), loaded);
+                self.order.push(job.clone());
+                self.with(now, &job, Job::adopt);
+            }
+            Event::Attached { node, incarnation, connection, slots, workers, epoch } => {
+                if self.obeys_another(&node, epoch) {
+                    return;
+                }
+                let same = self.members.get(&node).is_some_and(|agent| agent.incarnation == incarnation);
+                if !same {
+                    self.jobs.values_mut().for_each(|job| job.pardon(&node));
+                }
+                self.members.attach(now, &node, incarnation, connection, slots);
+                self.members.report(now, &node, connection, workers);
+                self.welcome(node, connection);
+            }
+            Event::Report { node, connection, workers, epoch } => {
+                if !self.obeys_another(&node, epoch) {
+                    self.members.report(now, &node, connection, workers);
+                }
+            }
+            Event::Detached { node, connection } => self.members.detach(now, &node, connection),
+            Event::Stepped { job, report } => {
+                self.with(now, &job, |job, cx| job.stepped(cx, &report));
+            }
+            Event::Receipt { job, name, entry } => self.receipt(now, &job, name, entry),
+            Event::Skipped { job, name } => {
+                self.with(now, &job, |job, cx| job.skipped(cx, name));
+            }
+            Event::Stored { job, outcome } => {
+                if self.with(now, &job, |job, cx| job.stored(cx, outcome)) == Some(false) {
+                    self.jobs.remove(&job);
+                    self.order.retain(|name| *name != job);
+                }
+            }
+            Event::Asked { request, ask } => self.asked(request, ask),
+            Event::Tick => {}
+        }
+    }
+
+    /// An agent that has obeyed a higher epoch proves that another coordinator leads.
+    fn obeys_another(&mut self, node: &NodeName, epoch: u64) -> bool {
+        let mine = self.settings.epoch.get();
+        if epoch > mine {
+            let reason = format!("the agent on {node} obeys epoch {epoch}, this coordinator leads in epoch {mine}");
+            self.out.push(Action::StepDown { reason });
+        }
+        epoch > mine
+    }
+
+    fn welcome(&mut self, node: NodeName, connection: Connection) {
+        let body = Body::Welcome(Welcome {
+            store: self.settings.store.clone(),
+            heartbeat_seconds: self.settings.heartbeat.as_secs_f64(),
+            suspicion_seconds: self.settings.suspicion.as_secs_f64(),
+            nonce_path: self.settings.nonce_path.clone(),
+            nonce: self.settings.nonce.clone(),
+        });
+        self.out.push(Action::Send { node, connection, body });
+    }
+
+    fn receipt(&mut self, now: Duration, job: &JobName, name: ReceiptName, entry: ReceiptEntry) {
+        let node = entry.node.clone();
+        if self.with(now, job, |job, cx| job.received(cx, name, entry)).is_none() {
+            // A job this store does not hold: the agent may forget it.
+            let mut cx = Context { now, settings: &self.settings, members: &self.members, out: &mut self.out };
+            cx.settle(job, vec![(node, name, false)]);
+        }
+    }
+
+    /// Schedules: gives every job its wanted workers.
+    fn place(&mut self) {
+        let requests: Vec<Request> = self
+            .order
+            .iter()
+            .filter_map(|name| self.jobs.get(name))
+            .filter(|job| job.active() && job.led)
+            .map(Job::request)
+            .collect();
+        let mut placements = schedule(&self.members.slots(), &requests);
+        for (name, job) in &mut self.jobs {
+            job.want = placements.remove(name).unwrap_or_default();
+        }
+    }
+
+    /// A job as people see it.
+    fn view(&self, name: &JobName) -> Option<JobStatus> {
+        self.jobs.get(name).map(|job| job.status(&self.members, &self.settings))
+    }
+}
+
+impl Job {
+    /// What it asks of the scheduler.
+    fn request(&self) -> Request {
+        let workers = self.ledger.spec.resources.workers;
+        let mut holds = Placement::new();
+        if let Some(live) = &self.live {
+            for member in &live.membership.members {
+                *holds.entry(member.node.clone()).or_default() += 1;
+            }
+        } else {
+            holds.clone_from(&self.want);
+        }
+        let refused: BTreeSet<NodeName> = self.refused.keys().cloned().collect();
+        Request { job: self.name.clone(), min: workers.min, max: workers.max, refused, holds }
+    }
+}

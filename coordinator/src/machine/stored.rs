@@ -1,0 +1,222 @@
+//! What follows when a store operation has ended.
+//!
+//! Nothing is announced, published or answered before the record it rests on is stored.
+
+use std::time::Duration;
+
+use proto::event::{JobEvent, Tier};
+use proto::ids::{Step, WorldSize};
+
+use super::action::{Action, Answer, Operation, Outcome, Refusal};
+use super::budget::Budget;
+use super::commit::Gathering;
+use super::job::{Context, Flight, Job, Verdict, Waiting};
+use super::ledger::{Checkpoint, End, Entry, Membership};
+use super::live::Live;
+
+/// The longest pause between two tries of a failing operation.
+const MOST_BACKOFF: Duration = Duration::from_secs(10);
+
+/// The pause before try number `attempts + 1`: 100 ms, doubled each time.
+fn backoff(attempts: u32) -> Duration {
+    Duration::from_millis(100 << attempts.min(10)).min(MOST_BACKOFF)
+}
+
+impl Job {
+    /// The operation under way has ended. `false`: the job never came to be and is to be forgotten.
+    pub(super) fn stored(&mut self, cx: &mut Context<'_>, outcome: Outcome) -> bool {
+        let Some(flight) = self.flight.take() else { return true };
+        match (flight.operation.clone(), outcome) {
+            (_, Outcome::Lost(reason)) => cx.out.push(Action::StepDown { reason }),
+            (Operation::Append(entry), Outcome::Done) => {
+                self.ledger.apply(&entry);
+                self.after(cx, entry, flight.waiting);
+            }
+            (Operation::Append(entry), Outcome::Failed(reason) | Outcome::Impossible(reason)) => {
+                if let Entry::Submitted { .. } = entry {
+                    let refusal = Refusal::Unavailable(format!("the job could not be stored: {reason}"));
+                    self.refuse_all(cx, flight.waiting, &refusal);
+                    return false;
+                }
+                cx.log(&self.name, format!("the store does not take a record: {reason}; trying again"));
+                self.retry_at = Some(cx.now + backoff(flight.attempts));
+                self.flight = Some(Flight { attempts: flight.attempts.saturating_add(1), ..flight });
+            }
+            (Operation::Commit { step, .. }, Outcome::Committed(checkpoint)) => self.committed(cx, step, *checkpoint),
+            (Operation::Commit { step, .. }, Outcome::Impossible(reason)) => {
+                cx.log(&self.name, format!("step {step} makes no checkpoint: {reason}"));
+                let owed = self.gathering.impossible(step);
+                cx.settle(&self.name, owed);
+            }
+            (Operation::Commit { step, .. }, Outcome::Failed(reason)) => {
+                let (_, attempts) = self.commit_after;
+                cx.log(&self.name, format!("the checkpoint of step {step} is not committed: {reason}; trying again"));
+                self.commit_after = (cx.now + backoff(attempts), attempts.saturating_add(1));
+            }
+            (Operation::Retain { .. }, Outcome::Failed(reason) | Outcome::Impossible(reason)) => {
+                cx.log(&self.name, format!("retention did not finish: {reason}; the next checkpoint's will"));
+            }
+            (Operation::Retain { .. } | Operation::Commit { .. }, _) | (Operation::Append(_), Outcome::Committed(_)) => {}
+        }
+        true
+    }
+
+    fn refuse_all(&mut self, cx: &mut Context<'_>, waiting: Option<Waiting>, refusal: &Refusal) {
+        let queued = std::mem::take(&mut self.queue).into_iter().filter_map(|(_, waiting)| waiting);
+        for waiting in waiting.into_iter().chain(queued) {
+            cx.out.push(Action::Reply { request: waiting.request, answer: Err(refusal.clone()) });
+        }
+    }
+
+    fn committed(&mut self, cx: &mut Context<'_>, step: Step, checkpoint: Checkpoint) {
+        let set = self.gathering.receipts(step);
+        let longest = |values: &mut dyn Iterator<Item = f64>| values.fold(0.0, f64::max);
+        let seconds = longest(&mut set.iter().map(|e| e.seconds + cx.now.saturating_sub(e.arrived).as_secs_f64()));
+        let event = JobEvent::Checkpoint {
+            step: step.get(),
+            tier: Tier::Store,
+            digest: checkpoint.digest.clone(),
+            stall_ms: longest(&mut set.iter().map(|entry| entry.stall)) * 1e3,
+            seconds,
+            bytes: checkpoint.bytes,
+        };
+        cx.publish(&self.name, event);
+        self.ledger.commit(checkpoint);
+        self.budget.progress();
+        self.commit_after = (Duration::ZERO, 0);
+        self.retain = true;
+        let owed = self.gathering.committed(step);
+        cx.settle(&self.name, owed);
+    }
+
+    /// What follows from a stored record.
+    fn after(&mut self, cx: &mut Context<'_>, entry: Entry, waiting: Option<Waiting>) {
+        match entry {
+            Entry::Led => self.led = true,
+            Entry::Submitted { .. } | Entry::Resumed { .. } | Entry::Restarted { .. } => self.begin(cx),
+            Entry::Scaled { min, max } => cx.log(&self.name, format!("scaled to {min}..={max} workers")),
+            Entry::Generation(membership) => self.announce(cx, *membership),
+            Entry::Quarantined { checkpoint, reason } => self.quarantined(cx, &checkpoint, reason),
+            Entry::Ended(end) => self.rest(cx, end),
+        }
+        if let Some(Waiting { request, submission }) = waiting {
+            let answer = match submission {
+                true => Answer::Submitted { finished: false },
+                false => Answer::Status(Box::new(self.status(cx.members, cx.settings))),
+            };
+            cx.out.push(Action::Reply { request, answer: Ok(answer) });
+        }
+    }
+
+    /// The job is taken up: everything of an earlier run is forgotten.
+    fn begin(&mut self, cx: &mut Context<'_>) {
+        self.born = true;
+        self.budget = Budget::default();
+        self.pausing = false;
+        self.cancelling = None;
+        self.verdict = None;
+        self.suspect = None;
+        self.broken = None;
+        self.live = None;
+        self.refused.clear();
+        self.since = cx.now;
+        self.reason = String::new();
+        self.newest = (self.ledger.newest().map_or(Step::ZERO, |newest| newest.step), None);
+        let owed = self.gathering.end();
+        cx.settle(&self.name, owed);
+        self.render_spec(&cx.settings.store);
+        cx.out.push(Action::Reopen { job: self.name.clone() });
+    }
+
+    fn announce(&mut self, cx: &mut Context<'_>, membership: Membership) {
+        let (generation, world_size) = (membership.generation, membership.members.len() as u32);
+        let start = membership.start.as_ref().map(|start| start.step);
+        if let Some(world) = WorldSize::new(world_size) {
+            let owed = self.gathering.begin(generation, world);
+            cx.settle(&self.name, owed);
+        }
+        let from = start.map_or("the seed".to_string(), |step| format!("the checkpoint of step {step}"));
+        cx.log(&self.name, format!("generation {generation}: {world_size} workers start from {from}"));
+        cx.publish(&self.name, JobEvent::Generation { generation: generation.get(), world_size });
+        self.newest = (start.unwrap_or(Step::ZERO), None);
+        self.excused.clear();
+        self.reason = String::new();
+        self.live = Some(Live::announced(cx.now, membership));
+    }
+
+    fn quarantined(&mut self, cx: &mut Context<'_>, checkpoint: &Checkpoint, reason: String) {
+        let step = checkpoint.step;
+        cx.publish(&self.name, JobEvent::Quarantined { step: step.get(), reason: reason.clone() });
+        match self.ledger.newest() {
+            Some(older) => {
+                let text = format!("the checkpoint of step {step} is set aside; going on from step {}", older.step);
+                cx.log(&self.name, text);
+            }
+            None => {
+                let reason = format!(
+                    "no good checkpoint is left: that of step {step} is damaged ({reason}); \
+                     restore its files and resume, or start over with --fresh"
+                );
+                self.verdict = Some(Verdict { reason, code: 4 });
+            }
+        }
+    }
+
+    /// The job has come to rest.
+    fn rest(&mut self, cx: &mut Context<'_>, end: End) {
+        let owed = self.gathering.end();
+        cx.settle(&self.name, owed);
+        self.live = None;
+        self.want.clear();
+        self.pausing = false;
+        self.verdict = None;
+        self.suspect = None;
+        if let End::Failed { reason, .. } = &end {
+            self.reason.clone_from(reason);
+        }
+        cx.log(&self.name, format!("the job came to rest: {end:?}"));
+        cx.publish(&self.name, last_event(&end));
+        for request in std::mem::take(&mut self.waiters) {
+            let answer = Answer::Status(Box::new(self.status(cx.members, cx.settings)));
+            cx.out.push(Action::Reply { request, answer: Ok(answer) });
+        }
+    }
+
+    /// Takes up a job found in the store: adopts the generation it may still be running.
+    pub(super) fn adopt(&mut self, cx: &mut Context<'_>) {
+        if let Some(end) = &self.ledger.end {
+            if let End::Failed { reason, .. } = end {
+                self.reason.clone_from(reason);
+            }
+            cx.publish(&self.name, last_event(end));
+            return;
+        }
+        cx.out.push(Action::Reopen { job: self.name.clone() });
+        self.since = cx.now;
+        let Some(membership) = self.ledger.membership.clone() else { return };
+        let generation = membership.generation;
+        if let Some(world) = WorldSize::new(membership.members.len() as u32) {
+            self.gathering = Gathering::default();
+            self.gathering.begin(generation, world);
+            for checkpoint in self.ledger.checkpoints.iter().filter(|saved| saved.generation == generation) {
+                self.gathering.already(checkpoint.step);
+            }
+        }
+        let until = cx.now + cx.settings.suspicion;
+        self.live = Some(Live::adopted(cx.now, membership, until));
+    }
+}
+
+/// The event that ends a job's stream.
+fn last_event(end: &End) -> JobEvent {
+    match end {
+        End::Paused { step, loss, digest } => {
+            JobEvent::Paused { step: step.get(), loss: *loss, digest: digest.clone() }
+        }
+        End::Finished { step, loss, digest } => {
+            JobEvent::Finished { step: step.get(), loss: *loss, digest: digest.clone() }
+        }
+        End::Failed { reason, code } => JobEvent::Failed { reason: reason.clone(), code: *code },
+        End::Cancelled => JobEvent::Cancelled {},
+    }
+}

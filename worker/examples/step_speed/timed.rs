@@ -1,0 +1,146 @@
+//! A device that measures another: every operation is passed on and its time added up by name.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use worker::device::{
+    AttentionShape, Device, DeviceResult, MatmulShape, NormShape, Part, PartMut, Product, Write,
+};
+use worker::exact::GradientFault;
+use worker::optimizer::AdamwScalars;
+
+/// Calls, seconds and, for products, multiply-adds.
+type Row = (usize, f64, f64);
+
+pub(crate) struct Timed<D> {
+    inner: D,
+    table: Mutex<BTreeMap<String, Row>>,
+}
+
+impl<D: Device> Timed<D> {
+    pub(crate) fn new(inner: D) -> Self {
+        Self { inner, table: Mutex::default() }
+    }
+
+    fn time<R>(&self, name: impl Into<String>, work: f64, run: impl FnOnce() -> R) -> R {
+        let start = Instant::now();
+        let result = run();
+        let seconds = start.elapsed().as_secs_f64();
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let row = table.entry(name.into()).or_default();
+        *row = (row.0 + 1, row.1 + seconds, row.2 + work);
+        result
+    }
+
+    /// Prints the table, longest first, per step.
+    pub(crate) fn print(&self, steps: usize, total: f64) {
+        let table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rows: Vec<_> = table.iter().collect();
+        rows.sort_by(|a, b| b.1.1.total_cmp(&a.1.1));
+        let known = Cell::new(0.0);
+        println!("{:<40} {:>7} {:>10} {:>6} {:>8}", "operation", "calls", "ms a step", "%", "GFLOP/s");
+        for (name, (calls, seconds, work)) in rows {
+            known.set(known.get() + seconds);
+            let (ms, share) = (seconds * 1e3 / steps as f64, 100.0 * seconds / total);
+            let rate = if *work > 0.0 { format!("{:.0}", 2.0 * work / seconds / 1e9) } else { String::new() };
+            println!("{name:<40} {:>7} {ms:>10.2} {share:>6.1} {rate:>8}", calls / steps);
+        }
+        println!("{:<40} {:>7} {:>10.2} {:>6.1}", "outside", "", (total - known.get()) * 1e3 / steps as f64,
+            100.0 * (1.0 - known.get() / total));
+    }
+}
+
+/// Passes operations on, timed under their own names.
+macro_rules! pass {
+    ($(fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty;)*) => {
+        $(fn $name(&self, $($arg: $ty),*) -> $ret {
+            self.time(stringify!($name), 0.0, || self.inner.$name($($arg),*))
+        })*
+    };
+}
+
+impl<D: Device> Device for Timed<D> {
+    type Buffer = D::Buffer;
+    type Sums = D::Sums;
+    type Tokens = D::Tokens;
+
+    fn numeric_identity(&self) -> String {
+        self.inner.numeric_identity()
+    }
+    fn enter<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.inner.enter(work)
+    }
+    fn norm_workspace(&self, norm: NormShape) -> usize {
+        self.inner.norm_workspace(norm)
+    }
+    fn attention_workspace(&self, shape: AttentionShape) -> usize {
+        self.inner.attention_workspace(shape)
+    }
+    fn matmul(
+        &self,
+        product: Product,
+        shape: MatmulShape,
+        a: Part<'_, D::Buffer>,
+        b: Part<'_, D::Buffer>,
+        write: Write,
+        c: PartMut<'_, D::Buffer>,
+    ) -> DeviceResult {
+        let MatmulShape { m, n, k } = shape;
+        let work = (m * n * k) as f64;
+        let name = format!("matmul {product:?} {m} x {n} x {k}");
+        self.time(name, work, || self.inner.matmul(product, shape, a, b, write, c))
+    }
+
+    pass! {
+        fn allocate(elements: usize, what: &'static str) -> DeviceResult<D::Buffer>;
+        fn allocate_sums(elements: usize) -> DeviceResult<D::Sums>;
+        fn allocate_tokens(elements: usize) -> DeviceResult<D::Tokens>;
+        fn upload(from: &[f32], to: PartMut<'_, D::Buffer>) -> DeviceResult;
+        fn download(from: Part<'_, D::Buffer>, to: &mut [f32]) -> DeviceResult;
+        fn upload_tokens(from: &[u32], to: &mut D::Tokens) -> DeviceResult;
+        fn zero(elements: usize, to: PartMut<'_, D::Buffer>) -> DeviceResult;
+        fn axpy(elements: usize, alpha: f32, x: Part<'_, D::Buffer>, y: PartMut<'_, D::Buffer>) -> DeviceResult;
+        fn embedding_forward(
+            width: usize, rows: usize, tokens: &D::Tokens, table: Part<'_, D::Buffer>, out: &mut D::Buffer,
+        ) -> DeviceResult;
+        fn embedding_backward(
+            width: usize, rows: usize, tokens: &D::Tokens, d_out: &D::Buffer, d_table: PartMut<'_, D::Buffer>,
+        ) -> DeviceResult;
+        fn rmsnorm_forward(
+            norm: NormShape, x: &D::Buffer, delta: Option<(&D::Buffer, &mut D::Buffer)>, weight: Part<'_, D::Buffer>,
+            normed: &mut D::Buffer, scale: &mut D::Buffer,
+        ) -> DeviceResult;
+        fn rmsnorm_backward(
+            norm: NormShape, x: &D::Buffer, scale: &D::Buffer, weight: Part<'_, D::Buffer>, d_normed: &D::Buffer,
+            write: Write, d_x: &mut D::Buffer, d_weight: PartMut<'_, D::Buffer>, workspace: &mut D::Buffer,
+        ) -> DeviceResult;
+        fn rope(shape: AttentionShape, inverse: bool, table: &D::Buffer, qkv: &mut D::Buffer) -> DeviceResult;
+        fn attention_forward(
+            shape: AttentionShape, qkv: &D::Buffer, out: &mut D::Buffer, statistics: &mut D::Buffer,
+            workspace: &mut D::Buffer,
+        ) -> DeviceResult;
+        fn attention_backward(
+            shape: AttentionShape, qkv: &D::Buffer, out: &D::Buffer, statistics: &D::Buffer, d_out: &D::Buffer,
+            d_qkv: &mut D::Buffer, workspace: &mut D::Buffer,
+        ) -> DeviceResult;
+        fn swiglu_forward(width: usize, rows: usize, gate_up: &D::Buffer, act: &mut D::Buffer) -> DeviceResult;
+        fn swiglu_backward(width: usize, rows: usize, gate_up: &mut D::Buffer, d_act: &mut D::Buffer) -> DeviceResult;
+        fn cross_entropy(
+            vocabulary: usize, rows: usize, targets: &D::Tokens, first: usize, gradient: Option<f32>,
+            logits: &mut D::Buffer,
+        ) -> DeviceResult<f64>;
+        fn accumulate_exact(
+            elements: usize, gradient: &D::Buffer, limit: i64, write: Write, sums: &mut D::Sums,
+        ) -> DeviceResult<Option<GradientFault>>;
+        fn gradient_from_sums(
+            elements: usize, scale: f64, sums: &D::Sums, at: usize, gradient: &mut D::Buffer,
+        ) -> DeviceResult;
+        fn block_square_sums(elements: usize, block: usize, gradient: &D::Buffer, out: &mut [f64]) -> DeviceResult;
+        fn adamw(
+            elements: usize, scalars: &AdamwScalars, decay: bool, parameters: PartMut<'_, D::Buffer>,
+            exp_avg: PartMut<'_, D::Buffer>, exp_avg_sq: PartMut<'_, D::Buffer>, gradient: Part<'_, D::Buffer>,
+        ) -> DeviceResult;
+    }
+}

@@ -1,0 +1,316 @@
+//! The CPU device: faer's matrix products, and vectorised kernels on a pool of threads.
+//!
+//! `lanes` and `x86` are the vector types, `pool` the threads, `gemm` the products, `attention*` with `micro` attention,
+//! `elementwise` and `loss` the rest of the model, `state` the update. A kernel's bits depend on its shape: not on
+//! threads, and, but for matrix products, not on the instruction set either.
+
+mod attention;
+mod attention_backward;
+mod buffer;
+mod elementwise;
+mod gemm;
+mod lanes;
+mod loss;
+mod micro;
+mod pool;
+mod state;
+#[cfg(test)]
+mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use buffer::CpuBuffer;
+
+use self::lanes::Isa;
+use self::pool::Pool;
+use super::{AttentionShape, Device, DeviceError, DeviceResult, MatmulShape, NormShape, Part, PartMut, Product, Write};
+use crate::exact::GradientFault;
+use crate::optimizer::AdamwScalars;
+
+/// Version of the kernels' arithmetic; raised by any change that changes bits.
+const KERNELS: u32 = 1;
+/// The version of faer the workspace locks, whose kernels make the matrix products.
+const FAER: &str = "0.24";
+
+/// The CPU as a [`Device`].
+pub struct CpuDevice {
+    pool: Pool,
+    isa: Isa,
+}
+
+impl std::fmt::Debug for CpuDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "CpuDevice({} threads, {})", self.pool.len(), self.isa.name())
+    }
+}
+
+impl CpuDevice {
+    /// A device of `threads` threads; 0 counts as 1.
+    pub fn new(threads: usize) -> DeviceResult<Self> {
+        Ok(Self { pool: Pool::new(threads)?, isa: Isa::detect() })
+    }
+
+    /// Number of compute threads.
+    pub fn threads(&self) -> usize {
+        self.pool.len()
+    }
+}
+
+impl Device for CpuDevice {
+    type Buffer = CpuBuffer;
+    type Sums = Vec<i64>;
+    type Tokens = Vec<u32>;
+
+    fn numeric_identity(&self) -> String {
+        format!("cpu {} {} kernels-{KERNELS} faer-{FAER}", std::env::consts::ARCH, self.isa.name())
+    }
+
+    fn enter<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.pool.enter(work)
+    }
+
+    fn allocate(&self, elements: usize, what: &'static str) -> DeviceResult<CpuBuffer> {
+        CpuBuffer::zeroed(elements, what)
+    }
+
+    fn allocate_sums(&self, elements: usize) -> DeviceResult<Vec<i64>> {
+        reserve(elements, "gradient sums")
+    }
+
+    fn allocate_tokens(&self, elements: usize) -> DeviceResult<Vec<u32>> {
+        reserve(elements, "tokens")
+    }
+
+    fn upload(&self, from: &[f32], to: PartMut<'_, CpuBuffer>) -> DeviceResult {
+        to.0[to.1..to.1 + from.len()].copy_from_slice(from);
+        Ok(())
+    }
+
+    fn download(&self, from: Part<'_, CpuBuffer>, to: &mut [f32]) -> DeviceResult {
+        to.copy_from_slice(&from.0[from.1..from.1 + to.len()]);
+        Ok(())
+    }
+
+    fn upload_tokens(&self, from: &[u32], to: &mut Vec<u32>) -> DeviceResult {
+        to[..from.len()].copy_from_slice(from);
+        Ok(())
+    }
+
+    fn zero(&self, elements: usize, to: PartMut<'_, CpuBuffer>) -> DeviceResult {
+        to.0[to.1..to.1 + elements].fill(0.0);
+        Ok(())
+    }
+
+    fn axpy(&self, elements: usize, alpha: f32, x: Part<'_, CpuBuffer>, y: PartMut<'_, CpuBuffer>) -> DeviceResult {
+        let x = &x.0[x.1..x.1 + elements];
+        for (y, x) in y.0[y.1..y.1 + elements].iter_mut().zip(x) {
+            *y += alpha * x;
+        }
+        Ok(())
+    }
+
+    fn matmul(
+        &self,
+        product: Product,
+        shape: MatmulShape,
+        a: Part<'_, CpuBuffer>,
+        b: Part<'_, CpuBuffer>,
+        write: Write,
+        c: PartMut<'_, CpuBuffer>,
+    ) -> DeviceResult {
+        gemm::gemm(&self.pool, product, shape, &a.0[a.1..], &b.0[b.1..], write, &mut c.0[c.1..]);
+        Ok(())
+    }
+
+    fn embedding_forward(
+        &self,
+        width: usize,
+        rows: usize,
+        tokens: &Vec<u32>,
+        table: Part<'_, CpuBuffer>,
+        out: &mut CpuBuffer,
+    ) -> DeviceResult {
+        elementwise::embedding_forward(&self.pool, width, &tokens[..rows], &table.0[table.1..], out);
+        Ok(())
+    }
+
+    fn embedding_backward(
+        &self,
+        width: usize,
+        rows: usize,
+        tokens: &Vec<u32>,
+        d_out: &CpuBuffer,
+        d_table: PartMut<'_, CpuBuffer>,
+    ) -> DeviceResult {
+        elementwise::embedding_backward(&self.pool, width, &tokens[..rows], d_out, &mut d_table.0[d_table.1..]);
+        Ok(())
+    }
+
+    fn rmsnorm_forward(
+        &self,
+        norm: NormShape,
+        x: &CpuBuffer,
+        delta: Option<(&CpuBuffer, &mut CpuBuffer)>,
+        weight: Part<'_, CpuBuffer>,
+        normed: &mut CpuBuffer,
+        scale: &mut CpuBuffer,
+    ) -> DeviceResult {
+        let delta = delta.map(|(delta, sum)| (&delta[..], &mut sum[..]));
+        let weight = &weight.0[weight.1..];
+        elementwise::rmsnorm_forward(&self.pool, self.isa, norm, x, delta, weight, normed, scale);
+        Ok(())
+    }
+
+    fn rmsnorm_backward(
+        &self,
+        norm: NormShape,
+        x: &CpuBuffer,
+        scale: &CpuBuffer,
+        weight: Part<'_, CpuBuffer>,
+        d_normed: &CpuBuffer,
+        write: Write,
+        d_x: &mut CpuBuffer,
+        d_weight: PartMut<'_, CpuBuffer>,
+        workspace: &mut CpuBuffer,
+    ) -> DeviceResult {
+        let (weight, d_weight) = (&weight.0[weight.1..], &mut d_weight.0[d_weight.1..]);
+        let (pool, isa) = (&self.pool, self.isa);
+        elementwise::rmsnorm_backward(pool, isa, norm, x, scale, weight, d_normed, write, d_x, d_weight, workspace);
+        Ok(())
+    }
+
+    fn norm_workspace(&self, norm: NormShape) -> usize {
+        elementwise::norm_workspace(norm)
+    }
+
+    fn rope(&self, shape: AttentionShape, inverse: bool, table: &CpuBuffer, qkv: &mut CpuBuffer) -> DeviceResult {
+        elementwise::rope(&self.pool, self.isa, shape, inverse, table, qkv);
+        Ok(())
+    }
+
+    fn attention_forward(
+        &self,
+        shape: AttentionShape,
+        qkv: &CpuBuffer,
+        out: &mut CpuBuffer,
+        statistics: &mut CpuBuffer,
+        workspace: &mut CpuBuffer,
+    ) -> DeviceResult {
+        attention::forward(&self.pool, self.isa, shape, qkv, out, statistics, workspace);
+        Ok(())
+    }
+
+    fn attention_backward(
+        &self,
+        shape: AttentionShape,
+        qkv: &CpuBuffer,
+        out: &CpuBuffer,
+        statistics: &CpuBuffer,
+        d_out: &CpuBuffer,
+        d_qkv: &mut CpuBuffer,
+        workspace: &mut CpuBuffer,
+    ) -> DeviceResult {
+        let (pool, isa) = (&self.pool, self.isa);
+        attention_backward::backward(pool, isa, shape, qkv, out, statistics, d_out, d_qkv, workspace);
+        Ok(())
+    }
+
+    fn attention_workspace(&self, shape: AttentionShape) -> usize {
+        attention::Padded::new(shape).scratch() * self.pool.len()
+    }
+
+    fn swiglu_forward(&self, width: usize, rows: usize, gate_up: &CpuBuffer, act: &mut CpuBuffer) -> DeviceResult {
+        elementwise::swiglu_forward(&self.pool, self.isa, width, rows, gate_up, act);
+        Ok(())
+    }
+
+    fn swiglu_backward(
+        &self,
+        width: usize,
+        rows: usize,
+        gate_up: &mut CpuBuffer,
+        d_act: &mut CpuBuffer,
+    ) -> DeviceResult {
+        elementwise::swiglu_backward(&self.pool, self.isa, width, rows, gate_up, d_act);
+        Ok(())
+    }
+
+    fn cross_entropy(
+        &self,
+        vocabulary: usize,
+        rows: usize,
+        targets: &Vec<u32>,
+        first: usize,
+        gradient: Option<f32>,
+        logits: &mut CpuBuffer,
+    ) -> DeviceResult<f64> {
+        let targets = &targets[first..first + rows];
+        Ok(loss::cross_entropy(&self.pool, self.isa, vocabulary, targets, gradient, logits))
+    }
+
+    fn accumulate_exact(
+        &self,
+        elements: usize,
+        gradient: &CpuBuffer,
+        limit: i64,
+        write: Write,
+        sums: &mut Vec<i64>,
+    ) -> DeviceResult<Option<GradientFault>> {
+        Ok(state::accumulate_exact(&self.pool, self.isa, &gradient[..elements], limit, write, sums))
+    }
+
+    fn gradient_from_sums(
+        &self,
+        elements: usize,
+        scale: f64,
+        sums: &Vec<i64>,
+        at: usize,
+        gradient: &mut CpuBuffer,
+    ) -> DeviceResult {
+        state::gradient_from_sums(&self.pool, scale, &sums[at..at + elements], &mut gradient[..elements]);
+        Ok(())
+    }
+
+    fn block_square_sums(
+        &self,
+        elements: usize,
+        block: usize,
+        gradient: &CpuBuffer,
+        out: &mut [f64],
+    ) -> DeviceResult {
+        state::block_square_sums(&self.pool, block, &gradient[..elements], out);
+        Ok(())
+    }
+
+    fn adamw(
+        &self,
+        elements: usize,
+        scalars: &AdamwScalars,
+        decay: bool,
+        parameters: PartMut<'_, CpuBuffer>,
+        exp_avg: PartMut<'_, CpuBuffer>,
+        exp_avg_sq: PartMut<'_, CpuBuffer>,
+        gradient: Part<'_, CpuBuffer>,
+    ) -> DeviceResult {
+        state::adamw(
+            &self.pool,
+            self.isa,
+            scalars,
+            decay,
+            &mut parameters.0[parameters.1..][..elements],
+            &mut exp_avg.0[exp_avg.1..][..elements],
+            &mut exp_avg_sq.0[exp_avg_sq.1..][..elements],
+            &gradient.0[gradient.1..][..elements],
+        );
+        Ok(())
+    }
+}
+
+/// Zeroed memory, or an error where there is none.
+fn reserve<T: Clone + Default>(elements: usize, what: &'static str) -> DeviceResult<Vec<T>> {
+    let mut list = Vec::new();
+    let bytes = elements.saturating_mul(size_of::<T>());
+    list.try_reserve_exact(elements).map_err(|_| DeviceError::OutOfMemory { bytes, what })?;
+    list.resize(elements, T::default());
+    Ok(list)
+}

@@ -1,0 +1,106 @@
+//! The training thread: one OS thread that owns the model, the device and the ring.
+//!
+//! It takes one order at a time and answers each with exactly one event that says it is idle again. A panic inside is
+//! caught and reported as the job's failure with its message: a defect must not look like a vanished worker.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use proto::wire::{self, FailureKind};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+
+use super::Control;
+use crate::capture::{Capturer, Slots};
+use crate::machine::session::{Identity, Input};
+use crate::run::Options;
+use crate::trainer::{Ended, Failure, Prepared};
+
+/// What the session tells the training thread.
+pub enum Order {
+    /// Read the spec and the data, build the model, open the ring's port.
+    Prepare(wire::Prepare),
+    /// Train in a generation until it ends.
+    Run(wire::WorkerRun, Arc<Control>),
+}
+
+/// What the training thread tells the session.
+#[derive(Debug)]
+pub enum News {
+    /// For the session machine.
+    Event(Input),
+    /// For the agent, and droppable.
+    Step(wire::StepReport),
+    /// For the agent: a slot to upload.
+    Captured(wire::Captured),
+    /// For the agent: a checkpoint that did not happen.
+    Skipped(wire::SaveSkipped),
+}
+
+/// Starts the thread; it ends when the sender of its orders is dropped.
+pub(super) fn start(
+    options: &Options,
+    news: mpsc::Sender<News>,
+    slots: Arc<Slots>,
+    handle: Handle,
+) -> std::io::Result<std::sync::mpsc::Sender<Order>> {
+    let (sender, orders) = std::sync::mpsc::channel();
+    let capturer = Capturer::start(slots, news.clone())?;
+    let job = options.job.clone();
+    std::thread::Builder::new().name("cairn-trainer".into()).spawn(move || {
+        let mut prepared: Option<Prepared> = None;
+        while let Ok(order) = orders.recv() {
+            let event = match order {
+                Order::Prepare(prepare) => match guarded(|| Prepared::new(&job, &prepare, &capturer)) {
+                    Ok(ready) => {
+                        let identity = ready.identity();
+                        prepared = Some(ready);
+                        Input::Prepared(identity)
+                    }
+                    Err(failure) => failed(None, failure),
+                },
+                Order::Run(run, control) => {
+                    let generation = run.announcement.as_ref().map_or(0, |announcement| announcement.generation);
+                    let tell = |item: News| drop(news.blocking_send(item));
+                    let ended = match &mut prepared {
+                        Some(prepared) => guarded(|| prepared.run(&run, &control, &capturer, &handle, &tell)),
+                        None => Err(Failure::new(FailureKind::Fatal, "the worker was not prepared")),
+                    };
+                    match ended {
+                        Ok(Ended { step, loss }) => Input::Stopped { generation, step, loss },
+                        Err(_) if control.is_aborted() => Input::Left { generation },
+                        Err(failure) => failed(Some(generation), failure),
+                    }
+                }
+            };
+            if news.blocking_send(News::Event(event)).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok(sender)
+}
+
+fn failed(generation: Option<u64>, failure: Failure) -> Input {
+    tracing::error!(generation, kind = failure.kind.as_str_name(), reason = failure.reason, "cannot go on");
+    Input::Failed { generation, kind: failure.kind, reason: failure.reason }
+}
+
+/// Runs `work`; a panic in it becomes a failure of the job.
+fn guarded<T>(work: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let reason = format!("a defect in the worker: {}", message(panic.as_ref()));
+        Err(Failure::new(FailureKind::Fatal, reason))
+    })
+}
+
+fn message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("a panic without a message")
+}
+
+/// The identity of a worker that is not prepared is empty; kept here so that its form has one place.
+pub(crate) fn identity(ring: String, numeric: String, data: String) -> Identity {
+    Identity { ring_address: ring, numeric_identity: numeric, data_fingerprint: data }
+}
