@@ -26,6 +26,8 @@ const CONNECT: Duration = Duration::from_secs(5);
 const PROBE: Duration = Duration::from_secs(5);
 /// To read the nonce from the store.
 const PROOF: Duration = Duration::from_secs(60);
+/// Longer than any nonce.
+const MOST_NONCE: u64 = 4096;
 /// Messages on their way to the coordinator.
 const OUTGOING: usize = 1024;
 
@@ -154,8 +156,8 @@ fn foreign(url: &str, what: &str) -> Ended {
 }
 
 async fn read_nonce(welcome: &wire::Welcome) -> Result<Vec<u8>, checkpoint_store::StoreError> {
-    let store = Store::open(&welcome.store)?;
-    Ok(store.get(&welcome.nonce_path).await?.to_vec())
+    let store = Store::open_existing(&welcome.store)?;
+    Ok(store.get(&welcome.nonce_path, MOST_NONCE).await?.to_vec())
 }
 
 /// An error with its causes in one line; tonic's own message says little.

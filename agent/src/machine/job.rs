@@ -96,7 +96,8 @@ impl Job {
                 self.name, desired.fenced
             ));
         }
-        self.highest = generation;
+        // With all its processes told to end, nothing can act in an old generation: the job may come again from the start.
+        self.highest = if desired.workers == 0 { 0 } else { generation };
         if desired == self.desired {
             return Ok(());
         }

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use proto::event::JobEvent;
-use proto::ids::{JobName, NodeName, Step};
+use proto::ids::{Generation, JobName, NodeName, Step};
 use proto::spec::JobSpec;
 use proto::wire::coordinator_message::Body;
 use proto::wire::{JobStatus, StepReport, SubmitMode};
@@ -26,6 +26,13 @@ pub enum Event {
         job: JobName,
         /// The fold of its chain.
         ledger: Box<Ledger>,
+    },
+    /// A job was found in the store whose history cannot be read.
+    Unreadable {
+        /// The job.
+        job: JobName,
+        /// What is wrong.
+        reason: String,
     },
     /// An agent opened a stream.
     Attached {
@@ -178,10 +185,10 @@ pub enum Operation {
     Append(Entry),
     /// Write the manifest of this complete set and append its commit record.
     Commit {
+        /// The generation that saved it.
+        generation: Generation,
         /// The step.
         step: Step,
-        /// The specification in force.
-        generation: proto::ids::Generation,
         /// All ranks' receipts, in rank order.
         receipts: Vec<Arc<[u8]>>,
     },

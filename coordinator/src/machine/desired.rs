@@ -104,8 +104,9 @@ pub(super) fn tell<'a>(
         for worker in &agent.workers {
             let known = jobs.clone().any(|job| job.name == worker.job) || news.iter().any(|(job, _)| *job == worker.job);
             if !known {
-                let job = worker.job.to_string();
-                news.push((worker.job.clone(), Desired { job, ..Desired::default() }));
+                // Whatever generation the agent has seen of a job this store does not hold, it is over.
+                let gone = Desired { job: worker.job.to_string(), fenced: u64::MAX, ..Desired::default() };
+                news.push((worker.job.clone(), gone));
             }
         }
         let Some(agent) = members.get_mut(&node) else { continue };

@@ -98,6 +98,11 @@ impl Job {
 
     /// The membership to persist next, if the wanted workers are there (or have had their time).
     pub(super) fn form(&mut self, cx: &mut Context<'_>) -> Option<Entry> {
+        if self.want.is_empty() {
+            // Queued: the time to form begins with the first slots.
+            self.since = cx.now;
+            return None;
+        }
         let late = cx.now.saturating_sub(self.since).as_secs_f64() > self.ledger.spec.fault.restart;
         let mut complete = true;
         let mut chosen: Vec<(NodeName, Worker)> = Vec::new();

@@ -127,6 +127,7 @@ impl Job {
     /// A job with this history; nothing is done about it yet.
     pub(super) fn new(name: JobName, ledger: Ledger, store: &str) -> Self {
         let step = ledger.newest().map_or(Step::ZERO, |checkpoint| checkpoint.step);
+        let budget = Budget::used(ledger.restarts);
         let mut job = Self {
             name,
             spec_json: Vec::new(),
@@ -147,7 +148,7 @@ impl Job {
             suspect: None,
             gathering: Gathering::default(),
             retain: false,
-            budget: Budget::default(),
+            budget,
             broken: None,
             refused: BTreeMap::new(),
             excused: BTreeSet::new(),

@@ -108,10 +108,8 @@ pub enum Entry {
     },
     /// The elastic range changed.
     Scaled {
-        /// Fewest workers.
-        min: u32,
-        /// Most workers.
-        max: u32,
+        /// Most workers; no more than this are the fewest.
+        workers: u32,
     },
     /// A membership; announced only after this is stored.
     Generation(Box<Membership>),
@@ -145,6 +143,8 @@ pub struct Ledger {
     pub identity: Option<String>,
     /// The data fingerprint, once recorded.
     pub fingerprint: Option<String>,
+    /// Failures in a row without a new checkpoint, as far as the history tells.
+    pub restarts: u32,
     /// Set while the job is at rest.
     pub end: Option<End>,
 }
@@ -161,6 +161,7 @@ impl Ledger {
             had_checkpoint: false,
             identity: None,
             fingerprint: None,
+            restarts: 0,
             end: None,
         }
     }
@@ -168,6 +169,13 @@ impl Ledger {
     /// The newest checkpoint a generation may start from.
     pub fn newest(&self) -> Option<&Checkpoint> {
         self.checkpoints.last()
+    }
+
+    /// The number of workers was changed by hand.
+    pub fn scale(&mut self, workers: u32) {
+        let range = &mut self.spec.resources.workers;
+        range.max = workers;
+        range.min = range.min.min(workers);
     }
 
     /// A checkpoint was committed.
@@ -191,10 +199,7 @@ impl Ledger {
                 let generation = self.generation;
                 *self = Self { generation, ..Self::new((**spec).clone(), *stop_at) };
             }
-            Entry::Scaled { min, max } => {
-                self.spec.resources.workers.min = *min;
-                self.spec.resources.workers.max = *max;
-            }
+            Entry::Scaled { workers } => self.scale(*workers),
             Entry::Generation(membership) => {
                 self.generation = membership.generation;
                 // Beyond the start lie only abandoned checkpoints.

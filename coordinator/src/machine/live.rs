@@ -164,6 +164,11 @@ impl Live {
     /// Takes in one member's report. `Some`: what is wrong with it.
     fn look(&mut self, now: Duration, index: usize, worker: &Worker) -> Option<(FailureKind, String)> {
         let generation = self.membership.generation;
+        let address = &mut self.membership.members[index].address;
+        if address.is_empty() {
+            // An adopted generation's record does not say; the workers still do.
+            address.clone_from(&worker.ring_address);
+        }
         let seen = &mut self.seen[index];
         let here = worker.place.is_some_and(|(at, _)| at == generation);
         let before = worker.place.is_some_and(|(at, _)| at < generation);

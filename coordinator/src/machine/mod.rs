@@ -65,20 +65,28 @@ pub struct Cluster {
     jobs: BTreeMap<JobName, Job>,
     /// The jobs in order of submission (those found in the store: of their names).
     order: Vec<JobName>,
+    /// Jobs whose history is damaged, and how.
+    unreadable: BTreeMap<JobName, String>,
     out: Vec<Action>,
 }
 
 impl Cluster {
     /// A cluster without agents and jobs.
     pub fn new(settings: Settings) -> Self {
-        Self { settings, members: Members::default(), jobs: BTreeMap::new(), order: Vec::new(), out: Vec::new() }
+        Self {
+            settings,
+            members: Members::default(),
+            jobs: BTreeMap::new(),
+            order: Vec::new(),
+            unreadable: BTreeMap::new(),
+            out: Vec::new(),
+        }
     }
 
     /// Takes in an event and says what is to be done. `now` must not go back.
     pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
         self.take_in(now, event);
-        for (node, reason) in self.members.bury(now, self.settings.suspicion) {
-            let _ = node;
+        for (_, reason) in self.members.bury(now, self.suspicion()) {
             self.out.push(Action::Log { job: None, text: format!("lost: {reason}") });
         }
         self.place();
@@ -90,6 +98,13 @@ impl Cluster {
         let jobs = self.order.iter().filter_map(|name| self.jobs.get(name));
         desired::tell(&mut self.members, jobs, &self.settings, &mut self.out);
         std::mem::take(&mut self.out)
+    }
+
+    /// The shortest suspicion any running job asks for, but never so short that one late heartbeat is a loss.
+    fn suspicion(&self) -> Duration {
+        let asked = self.jobs.values().filter(|job| job.active()).map(|job| job.ledger.spec.fault.suspicion);
+        let shortest = asked.fold(self.settings.suspicion.as_secs_f64(), f64::min);
+        Duration::from_secs_f64(shortest.max(0.0)).max(self.settings.heartbeat.mul_f64(2.5))
     }
 
     /// Lets a job act with its surroundings in view.
@@ -106,6 +121,10 @@ impl Cluster {
                 self.jobs.insert(job.clone(), loaded);
                 self.order.push(job.clone());
                 self.with(now, &job, Job::adopt);
+            }
+            Event::Unreadable { job, reason } => {
+                self.out.push(Action::Log { job: Some(job.clone()), text: format!("its history is damaged: {reason}") });
+                self.unreadable.insert(job, reason);
             }
             Event::Attached { node, incarnation, connection, slots, workers, epoch } => {
                 if self.obeys_another(&node, epoch) {

@@ -21,7 +21,10 @@ impl Cluster {
         let response = match ask {
             Ask::Submit { spec, mode, stop_at } => self.submit(request, spec, mode, stop_at),
             Ask::List => Ok(Some(Answer::List(self.order.iter().filter_map(|name| self.view(name)).collect()))),
-            Ask::Status(job) => self.find(&job).map(|_| self.answer(&job)),
+            Ask::Status(job) => match self.find(&job) {
+                Ok(_) => Ok(self.answer(&job)),
+                Err(refusal) => Err(refusal),
+            },
             Ask::Scale(job, workers) => self.scale(request, &job, workers),
             Ask::Pause(job) => self.pause(request, &job),
             Ask::Resume(job) => self.resume(request, &job),
@@ -36,8 +39,15 @@ impl Cluster {
     }
 
     fn find(&mut self, name: &JobName) -> Result<&mut Job, Refusal> {
+        self.readable(name)?;
         let known = self.jobs.get_mut(name).filter(|job| job.born);
         known.ok_or_else(|| Refusal::NotFound(format!("there is no job {name} in this store; list them: cairn jobs")))
+    }
+
+    /// A job whose chain is damaged is left alone.
+    fn readable(&self, name: &JobName) -> Result<(), Refusal> {
+        let damage = self.unreadable.get(name).map(|why| format!("the history of job {name} cannot be read: {why}"));
+        damage.map_or(Ok(()), |why| Err(Refusal::DataLoss(why)))
     }
 
     fn answer(&self, name: &JobName) -> Option<Answer> {
@@ -56,6 +66,7 @@ impl Cluster {
         let stop_at = stop_at.filter(|stop_at| stop_at.get() < spec.training.steps);
         let name = spec.name.clone();
         let leader = self.settings.leader.clone();
+        self.readable(&name)?;
         let Some(job) = self.jobs.get_mut(&name) else {
             let mut job = Job::new(name.clone(), Ledger::new((*spec).clone(), stop_at), &self.settings.store);
             // A new job's first record carries this leader's epoch.
@@ -113,9 +124,8 @@ impl Cluster {
                 "job {name} is at rest: resume it with another resources.workers instead"
             )));
         }
-        let min = job.ledger.spec.resources.workers.min.min(workers);
         let waiting = Some(Waiting { request, submission: false });
-        job.queue.push_back((Entry::Scaled { min, max: workers }, waiting));
+        job.queue.push_back((Entry::Scaled { workers }, waiting));
         Ok(None)
     }
 

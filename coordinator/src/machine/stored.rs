@@ -94,7 +94,7 @@ impl Job {
         match entry {
             Entry::Led => self.led = true,
             Entry::Submitted { .. } | Entry::Resumed { .. } | Entry::Restarted { .. } => self.begin(cx),
-            Entry::Scaled { min, max } => cx.log(&self.name, format!("scaled to {min}..={max} workers")),
+            Entry::Scaled { workers } => cx.log(&self.name, format!("scaled to at most {workers} workers")),
             Entry::Generation(membership) => self.announce(cx, *membership),
             Entry::Quarantined { checkpoint, reason } => self.quarantined(cx, &checkpoint, reason),
             Entry::Ended(end) => self.rest(cx, end),

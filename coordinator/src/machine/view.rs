@@ -71,6 +71,7 @@ impl Job {
                 _ => None,
             },
             epoch: settings.epoch.get(),
+            tokens_per_step: self.ledger.spec.training.tokens_per_step(),
         }
     }
 }

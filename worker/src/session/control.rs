@@ -4,7 +4,6 @@
 //! cannot be sent a message. It looks at these flags between micro-batches, the ring's sockets are shut down under it,
 //! and its waiting for the store is woken.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::Notify;
@@ -17,7 +16,7 @@ pub struct Control {
     stop: AtomicBool,
     aborted: AtomicBool,
     wake: Notify,
-    ring: Mutex<Option<AbortHandle>>,
+    ring: AbortHandle,
 }
 
 impl Control {
@@ -40,9 +39,7 @@ impl Control {
     pub fn abort(&self) {
         self.aborted.store(true, Ordering::SeqCst);
         self.wake.notify_one();
-        if let Some(ring) = self.lock().as_ref() {
-            ring.abort();
-        }
+        self.ring.abort();
     }
 
     /// Whether the generation was broken off.
@@ -57,17 +54,8 @@ impl Control {
         }
     }
 
-    /// From now on [`Control::abort`] also breaks this ring.
-    pub fn attach(&self, ring: AbortHandle) {
-        let mut place = self.lock();
-        if self.is_aborted() {
-            ring.abort();
-        }
-        *place = Some(ring);
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<AbortHandle>> {
-        // The guarded value is whole at every moment, so a panic elsewhere does not spoil it.
-        self.ring.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    /// What the generation's ring is formed with, so that [`Control::abort`] ends it too.
+    pub fn ring(&self) -> &AbortHandle {
+        &self.ring
     }
 }

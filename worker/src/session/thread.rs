@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 use super::Control;
 use crate::capture::{Capturer, Slots};
-use crate::machine::session::{Identity, Input};
+use crate::machine::session::Input;
 use crate::run::Options;
 use crate::trainer::{Ended, Failure, Prepared};
 
@@ -98,9 +98,4 @@ fn guarded<T>(work: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
 fn message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("a panic without a message")
-}
-
-/// The identity of a worker that is not prepared is empty; kept here so that its form has one place.
-pub(crate) fn identity(ring: String, numeric: String, data: String) -> Identity {
-    Identity { ring_address: ring, numeric_identity: numeric, data_fingerprint: data }
 }

@@ -128,7 +128,8 @@ impl Ring {
         let mut chunks = cut(data, ranges);
         self.operate(kind, |receiving, pieces| {
             let mut index = first;
-            send_chunk(&pieces, receiving.header, std::mem::take(&mut chunks[index]));
+            let own: &mut [T] = std::mem::take(&mut chunks[index]);
+            send_chunk(&pieces, receiving.header, own);
             for step in 0..world - 1 {
                 index = (index + world - 1) % world;
                 let mut rest = std::mem::take(&mut chunks[index]);

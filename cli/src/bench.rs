@@ -1,0 +1,108 @@
+//! `cairn bench train`: tokens a second of full training steps, beside PyTorch if asked.
+
+use std::process::Command;
+
+use proto::spec::{JobSpec, Overrides, PRESETS};
+use serde_json::{Value, json};
+
+use crate::args::{BenchCommand, BenchTrainArgs, Output};
+use crate::failure::{Failure, chain};
+use crate::table;
+
+/// Measurements of each side; they alternate, so that a machine that drifts slows both.
+const ROUNDS: usize = 3;
+
+pub(crate) fn run(command: BenchCommand) -> Result<u8, Failure> {
+    let BenchCommand::Train(args) = command;
+    tokio::task::block_in_place(|| train(&args))
+}
+
+fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
+    let spec = spec(args)?;
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let threads = if args.threads == 0 { (cores / args.workers as usize).max(1) } else { args.threads };
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        let report = worker::bench::bench_train(&spec, threads, args.workers, args.seconds)
+            .map_err(|error| Failure::job(chain(&error)))?;
+        ours.push(report.tokens_per_second);
+        if args.peer {
+            theirs.push(peer(args, threads)?);
+        }
+    }
+    let mine = median(&mut ours);
+    let peer = args.peer.then(|| median(&mut theirs));
+    let m = &spec.model;
+    if args.output == Output::Json {
+        let line = json!({
+            "event": "bench_train", "preset": args.preset, "workers": args.workers, "threads": threads,
+            "tokens_per_second": mine, "rounds": ours, "peer_tokens_per_second": peer, "peer_rounds": theirs,
+            "ratio": peer.map(|peer| mine / peer),
+        });
+        println!("{line}");
+        return Ok(0);
+    }
+    println!(
+        "model {}: {} wide, {} layers, {} heads, ffn {}, vocabulary {}; {} sequences of {} tokens a step, exact sums",
+        args.preset,
+        m.hidden_size,
+        m.num_hidden_layers,
+        m.num_attention_heads,
+        m.intermediate_size,
+        m.vocab_size,
+        args.global_batch,
+        args.sequence_length
+    );
+    println!("{} workers × {threads} threads, median of {ROUNDS} runs of {} s", args.workers, args.seconds);
+    let row = |name: &str, rate: f64, all: &[f64]| {
+        let each: Vec<String> = all.iter().map(|rate| table::count(*rate)).collect();
+        vec![name.to_string(), format!("{rate:.0}"), each.join(" ")]
+    };
+    let mut rows = vec![row("cairn", mine, &ours)];
+    if let Some(peer) = peer {
+        rows.push(row("PyTorch", peer, &theirs));
+    }
+    table::print(&["", "TOKENS/S", "RUNS"], &rows);
+    if let Some(peer) = peer {
+        println!("ratio {:.2}", mine / peer);
+    }
+    Ok(0)
+}
+
+/// The measured job, through the same checks as any other.
+fn spec(args: &BenchTrainArgs) -> Result<JobSpec, Failure> {
+    if !PRESETS.contains(&args.preset.as_str()) {
+        return Err(Failure::request(format!("--preset {:?} must be one of {}", args.preset, PRESETS.join(", "))));
+    }
+    let text = format!(
+        "name = \"bench\"\nmodel.preset = {:?}\ndata.train = \"synthetic\"\ntraining.steps = 1000000\n\
+         training.sequence_length = {}\ntraining.global_batch = {}\ntraining.micro_batch = {}\nresources.workers = {}\n",
+        args.preset, args.sequence_length, args.global_batch, args.micro_batch, args.workers
+    );
+    Ok(JobSpec::parse("bench", &text, std::path::Path::new("/"), &Overrides::new())?)
+}
+
+/// One run of the peer: the same model, batch and threads.
+fn peer(args: &BenchTrainArgs, threads: usize) -> Result<f64, Failure> {
+    let output = Command::new(&args.python)
+        .arg(&args.script)
+        .args(["--processes", &args.workers.to_string(), "--threads", &threads.to_string()])
+        .args(["--seconds", &args.seconds.to_string()])
+        .output()
+        .map_err(|error| Failure::request(format!("cannot run the peer with {}: {error}", args.python.display())))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let rate = text.lines().rev().find_map(|line| serde_json::from_str::<Value>(line).ok());
+    rate.and_then(|line| line["tokens_per_second"].as_f64()).ok_or_else(|| {
+        let error = String::from_utf8_lossy(&output.stderr);
+        let tail: Vec<&str> = error.lines().rev().take(3).collect();
+        Failure::request(format!(
+            "the peer did not run (install it with: pip install torch): {}",
+            tail.into_iter().rev().collect::<Vec<_>>().join(" | ")
+        ))
+    })
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}

@@ -1,0 +1,207 @@
+//! Messages from outside, checked before they reach the machine.
+//!
+//! Names become names, counts stay within bounds, and whatever a message leaves open that the machine needs is refused
+//! with the reason. Nothing here trusts a peer, though it has shown the token.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use checkpoint_store::Receipt;
+use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId};
+use proto::spec::{JobSpec, SPEC_FORMAT};
+use proto::wire::{
+    AgentHello, BUILD, NodeReport, SaveSkipped, ShardReceipt, StepReport, SubmitMode, SubmitRequest, WorkerPhase,
+    WorkerState,
+};
+
+use crate::machine::{Ask, Failure, ReceiptEntry, ReceiptName, Worker};
+
+/// Workers one node can report.
+const MOST_WORKERS: usize = 4096;
+/// Bytes of a job's specification.
+const MOST_SPEC: usize = 1 << 20;
+/// Bytes of a receipt: 2^19 blocks of three states at 64 hex digits and some.
+const MOST_RECEIPT: usize = 60 << 20;
+/// Characters of a text for people.
+const MOST_TEXT: usize = 4000;
+
+/// What is wrong with a message.
+pub(crate) type Fault = String;
+
+/// A checked hello: node, incarnation and slots.
+#[derive(Debug)]
+pub(crate) struct Hello {
+    pub(crate) node: NodeName,
+    pub(crate) incarnation: String,
+    pub(crate) slots: u32,
+}
+
+pub(crate) fn hello(hello: &AgentHello) -> Result<Hello, Fault> {
+    if hello.build != BUILD {
+        let theirs: String = hello.build.chars().take(40).collect();
+        return Err(format!("this coordinator is cairn {BUILD}, the agent is {theirs:?}: run the same version everywhere"));
+    }
+    let node = NodeName::new(&hello.node).map_err(|error| error.to_string())?;
+    short("incarnation", &hello.incarnation, 64)?;
+    if hello.slots == 0 || hello.slots as usize > MOST_WORKERS {
+        return Err(format!("{} slots: a node has 1 to {MOST_WORKERS}", hello.slots));
+    }
+    Ok(Hello { node, incarnation: hello.incarnation.clone(), slots: hello.slots })
+}
+
+pub(crate) fn report(report: NodeReport) -> Result<Vec<Worker>, Fault> {
+    if report.workers.len() > MOST_WORKERS {
+        return Err(format!("a report of {} workers, more than {MOST_WORKERS}", report.workers.len()));
+    }
+    report.workers.into_iter().map(worker).collect()
+}
+
+fn worker(state: WorkerState) -> Result<Worker, Fault> {
+    let phase = WorkerPhase::try_from(state.phase).unwrap_or_default();
+    if phase == WorkerPhase::Unspecified {
+        return Err(format!("worker {} has no known phase ({})", text(&state.worker), state.phase));
+    }
+    let ended = matches!(phase, WorkerPhase::Failed | WorkerPhase::Exited);
+    let rank = state.rank.or(ended.then_some(0));
+    let place = state.generation.zip(rank).map(|(g, r)| (Generation::new(g), Rank::new(r)));
+    let acting = matches!(phase, WorkerPhase::Joining | WorkerPhase::Running | WorkerPhase::Stopped);
+    if acting && place.is_none() {
+        return Err(format!("worker {} is {phase:?} without generation and rank", text(&state.worker)));
+    }
+    if phase == WorkerPhase::Ready && state.ring_address.is_empty() {
+        return Err(format!("worker {} is ready without a ring address", text(&state.worker)));
+    }
+    for (what, value, most) in [
+        ("ring_address", &state.ring_address, 256),
+        ("numeric_identity", &state.numeric_identity, 4096),
+        ("data_fingerprint", &state.data_fingerprint, 256),
+        ("source", &state.source, 64),
+    ] {
+        short(what, value, most)?;
+    }
+    let failure = state.failure.map(|failure| Failure { kind: failure.kind(), reason: text(&failure.reason) });
+    Ok(Worker {
+        job: job(&state.job)?,
+        id: state.worker.parse::<WorkerId>().map_err(|_| format!("worker id {:?} is no UUID", text(&state.worker)))?,
+        phase,
+        place,
+        step: state.step.map(Step::new),
+        loss: state.loss,
+        ring_address: state.ring_address,
+        identity: state.numeric_identity,
+        fingerprint: state.data_fingerprint,
+        failure,
+        source: state.source,
+        process: state.process,
+    })
+}
+
+pub(crate) fn job(name: &str) -> Result<JobName, Fault> {
+    JobName::new(name).map_err(|error| error.to_string())
+}
+
+/// A text for people, of bounded length.
+fn text(value: &str) -> String {
+    value.chars().take(MOST_TEXT).collect()
+}
+
+fn short(what: &str, value: &str, most: usize) -> Result<(), Fault> {
+    if value.len() <= most { Ok(()) } else { Err(format!("{what} has {} bytes, more than {most}", value.len())) }
+}
+
+fn seconds(what: &str, value: f64) -> Result<f64, Fault> {
+    if value.is_finite() && value >= 0.0 { Ok(value) } else { Err(format!("{what} of {value} seconds")) }
+}
+
+pub(crate) fn step(report: &StepReport) -> Result<JobName, Fault> {
+    seconds("a step", report.seconds)?;
+    job(&report.job)
+}
+
+pub(crate) fn skipped(message: &SaveSkipped) -> Result<(JobName, ReceiptName), Fault> {
+    let name = ReceiptName {
+        generation: Generation::new(message.generation),
+        step: Step::new(message.step),
+        rank: Rank::new(message.rank),
+    };
+    Ok((job(&message.job)?, name))
+}
+
+/// A receipt must say inside what it says outside; whether the set makes a checkpoint is judged at the commit.
+pub(crate) fn receipt(node: &NodeName, message: ShardReceipt) -> Result<(JobName, ReceiptName, ReceiptEntry), Fault> {
+    if message.receipt.len() > MOST_RECEIPT {
+        return Err(format!("a receipt of {} bytes, more than {MOST_RECEIPT}", message.receipt.len()));
+    }
+    serde_json::from_slice::<Receipt>(&message.receipt).map_err(|error| format!("a receipt that cannot be read: {error}"))?;
+    let name = ReceiptName {
+        generation: Generation::new(message.generation),
+        step: Step::new(message.step),
+        rank: Rank::new(message.rank),
+    };
+    let entry = ReceiptEntry {
+        node: node.clone(),
+        receipt: Arc::from(message.receipt),
+        stall: seconds("a stall", message.stall_seconds)?,
+        seconds: seconds("an upload", message.seconds)?,
+        arrived: Duration::ZERO,
+    };
+    Ok((job(&message.job)?, name, entry))
+}
+
+/// A submission, its specification checked again as a whole.
+pub(crate) fn submit(request: &SubmitRequest) -> Result<Ask, Fault> {
+    if request.spec.len() > MOST_SPEC {
+        return Err(format!("a specification of {} bytes, more than {MOST_SPEC}", request.spec.len()));
+    }
+    let spec: JobSpec =
+        serde_json::from_slice(&request.spec).map_err(|error| format!("the specification cannot be read: {error}"))?;
+    if spec.format != SPEC_FORMAT {
+        return Err(format!("the specification has format {}, this coordinator reads {SPEC_FORMAT}", spec.format));
+    }
+    spec.validate("job").map_err(|error| error.to_string())?;
+    let mode = SubmitMode::try_from(request.mode).map_err(|_| format!("unknown mode {} of submission", request.mode))?;
+    if request.stop_at.is_some_and(|stop_at| stop_at == 0 || stop_at > spec.training.steps) {
+        let steps = spec.training.steps;
+        return Err(format!("stop_at is {}, but must be 1 to training.steps = {steps}", request.stop_at.unwrap_or(0)));
+    }
+    Ok(Ask::Submit { spec: Box::new(spec), mode, stop_at: request.stop_at.map(Step::new) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state() -> WorkerState {
+        let worker = uuid::Uuid::nil().to_string();
+        WorkerState { job: "a".into(), worker, phase: WorkerPhase::Starting.into(), ..Default::default() }
+    }
+
+    #[test]
+    fn states_that_make_no_sense_are_refused() {
+        assert!(worker(state()).is_ok());
+        let bad = [
+            WorkerState { job: "../a".into(), ..state() },
+            WorkerState { worker: "1".into(), ..state() },
+            WorkerState { phase: 99, ..state() },
+            WorkerState { phase: WorkerPhase::Running.into(), ..state() },
+            WorkerState { phase: WorkerPhase::Ready.into(), ..state() },
+            WorkerState { numeric_identity: "x".repeat(5000), ..state() },
+        ];
+        for state in bad {
+            assert!(worker(state.clone()).is_err(), "{state:?}");
+        }
+        let exited = WorkerState { phase: WorkerPhase::Exited.into(), generation: Some(3), ..state() };
+        assert_eq!(worker(exited).unwrap().place, Some((Generation::new(3), Rank::new(0))));
+    }
+
+    #[test]
+    fn hostile_requests_are_refused() {
+        for spec in [&b"{"[..], b"{}", b"[[[[[[[[", &vec![b' '; MOST_SPEC + 1]] {
+            assert!(submit(&SubmitRequest { spec: spec.to_vec(), ..Default::default() }).is_err());
+        }
+        let hello = |build: &str, slots| AgentHello { node: "n".into(), build: build.into(), slots, ..Default::default() };
+        assert!(super::hello(&hello(BUILD, 1)).is_ok());
+        assert!(super::hello(&hello("0.0.0", 1)).unwrap_err().contains("same version"));
+        assert!(super::hello(&hello(BUILD, 0)).is_err());
+    }
+}

@@ -1,0 +1,251 @@
+//! The gRPC edge: agents attach, operators ask and watch.
+//!
+//! Every call needs the token. Messages are checked here and become events of the driver's one queue; nothing here
+//! decides anything. A peer that breaks the rules loses its stream, with the reason.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::Stream;
+use proto::ids::NodeName;
+use proto::wire::agent_message::Body as FromAgent;
+use proto::wire::cluster_server::Cluster;
+use proto::wire::coordinator_message::Body as ToAgent;
+use proto::wire::jobs_server::Jobs;
+use proto::wire::{
+    AgentMessage, CoordinatorMessage, JobRequest, JobStatus, ListReply, ListRequest, ScaleRequest, SubmitReply,
+    SubmitRequest, WatchEvent, WatchRequest,
+};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::check;
+use crate::driver::{Input, Outbox};
+use crate::machine::{Answer, Ask, Event, Refusal};
+use crate::watch::{Hub, Next};
+
+/// An agent says hello within this.
+const HELLO: Duration = Duration::from_secs(10);
+/// The longest any call waits for its answer; clients set shorter deadlines of their own.
+const ANSWER: Duration = Duration::from_secs(3600);
+/// Messages to one agent that may wait; an agent that reads slower is cut off and attaches again.
+const WAITING: usize = 256;
+
+/// Both services, for all connections.
+#[derive(Clone)]
+pub(crate) struct Edge {
+    pub(crate) inputs: mpsc::Sender<Input>,
+    pub(crate) hub: Hub,
+    pub(crate) epoch: u64,
+    pub(crate) connections: Arc<AtomicU64>,
+}
+
+fn stopping<T>(_: T) -> Status {
+    Status::unavailable("the coordinator is stopping")
+}
+
+type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Cluster for Edge {
+    type AttachStream = Boxed<CoordinatorMessage>;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<AgentMessage>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        let mut stream = request.into_inner();
+        let first = timeout(HELLO, stream.message()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("no hello within 10 s"))??;
+        let Some(FromAgent::Hello(message)) = first.and_then(|first| first.body) else {
+            return Err(Status::invalid_argument("the first message must be hello"));
+        };
+        let (sender, receiver) = mpsc::channel(WAITING);
+        let hello = match check::hello(&message) {
+            Ok(hello) => hello,
+            Err(fault) => {
+                let refusal = CoordinatorMessage { epoch: self.epoch, body: Some(ToAgent::Refused(fault)) };
+                sender.try_send(Ok(refusal)).map_err(stopping)?;
+                return Ok(Response::new(Box::pin(ReceiverStream::new(receiver))));
+            }
+        };
+        let report = message.report.unwrap_or_default();
+        let epoch = report.epoch;
+        let workers = check::report(report).map_err(Status::invalid_argument)?;
+        let connection = self.connections.fetch_add(1, Ordering::Relaxed);
+        let node = hello.node.clone();
+        let event = Event::Attached {
+            node: hello.node,
+            incarnation: hello.incarnation,
+            connection,
+            slots: hello.slots,
+            workers,
+            epoch,
+        };
+        let outbox: Outbox = sender;
+        self.inputs.send(Input::Attach { connection, outbox: outbox.clone(), event }).await.map_err(stopping)?;
+        tokio::spawn(listen(self.inputs.clone(), node, connection, stream, outbox));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
+
+/// Feeds one agent's messages to the driver until its stream ends or breaks the rules.
+async fn listen(
+    inputs: mpsc::Sender<Input>,
+    node: NodeName,
+    connection: u64,
+    mut stream: Streaming<AgentMessage>,
+    outbox: Outbox,
+) {
+    loop {
+        let message = tokio::select! {
+            message = stream.next() => message,
+            () = outbox.closed() => break,
+        };
+        let Some(Ok(message)) = message else { break };
+        match event(&node, connection, message) {
+            Ok(event) => {
+                if inputs.send(Input::Event(event)).await.is_err() {
+                    break;
+                }
+            }
+            Err(fault) => {
+                tracing::warn!(%node, "a message was refused, its stream is closed: {fault}");
+                let _ = outbox.try_send(Err(Status::invalid_argument(fault)));
+                break;
+            }
+        }
+    }
+    let _ = inputs.send(Input::Event(Event::Detached { node, connection })).await;
+}
+
+fn event(node: &NodeName, connection: u64, message: AgentMessage) -> Result<Event, check::Fault> {
+    Ok(match message.body {
+        Some(FromAgent::Report(report)) => {
+            let epoch = report.epoch;
+            Event::Report { node: node.clone(), connection, workers: check::report(report)?, epoch }
+        }
+        Some(FromAgent::Step(report)) => Event::Stepped { job: check::step(&report)?, report },
+        Some(FromAgent::Receipt(receipt)) => {
+            let (job, name, entry) = check::receipt(node, receipt)?;
+            Event::Receipt { job, name, entry }
+        }
+        Some(FromAgent::Skipped(skipped)) => {
+            let (job, name) = check::skipped(&skipped)?;
+            Event::Skipped { job, name }
+        }
+        Some(FromAgent::Hello(_)) => return Err("hello comes once".into()),
+        // A kind this version does not know says nothing to it.
+        None => Event::Tick,
+    })
+}
+
+impl Edge {
+    async fn ask(&self, ask: Ask) -> Result<Answer, Status> {
+        let (reply, answer) = oneshot::channel();
+        self.inputs.send(Input::Ask { ask, reply }).await.map_err(stopping)?;
+        let answer = timeout(ANSWER, answer).await.map_err(|_| Status::deadline_exceeded("no answer within an hour"))?;
+        answer.map_err(stopping)?.map_err(refuse)
+    }
+
+    async fn ask_status(&self, ask: Ask) -> Result<Response<JobStatus>, Status> {
+        match self.ask(ask).await? {
+            Answer::Status(status) => Ok(Response::new(*status)),
+            other => Err(Status::internal(format!("unexpected answer {other:?}"))),
+        }
+    }
+}
+
+fn refuse(refusal: Refusal) -> Status {
+    match refusal {
+        Refusal::Invalid(text) => Status::invalid_argument(text),
+        Refusal::Precondition(text) => Status::failed_precondition(text),
+        Refusal::NotFound(text) => Status::not_found(text),
+        Refusal::DataLoss(text) => Status::data_loss(text),
+        Refusal::Unavailable(text) => Status::unavailable(text),
+    }
+}
+
+fn job(request: &JobRequest) -> Result<proto::ids::JobName, Status> {
+    check::job(&request.job).map_err(Status::invalid_argument)
+}
+
+#[tonic::async_trait]
+impl Jobs for Edge {
+    type WatchStream = Boxed<WatchEvent>;
+
+    async fn submit(&self, request: Request<SubmitRequest>) -> Result<Response<SubmitReply>, Status> {
+        let ask = check::submit(request.get_ref()).map_err(Status::invalid_argument)?;
+        let Ask::Submit { spec, .. } = &ask else { return Err(Status::internal("not a submission")) };
+        let job = spec.name.to_string();
+        match self.ask(ask).await? {
+            Answer::Submitted { finished } => Ok(Response::new(SubmitReply { job, finished })),
+            other => Err(Status::internal(format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    async fn list(&self, _: Request<ListRequest>) -> Result<Response<ListReply>, Status> {
+        match self.ask(Ask::List).await? {
+            Answer::List(jobs) => Ok(Response::new(ListReply { jobs })),
+            other => Err(Status::internal(format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    async fn status(&self, request: Request<JobRequest>) -> Result<Response<JobStatus>, Status> {
+        self.ask_status(Ask::Status(job(request.get_ref())?)).await
+    }
+
+    async fn scale(&self, request: Request<ScaleRequest>) -> Result<Response<JobStatus>, Status> {
+        let request = request.get_ref();
+        let job = check::job(&request.job).map_err(Status::invalid_argument)?;
+        self.ask_status(Ask::Scale(job, request.workers)).await
+    }
+
+    async fn pause(&self, request: Request<JobRequest>) -> Result<Response<JobStatus>, Status> {
+        self.ask_status(Ask::Pause(job(request.get_ref())?)).await
+    }
+
+    async fn resume(&self, request: Request<JobRequest>) -> Result<Response<JobStatus>, Status> {
+        self.ask_status(Ask::Resume(job(request.get_ref())?)).await
+    }
+
+    async fn cancel(&self, request: Request<JobRequest>) -> Result<Response<JobStatus>, Status> {
+        self.ask_status(Ask::Cancel(job(request.get_ref())?)).await
+    }
+
+    async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let request = request.get_ref();
+        let job = check::job(&request.job).map_err(Status::invalid_argument)?;
+        let Some((mut after, mut signal)) = self.hub.subscribe(&job, request.epoch, request.after) else {
+            return Err(Status::not_found(format!("there is no job {job} in this store; list them: cairn jobs")));
+        };
+        let (sender, receiver) = mpsc::channel(WAITING);
+        let hub = self.hub.clone();
+        tokio::spawn(async move {
+            loop {
+                signal.mark_unchanged();
+                match hub.next(&job, after) {
+                    Next::Event(event) => {
+                        after = event.sequence;
+                        if sender.send(Ok(event)).await.is_err() {
+                            return;
+                        }
+                    }
+                    Next::End => return,
+                    Next::Wait => {
+                        tokio::select! {
+                            changed = signal.changed() => if changed.is_err() { return },
+                            () = sender.closed() => return,
+                        }
+                    }
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}

@@ -1,0 +1,147 @@
+//! One training step, on one screen (§6, and ZeRO stage 1: Rajbhandari et al., 2020).
+//!
+//! Each rank computes its run of the step's micro-batches and adds their gradients as integers; the sums are scattered
+//! so that each rank holds its own shard's; losses, block norms and flags meet in one small message; each rank updates
+//! its shard, and the parameters are gathered. Every number that decides something is the same on all ranks, because it
+//! is computed from the same gathered values in the same order.
+
+use std::ops::Range;
+
+use proto::spec::JobSpec;
+
+use crate::collective::{Collective, CollectiveError};
+use crate::data::DataError;
+use crate::device::DeviceError;
+use crate::model::ModelError;
+use crate::optimizer::clip_scale;
+use crate::schedule::learning_rate;
+use crate::session::Control;
+use crate::trainer::{HostDevice, Member, Trainer};
+use crate::word::{Fault, Word};
+
+/// Why a step did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// The exchange broke.
+    #[error(transparent)]
+    Exchange(#[from] CollectiveError),
+    /// A micro-batch could not be read.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// A micro-batch could not be computed.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The loss or a gradient is no usable number; every rank sees the same.
+    #[error("step {step}: {fault}")]
+    Fault {
+        /// The step.
+        step: u64,
+        /// What, and where.
+        fault: String,
+    },
+    /// The generation was broken off.
+    #[error("broken off")]
+    Aborted,
+}
+
+/// What a step came to; the same on every rank.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Taken {
+    /// Mean loss of the global batch, before the update.
+    pub loss: f64,
+    /// Norm of the gradient before clipping.
+    pub norm: f64,
+    /// Some rank was asked to stop.
+    pub stop: bool,
+}
+
+/// Takes step number `step` (the first is 1).
+pub fn take<D: HostDevice>(
+    trainer: &mut Trainer<D>,
+    member: &mut Member<D>,
+    step: u64,
+    control: &Control,
+) -> Result<Taken, StepError> {
+    let mut word = Word { stop: control.is_stopping(), ..Word::default() };
+    trainer.gradient_sum.restart();
+    for m in member.own(trainer.spec.training.micro_batches()) {
+        if control.is_aborted() {
+            return Err(StepError::Aborted);
+        }
+        let (tokens, targets) = trainer.data.micro_batch(step, m)?;
+        let (parameters, gradient) = (&trainer.parameters, &mut trainer.gradient);
+        let loss = trainer.model.loss_and_gradient(&trainer.device, parameters, tokens, targets, gradient)?;
+        word.losses.push(loss);
+        if !loss.is_finite() {
+            word.fault(Fault::Loss { micro_batch: m, loss });
+        } else if let Some(fault) = trainer.gradient_sum.add(&trainer.device, &trainer.gradient)? {
+            let tensor = trainer.space.tensor_at(fault.element as u64).to_string();
+            word.fault(Fault::Gradient { micro_batch: m, tensor, fault });
+        }
+    }
+    trainer.gradient_sum.reduce_scatter(&trainer.device, member)?;
+    trainer.device.block_square_sums(
+        member.shard.len(),
+        trainer.space.block_elements() as usize,
+        &member.gradient,
+        member.blocks.resized(&mut word.norms),
+    )?;
+
+    let words = Word::gather(&word, member.ring.as_mut())?;
+    if let Some(fault) = words.iter().find_map(|word| word.fault.clone()) {
+        return Err(StepError::Fault { step, fault });
+    }
+    let loss = words.iter().flat_map(|word| &word.losses).sum::<f64>() / trainer.spec.training.micro_batches() as f64;
+    let norm = words.iter().flat_map(|word| &word.norms).sum::<f64>().sqrt();
+    if !norm.is_finite() {
+        return Err(StepError::Fault { step, fault: "the gradient's norm is not finite".into() });
+    }
+
+    let scalars = trainer.rule.scalars(step, rate(&trainer.spec, step), clip_scale(trainer.spec.optimizer.clip_norm, norm));
+    trainer.rule.update(
+        &trainer.device,
+        &scalars,
+        member.shard.clone(),
+        &mut trainer.parameters,
+        &mut member.exp_avg,
+        &mut member.exp_avg_sq,
+        &member.gradient,
+    )?;
+    member.ring.all_gather_f32(&mut trainer.parameters, &member.shards)?;
+    Ok(Taken { loss, norm, stop: words.iter().any(|word| word.stop) })
+}
+
+/// Mean loss over the held-out sequences: the same units of one micro-batch each, in the same order, at any world size.
+pub fn validate<D: HostDevice>(
+    trainer: &mut Trainer<D>,
+    member: &mut Member<D>,
+    control: &Control,
+) -> Result<Option<f64>, StepError> {
+    let units = trainer.data.validation_units();
+    if units == 0 {
+        return Ok(None);
+    }
+    let mut word = Word::default();
+    for unit in member.own(units) {
+        if control.is_aborted() {
+            return Err(StepError::Aborted);
+        }
+        let (tokens, targets) = trainer.data.validation_unit(unit)?;
+        word.losses.push(trainer.model.loss(&trainer.device, &trainer.parameters, tokens, targets)?);
+    }
+    let words = Word::gather(&word, member.ring.as_mut())?;
+    Ok(Some(words.iter().flat_map(|word| &word.losses).sum::<f64>() / units as f64))
+}
+
+fn rate(spec: &JobSpec, step: u64) -> f64 {
+    learning_rate(&spec.schedule, spec.optimizer.learning_rate, spec.training.steps, step)
+}
+
+/// The contiguous run of `units` that falls to `rank` of `world`; sizes differ by at most one.
+pub fn share(units: usize, rank: usize, world: usize) -> Range<usize> {
+    let cut = |r: usize| (units as u128 * r as u128 / world as u128) as usize;
+    cut(rank)..cut(rank + 1)
+}

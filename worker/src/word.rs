@@ -1,0 +1,130 @@
+//! The one small message of a step: what each rank found, gathered by all.
+//!
+//! Losses of its micro-batches, squared norms of its blocks, whether it was asked to stop, and the first number it could
+//! not use. Encoded little-endian: flags, two counts, the values, the fault's text. What a peer sends is checked: the
+//! data plane is authenticated, but a length is never believed.
+
+use crate::collective::{Collective, CollectiveError};
+use crate::exact::GradientFault;
+
+/// The longest fault text that travels.
+const LONGEST_FAULT: usize = 1024;
+/// Flags and two counts.
+const HEAD: usize = 1 + 4 + 4;
+
+/// A number that ends the job.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Fault {
+    /// The loss itself.
+    #[error("the loss of micro-batch {micro_batch} is {loss}; lower the learning rate, or check the data")]
+    Loss {
+        /// Which micro-batch of the step.
+        micro_batch: usize,
+        /// Its loss.
+        loss: f64,
+    },
+    /// An element of the gradient.
+    #[error("micro-batch {micro_batch}, tensor {tensor}: {fault}")]
+    Gradient {
+        /// Which micro-batch of the step.
+        micro_batch: usize,
+        /// The tensor the element belongs to.
+        tensor: String,
+        /// The element and its value.
+        fault: GradientFault,
+    },
+}
+
+/// What one rank found in a step.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Word {
+    /// It was asked to stop.
+    pub stop: bool,
+    /// The first number it could not use, in words.
+    pub fault: Option<String>,
+    /// Loss of each of its micro-batches, in order.
+    pub losses: Vec<f64>,
+    /// Squared norm of each of its blocks, in order.
+    pub norms: Vec<f64>,
+}
+
+impl Word {
+    /// Notes a fault; the first one counts.
+    pub fn fault(&mut self, fault: Fault) {
+        if self.fault.is_none() {
+            self.fault = Some(fault.to_string().chars().take(LONGEST_FAULT / 4).collect());
+        }
+    }
+
+    /// Gives this rank's word and gets everyone's, in rank order.
+    pub fn gather(mine: &Self, ring: &mut dyn Collective) -> Result<Vec<Self>, CollectiveError> {
+        let all = ring.all_gather_bytes(&mine.encode())?;
+        all.iter()
+            .enumerate()
+            .map(|(rank, bytes)| {
+                Self::decode(bytes).ok_or_else(|| {
+                    CollectiveError::Protocol(format!("rank {rank} sent {} bytes that are no step message", bytes.len()))
+                })
+            })
+            .collect()
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let fault = self.fault.as_deref().unwrap_or_default();
+        let mut out = Vec::with_capacity(HEAD + 8 * (self.losses.len() + self.norms.len()) + fault.len());
+        out.push(u8::from(self.stop) | u8::from(self.fault.is_some()) << 1);
+        out.extend_from_slice(&(self.losses.len() as u32).to_le_bytes());
+        out.extend_from_slice(&(self.norms.len() as u32).to_le_bytes());
+        for value in self.losses.iter().chain(&self.norms) {
+            out.extend_from_slice(&value.to_le_bytes());
+        }
+        out.extend_from_slice(fault.as_bytes());
+        out
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let (flags, rest) = bytes.split_first()?;
+        let (losses, rest) = rest.split_first_chunk()?;
+        let (norms, rest) = rest.split_first_chunk()?;
+        let (losses, norms) = (u32::from_le_bytes(*losses) as usize, u32::from_le_bytes(*norms) as usize);
+        let length = losses.checked_add(norms)?.checked_mul(8).filter(|length| *length <= rest.len())?;
+        let (values, fault) = rest.split_at(length);
+        if *flags > 3 || fault.len() > LONGEST_FAULT || (flags & 2 == 0 && !fault.is_empty()) {
+            return None;
+        }
+        let mut values = values.as_chunks::<8>().0.iter().map(|value| f64::from_le_bytes(*value));
+        Some(Self {
+            stop: flags & 1 != 0,
+            losses: values.by_ref().take(losses).collect(),
+            norms: values.collect(),
+            fault: (flags & 2 != 0).then(|| String::from_utf8_lossy(fault).into_owned()),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_word_reads_back() {
+        let mut word = Word { stop: true, losses: vec![1.5, -0.0], norms: vec![f64::MAX], ..Word::default() };
+        assert_eq!(Word::decode(&word.encode()).as_ref(), Some(&word));
+        let fault = GradientFault { element: 7, value: f32::INFINITY };
+        word.fault(Fault::Gradient { micro_batch: 3, tensor: "lm_head.weight".into(), fault });
+        word.fault(Fault::Loss { micro_batch: 4, loss: f64::NAN });
+        assert!(word.fault.as_ref().is_some_and(|text| text.contains("lm_head.weight")));
+        assert_eq!(Word::decode(&word.encode()).as_ref(), Some(&word));
+        assert_eq!(Word::decode(&[]), None);
+        assert_eq!(Word::decode(&[0, 255, 255, 255, 255, 255, 255, 255, 255, 1]), None);
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_is_refused_or_read_but_never_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+            let _ = Word::decode(&bytes);
+        }
+    }
+}

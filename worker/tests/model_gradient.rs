@@ -1,0 +1,116 @@
+//! The gradient against finite differences of the loss, larger shapes on several threads, and refused input.
+
+use proto::spec::{Architecture, ModelSpec};
+use worker::device::cpu::CpuDevice;
+use worker::device::{Device, DeviceError};
+use worker::init::initialize;
+use worker::model::{Model, ModelError, parameter_count, parameters};
+use worker::rng::{Counter, Place};
+
+fn spec(hidden: usize, heads: [usize; 2], inner: usize, vocabulary: usize, tied: bool) -> ModelSpec {
+    ModelSpec {
+        architecture: Architecture::Llama,
+        hidden_size: hidden,
+        num_hidden_layers: 2,
+        num_attention_heads: heads[0],
+        num_key_value_heads: heads[1],
+        head_dim: hidden / heads[0],
+        intermediate_size: inner,
+        vocab_size: vocabulary,
+        tie_word_embeddings: tied,
+        rope_theta: 10_000.0,
+        rms_norm_eps: 1e-5,
+        initializer_range: 0.3,
+    }
+}
+
+fn ids(count: usize, vocabulary: usize, lane: u32) -> Vec<u32> {
+    let random = Counter::new(5, Place::Test, lane);
+    (0..count).map(|i| (random.bits(i as u64) % vocabulary as u64) as u32).collect()
+}
+
+/// The slope of the loss along the gradient of each tensor alone must be that gradient's squared length. A central
+/// difference in float32 has an error of about 1e-7/step plus step², so the step is about 1e-2 of a length of one.
+#[test]
+fn slopes_along_every_tensors_gradient() {
+    let device = CpuDevice::new(2).unwrap();
+    for (tied, heads) in [(true, [4, 2]), (false, [2, 2])] {
+        let spec = spec(16, heads, 24, 19, tied);
+        let (batch, sequence) = (2, 33);
+        let n = parameter_count(&spec);
+        let [mut weights, mut gradient] = ["weights", "gradient"].map(|w| device.allocate(n, w).unwrap());
+        initialize(&spec, 11, 0..n, &mut weights);
+        let (tokens, targets) = (ids(batch * sequence, 19, 0), ids(batch * sequence, 19, 1));
+        let mut model = Model::new(&spec, batch, sequence, &device).unwrap();
+        model.loss_and_gradient(&device, &weights, &tokens, &targets, &mut gradient).unwrap();
+        let start = weights.to_vec();
+        let mut at = 0;
+        for tensor in parameters(&spec) {
+            let range = at..at + tensor.elements();
+            at = range.end;
+            let length = gradient[range.clone()].iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+            let mut loss_at = |step: f64| {
+                weights.copy_from_slice(&start);
+                for i in range.clone() {
+                    weights[i] = (f64::from(start[i]) + step * f64::from(gradient[i]) / length) as f32;
+                }
+                model.loss(&device, &weights, &tokens, &targets).unwrap()
+            };
+            let step = 1e-2;
+            // Two step sizes cancel the cubic term (Richardson).
+            let narrow = (loss_at(step) - loss_at(-step)) / (2.0 * step);
+            let wide = (loss_at(2.0 * step) - loss_at(-2.0 * step)) / (4.0 * step);
+            let slope = (4.0 * narrow - wide) / 3.0;
+            assert!(
+                (slope - length).abs() < 2e-3 * length + 1e-5,
+                "{}: slope {slope}, length of the gradient {length}",
+                tensor.name
+            );
+            weights.copy_from_slice(&start);
+        }
+    }
+}
+
+/// Shapes large enough that products, attention and loss are really cut into tasks.
+#[test]
+fn bits_of_large_shapes_do_not_depend_on_threads() {
+    let mut spec = spec(128, [4, 2], 352, 9000, true);
+    spec.initializer_range = 0.05;
+    let (batch, sequence) = (3, 200);
+    let n = parameter_count(&spec);
+    let (tokens, targets) = (ids(batch * sequence, 9000, 2), ids(batch * sequence, 9000, 3));
+    let mut first: Option<(u64, Vec<u32>)> = None;
+    for threads in 1..=4 {
+        let device = CpuDevice::new(threads).unwrap();
+        let [mut weights, mut gradient] = ["weights", "gradient"].map(|w| device.allocate(n, w).unwrap());
+        initialize(&spec, 1, 0..n, &mut weights);
+        let mut model = Model::new(&spec, batch, sequence, &device).unwrap();
+        let mut pass = || {
+            let loss = model.loss_and_gradient(&device, &weights, &tokens, &targets, &mut gradient).unwrap();
+            (loss.to_bits(), gradient.iter().map(|g| g.to_bits()).collect::<Vec<_>>())
+        };
+        let (once, again) = (pass(), pass());
+        assert!(once == again, "{threads} threads: two passes differ");
+        assert!(first.get_or_insert_with(|| once.clone()) == &once, "{threads} threads differ from one");
+    }
+}
+
+#[test]
+fn bad_tokens_and_lengths_are_refused_and_non_finite_losses_are_seen() {
+    let device = CpuDevice::new(1).unwrap();
+    let spec = spec(8, [2, 1], 12, 10, true);
+    let n = parameter_count(&spec);
+    let [mut weights, mut gradient] = ["weights", "gradient"].map(|w| device.allocate(n, w).unwrap());
+    initialize(&spec, 1, 0..n, &mut weights);
+    let mut model = Model::new(&spec, 1, 4, &device).unwrap();
+    let error = model.loss(&device, &weights, &[1, 2, 3], &[1, 2, 3, 4]).unwrap_err();
+    assert!(matches!(error, ModelError::Length { what: "tokens", expected: 4, given: 3 }), "{error}");
+    let error = model.loss(&device, &weights, &[1, 2, 3, 4], &[1, 10, 3, 4]).unwrap_err();
+    assert!(matches!(error, ModelError::Token { position: 1, token: 10, .. }), "{error}");
+    assert!(error.to_string().contains("ids 0 to 9"), "{error}");
+    weights[100] = f32::NAN;
+    let loss = model.loss_and_gradient(&device, &weights, &[1, 2, 3, 4], &[1, 1, 3, 4], &mut gradient).unwrap();
+    assert!(loss.is_nan());
+    let error = device.allocate(usize::MAX / 8, "a test").unwrap_err();
+    assert!(matches!(error, DeviceError::OutOfMemory { .. }), "{error}");
+}
