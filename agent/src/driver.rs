@@ -9,6 +9,7 @@ use std::future::Future;
 use std::time::{Duration, Instant};
 
 use proto::ids::{Epoch, WorkerId};
+use proto::spec::JobSpec;
 use proto::wire::{self, agent_command, agent_message, coordinator_message, worker_message};
 use tokio::sync::mpsc;
 
@@ -315,7 +316,10 @@ impl Driver {
                 self.resend();
                 self.flush();
             }
-            Some(coordinator_message::Body::Desired(desired)) => self.event(Event::Desired { epoch, desired }),
+            Some(coordinator_message::Body::Desired(desired)) => {
+                self.learn_store(&desired);
+                self.event(Event::Desired { epoch, desired });
+            }
             Some(coordinator_message::Body::Settled(settled)) => {
                 if let Some(key) = SaveKey::of(&settled) {
                     self.waiting.settle(&key);
@@ -323,6 +327,16 @@ impl Driver {
                 }
             }
             Some(coordinator_message::Body::Refused(_)) | None => {} // the link ends the agent
+        }
+    }
+
+    /// A job's shards go to the store its spec names, which is the coordinator's.
+    fn learn_store(&mut self, desired: &wire::Desired) {
+        let spec: Result<JobSpec, _> = serde_json::from_slice(&desired.spec);
+        if let Ok(spec) = spec
+            && spec.name.as_str() == desired.job
+        {
+            self.uploads.store(spec.name, spec.checkpoint.store);
         }
     }
 

@@ -3,6 +3,8 @@
 use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use worker::data::Tokenizer;
+use worker::data::prepare::PrepareOptions;
 
 use crate::args::{DataCommand, PrepareArgs};
 use crate::failure::{Failure, chain};
@@ -14,30 +16,26 @@ pub(crate) fn run(command: DataCommand) -> Result<u8, Failure> {
 }
 
 fn prepare(args: &PrepareArgs) -> Result<u8, Failure> {
-    let wrong = |error: &dyn std::error::Error| Failure::request(chain(error));
-    let tokenizer = worker::data::Tokenizer::from_name(&args.tokenizer).map_err(|error| wrong(&error))?;
-    let total = args.files.iter().filter_map(|file| std::fs::metadata(file).ok()).map(|m| m.len()).sum();
+    let tokenizer = Tokenizer::load(&args.tokenizer).map_err(|error| Failure::request(chain(&error)))?;
+    let options = PrepareOptions { tokenizer, output: args.output.clone(), files: args.files.clone() };
     let target =
         if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-    let bar = ProgressBar::with_draw_target(Some(total), target);
+    let bar = ProgressBar::with_draw_target(None, target);
     if let Ok(style) = ProgressStyle::with_template("{bar:28} {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left") {
         bar.set_style(style);
     }
-    let reports = worker::data::prepare(&tokenizer, &args.files, &args.output, &mut |bytes| bar.inc(bytes))
-        .map_err(|error| wrong(&error))?;
+    let report = worker::data::prepare::prepare(&options, &mut |progress| {
+        bar.set_length(progress.bytes_total);
+        bar.set_position(progress.bytes_done);
+    });
     bar.finish_and_clear();
-    let rows: Vec<Vec<String>> = reports
+    let report = report.map_err(|error| Failure::request(chain(&error)))?;
+    let rows: Vec<Vec<String>> = report
+        .datasets
         .iter()
-        .map(|report| {
-            vec![
-                report.prefix.display().to_string(),
-                report.documents.to_string(),
-                report.tokens.to_string(),
-                table::bytes(report.bytes),
-            ]
-        })
+        .map(|set| vec![set.prefix.display().to_string(), set.documents.to_string(), set.tokens.to_string()])
         .collect();
-    table::print(&["DATASET", "DOCUMENTS", "TOKENS", "SIZE"], &rows);
-    println!("vocabulary {}: set model.vocab_size to at least this", tokenizer.vocab_size());
+    table::print(&["DATASET", "DOCUMENTS", "TOKENS"], &rows);
+    println!("set model.vocab_size to at least {}", report.vocab_size);
     Ok(0)
 }

@@ -5,6 +5,7 @@
 //! second stops at once.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use proto::auth::Token;
@@ -14,6 +15,7 @@ use proto::wire::{JobRequest, SubmitMode, SubmitRequest};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
+use worker::data::{BatchShape, Batches, DataError, IndexedDataset, ValidationBatches};
 
 use crate::args::{JobFileArgs, Output, TrainArgs};
 use crate::client::{self, Client};
@@ -59,16 +61,33 @@ pub(crate) fn submit_request(args: &JobFileArgs, spec: &JobSpec) -> Result<Submi
     Ok(SubmitRequest { spec, mode: mode.into(), stop_at: args.steps })
 }
 
-/// Checks what can be checked before anything is started.
-pub(crate) fn check_data(spec: &JobSpec) -> Result<(), Failure> {
-    worker::data::check(spec).map_err(|error| Failure::request(chain(&error)))
+/// Checks the datasets before anything is started; the workers check them again, for they may be elsewhere.
+fn check_data(spec: &JobSpec) -> Result<(), Failure> {
+    let wrong = |error: DataError| Failure::request(chain(&error));
+    let t = &spec.training;
+    let shape = BatchShape {
+        sequence_length: t.sequence_length,
+        global_batch: t.global_batch,
+        micro_batch: t.micro_batch,
+        vocabulary: u32::try_from(spec.model.vocab_size).unwrap_or(u32::MAX),
+    };
+    let open = |prefix: &str| {
+        let data = IndexedDataset::open(Path::new(prefix)).map_err(wrong)?;
+        data.check_vocabulary(shape.vocabulary).map_err(wrong)?;
+        Ok::<_, Failure>(Arc::new(data))
+    };
+    Batches::new(open(&spec.data.train)?, shape, t.seed).map_err(wrong)?;
+    if let Some(prefix) = spec.data.validation.as_deref().filter(|_| t.validate_every > 0) {
+        ValidationBatches::new(open(prefix)?, shape, t.validate_sequences).map_err(wrong)?;
+    }
+    Ok(())
 }
 
 pub(crate) async fn run(args: TrainArgs) -> Result<u8, Failure> {
     let spec = read_job(&args.job)?;
-    check_data(&spec)?;
+    tokio::task::block_in_place(|| check_data(&spec))?;
     // An unusable store is found here, before any process is started.
-    checkpoint_store::Store::open(&spec.checkpoint.store).await?;
+    checkpoint_store::Store::open(&spec.checkpoint.store)?;
     let mut signals = Signals::new()?;
     let folder = runtime_folder()?;
     let (refused, mut refusals) = mpsc::channel(4);

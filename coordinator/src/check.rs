@@ -20,8 +20,6 @@ use crate::machine::{Ask, Failure, ReceiptEntry, ReceiptName, Worker};
 const MOST_WORKERS: usize = 4096;
 /// Bytes of a job's specification.
 const MOST_SPEC: usize = 1 << 20;
-/// Bytes of a receipt: 2^19 blocks of three states at 64 hex digits and some.
-const MOST_RECEIPT: usize = 60 << 20;
 /// Characters of a text for people.
 const MOST_TEXT: usize = 4000;
 
@@ -129,15 +127,16 @@ pub(crate) fn skipped(message: &SaveSkipped) -> Result<(JobName, ReceiptName), F
 
 /// A receipt must say inside what it says outside; whether the set makes a checkpoint is judged at the commit.
 pub(crate) fn receipt(node: &NodeName, message: ShardReceipt) -> Result<(JobName, ReceiptName, ReceiptEntry), Fault> {
-    if message.receipt.len() > MOST_RECEIPT {
-        return Err(format!("a receipt of {} bytes, more than {MOST_RECEIPT}", message.receipt.len()));
-    }
-    serde_json::from_slice::<Receipt>(&message.receipt).map_err(|error| format!("a receipt that cannot be read: {error}"))?;
+    let inside = Receipt::from_json(&message.receipt).map_err(|error| error.to_string())?;
     let name = ReceiptName {
         generation: Generation::new(message.generation),
         step: Step::new(message.step),
         rank: Rank::new(message.rank),
     };
+    let job = job(&message.job)?;
+    if (&inside.job, inside.generation, inside.step(), inside.rank) != (&job, name.generation, name.step, name.rank) {
+        return Err(format!("a receipt of job {job} that says something else inside than outside"));
+    }
     let entry = ReceiptEntry {
         node: node.clone(),
         receipt: Arc::from(message.receipt),
@@ -145,7 +144,7 @@ pub(crate) fn receipt(node: &NodeName, message: ShardReceipt) -> Result<(JobName
         seconds: seconds("an upload", message.seconds)?,
         arrived: Duration::ZERO,
     };
-    Ok((job(&message.job)?, name, entry))
+    Ok((job, name, entry))
 }
 
 /// A submission, its specification checked again as a whole.

@@ -1,3 +1,202 @@
-//! Control plane: pure machine, driver, gRPC edge.
+//! The control plane of Cairn: which workers form a job's next generation, what becomes a checkpoint, what a failure
+//! leads to.
+//!
+//! `machine` decides, purely; `driver` performs; `journal` writes the jobs' chains; `lead` holds the leadership of the
+//! store; `service` is the gRPC edge, `check` its gate, `watch` what watchers see. The coordinator is on no step's path:
+//! while it is away training goes on, and its successor learns everything from the chains and the agents' reports.
+
+mod check;
+mod driver;
+mod error;
+mod journal;
+mod lead;
 pub mod machine;
+mod service;
+mod space;
 mod watch;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use checkpoint_store::error::{Kind, StoreError};
+use checkpoint_store::{Create, Store, layout, probe_atomic_create};
+use proto::auth::Token;
+use proto::wire::MOST_MESSAGE_BYTES;
+use proto::wire::cluster_server::ClusterServer;
+use proto::wire::jobs_server::JobsServer;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tonic::Request;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+
+pub use error::CoordinatorError;
+
+use crate::driver::Driver;
+use crate::journal::Journal;
+use crate::lead::{Leadership, acquire};
+use crate::machine::{Cluster, Settings};
+use crate::service::Edge;
+use crate::watch::Hub;
+
+/// Time between two reports of an agent.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Silence after which an agent is lost, unless a job asks for less.
+const SUSPICION: Duration = Duration::from_secs(5);
+/// Events waiting for the driver.
+const WAITING: usize = 1024;
+/// The longest the leadership's release may take at the end.
+const RELEASE: Duration = Duration::from_secs(5);
+/// Says that a store has passed the probe.
+const PROBED: &str = "probe/passed.json";
+
+/// What a coordinator is started with.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The store the jobs live in; also what agents are told.
+    pub store_url: String,
+    /// Where to listen: a loopback address in this release.
+    pub listen: SocketAddr,
+    /// The cluster's secret.
+    pub token: Token,
+    /// What tells this boot of this host from any other.
+    pub host: String,
+    /// Wait while another coordinator leads, instead of refusing to start.
+    pub standby: bool,
+    /// Accept a store without atomic create; there must never be a second coordinator then.
+    pub allow_single_coordinator: bool,
+}
+
+/// Coordinates until `shutdown` completes; then gives the leadership back. Jobs at work go on without it.
+pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), CoordinatorError> {
+    if !options.listen.ip().is_loopback() {
+        return Err(CoordinatorError::NotLoopback(options.listen));
+    }
+    let listen = |source| CoordinatorError::Listen { address: options.listen, source };
+    let listener = TcpListener::bind(options.listen).await.map_err(listen)?;
+    let store = Store::open(&options.store_url)?;
+    tokio::pin!(shutdown);
+    let address = listener.local_addr().map_err(listen)?.to_string();
+    let start = async {
+        trust(&store, options.allow_single_coordinator).await?;
+        acquire(&store, &address, &options.host, options.standby).await
+    };
+    let leadership = tokio::select! {
+        leadership = start => leadership?,
+        () = &mut shutdown => return Ok(()),
+    };
+    tracing::info!(epoch = leadership.epoch.get(), %address, store = store.url(), "this coordinator leads");
+    let (stop, stopped) = oneshot::channel::<()>();
+    let mut holding = Task(tokio::spawn(leadership.clone().hold(async {
+        // A dropped sender asks for the same.
+        let _ = stopped.await;
+    })));
+    let (driver, edge, inputs) = parts(&options, &store, &leadership, &address);
+    let mut server = Task(tokio::spawn(server(listener, edge, options.token.clone())));
+    let outcome = tokio::select! {
+        outcome = driver.run(inputs) => outcome,
+        outcome = &mut holding.0 => flatten("the leadership", outcome),
+        outcome = &mut server.0 => flatten("the server", outcome),
+        () = &mut shutdown => Ok(()),
+    };
+    drop(server);
+    outcome?;
+    drop(stop);
+    match timeout(RELEASE, &mut holding.0).await {
+        Ok(released) => flatten("the leadership", released),
+        Err(_) => Ok(tracing::warn!("the leadership was not given back in time; a successor will wait for it")),
+    }
+}
+
+/// The driver, the services and the queue between them.
+fn parts(
+    options: &Options,
+    store: &Store,
+    leadership: &Leadership,
+    address: &str,
+) -> (Driver, Edge, mpsc::Receiver<driver::Input>) {
+    let epoch = leadership.epoch;
+    let settings = Settings {
+        epoch,
+        leader: address.to_string(),
+        store: options.store_url.clone(),
+        heartbeat: HEARTBEAT,
+        suspicion: SUSPICION,
+        nonce_path: layout::leader(epoch),
+        nonce: leadership.token.clone(),
+        secret: secret(&options.token),
+    };
+    let hub = Hub::new(epoch.get());
+    let journal = Journal::new(store.clone(), epoch, format!("{address} on {}", options.host));
+    let driver = Driver::new(Cluster::new(settings), epoch.get(), journal, hub.clone());
+    let (sender, inputs) = mpsc::channel(WAITING);
+    let edge = Edge { inputs: sender, hub, epoch: epoch.get(), connections: Arc::new(AtomicU64::new(1)) };
+    (driver, edge, inputs)
+}
+
+/// Probes a store once; what it found is remembered in the store.
+async fn trust(store: &Store, allow_single: bool) -> Result<(), StoreError> {
+    match store.get(PROBED, 4096).await {
+        Ok(_) => return Ok(()),
+        Err(error) if error.is_not_found() => {}
+        Err(error) => return Err(error),
+    }
+    match probe_atomic_create(store).await {
+        Ok(()) => {}
+        Err(error) if allow_single && error.kind() == Kind::Input => {
+            tracing::warn!("{error}: going on, as asked; a second coordinator would corrupt the jobs");
+            return Ok(());
+        }
+        Err(error) => return Err(error),
+    }
+    match store.create(PROBED, br#"{"format":1,"atomic_create":true}"#.to_vec().into()).await? {
+        Create::Created | Create::AlreadyExists => Ok(()),
+    }
+}
+
+async fn server(listener: TcpListener, edge: Edge, token: Token) -> Result<(), CoordinatorError> {
+    let (for_cluster, for_jobs) = (token.clone(), token);
+    let cluster = ClusterServer::new(edge.clone())
+        .max_decoding_message_size(MOST_MESSAGE_BYTES)
+        .max_encoding_message_size(MOST_MESSAGE_BYTES);
+    let jobs = JobsServer::new(edge)
+        .max_decoding_message_size(MOST_MESSAGE_BYTES)
+        .max_encoding_message_size(MOST_MESSAGE_BYTES);
+    Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(10)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .add_service(InterceptedService::new(cluster, move |request| for_cluster.check(request)))
+        .add_service(InterceptedService::new(jobs, move |request| for_jobs.check(request)))
+        .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)))
+        .await
+        .map_err(|error| CoordinatorError::broken("the server", error))
+}
+
+/// A task that ends with its owner.
+struct Task(JoinHandle<Result<(), CoordinatorError>>);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+fn flatten(
+    what: &'static str,
+    outcome: Result<Result<(), CoordinatorError>, tokio::task::JoinError>,
+) -> Result<(), CoordinatorError> {
+    outcome.map_err(|error| CoordinatorError::broken(what, error))?
+}
+
+/// What the keys of the workers' data plane are derived from: a function of the cluster's token.
+fn secret(token: &Token) -> [u8; 32] {
+    let signed = token.sign(Request::new(())).ok();
+    let credential = signed.as_ref().and_then(|request| request.metadata().get("authorization"));
+    let bytes = credential.map_or(&[][..], |value| value.as_bytes());
+    blake3::derive_key("cairn 2026 workers' data plane", bytes)
+}

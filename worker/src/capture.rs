@@ -199,8 +199,15 @@ impl Capturer {
                             (0..3).map(|n| HashList(hash_blocks(state(n), block, Dtype::F32))).collect()
                         });
                         message.slot = slot.index as u32;
-                        message.capture = capture.to_json();
                         shared.put_back(slot);
+                        match capture.to_json() {
+                            Ok(json) => message.capture = json,
+                            Err(error) => {
+                                tracing::error!(%error, "a snapshot was not announced");
+                                shared.free(message.slot);
+                                continue;
+                            }
+                        }
                         if news.blocking_send(News::Captured(message)).is_err() {
                             return;
                         }

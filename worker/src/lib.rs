@@ -12,3 +12,19 @@ pub mod schedule;
 
 pub mod collective;
 pub mod data;
+
+pub mod bench;
+pub mod capture;
+pub mod dataset;
+pub mod feed;
+pub mod generation;
+pub mod gradient;
+pub mod load;
+pub mod machine;
+pub mod run;
+pub mod session;
+pub mod step;
+pub mod trainer;
+pub mod word;
+
+pub use run::{Options, WorkerError, run};

@@ -9,14 +9,14 @@ use std::ops::Range;
 
 use proto::spec::JobSpec;
 
-use crate::collective::{Collective, CollectiveError};
-use crate::data::DataError;
-use crate::device::DeviceError;
+use crate::collective::CollectiveError;
+use crate::device::{Device, DeviceError};
+use crate::feed::FeedError;
+use crate::generation::{HostDevice, Member, Trainer};
 use crate::model::ModelError;
 use crate::optimizer::clip_scale;
 use crate::schedule::learning_rate;
 use crate::session::Control;
-use crate::trainer::{HostDevice, Member, Trainer};
 use crate::word::{Fault, Word};
 
 /// Why a step did not happen.
@@ -27,7 +27,7 @@ pub enum StepError {
     Exchange(#[from] CollectiveError),
     /// A micro-batch could not be read.
     #[error(transparent)]
-    Data(#[from] DataError),
+    Data(#[from] FeedError),
     /// A micro-batch could not be computed.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -71,7 +71,7 @@ pub fn take<D: HostDevice>(
         if control.is_aborted() {
             return Err(StepError::Aborted);
         }
-        let (tokens, targets) = trainer.data.micro_batch(step, m)?;
+        let (tokens, targets) = trainer.feed.micro_batch(step, m)?;
         let (parameters, gradient) = (&trainer.parameters, &mut trainer.gradient);
         let loss = trainer.model.loss_and_gradient(&trainer.device, parameters, tokens, targets, gradient)?;
         word.losses.push(loss);
@@ -83,12 +83,9 @@ pub fn take<D: HostDevice>(
         }
     }
     trainer.gradient_sum.reduce_scatter(&trainer.device, member)?;
-    trainer.device.block_square_sums(
-        member.shard.len(),
-        trainer.space.block_elements() as usize,
-        &member.gradient,
-        member.blocks.resized(&mut word.norms),
-    )?;
+    let block = trainer.space.block_elements() as usize;
+    word.norms = vec![0.0; member.shard.len().div_ceil(block)];
+    trainer.device.block_square_sums(member.shard.len(), block, &member.gradient, &mut word.norms)?;
 
     let words = Word::gather(&word, member.ring.as_mut())?;
     if let Some(fault) = words.iter().find_map(|word| word.fault.clone()) {
@@ -120,7 +117,7 @@ pub fn validate<D: HostDevice>(
     member: &mut Member<D>,
     control: &Control,
 ) -> Result<Option<f64>, StepError> {
-    let units = trainer.data.validation_units();
+    let units = trainer.feed.validation_units();
     if units == 0 {
         return Ok(None);
     }
@@ -129,7 +126,7 @@ pub fn validate<D: HostDevice>(
         if control.is_aborted() {
             return Err(StepError::Aborted);
         }
-        let (tokens, targets) = trainer.data.validation_unit(unit)?;
+        let (tokens, targets) = trainer.feed.validation_unit(unit)?;
         word.losses.push(trainer.model.loss(&trainer.device, &trainer.parameters, tokens, targets)?);
     }
     let words = Word::gather(&word, member.ring.as_mut())?;

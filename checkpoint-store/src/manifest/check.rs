@@ -75,6 +75,9 @@ impl Manifest {
     /// Checks one object's extents against the space and against its size.
     fn index_object(&self, number: usize, object: &ObjectEntry, index: &mut [Vec<Located>]) -> Result<(), String> {
         let path = &object.path;
+        if object.extents.is_empty() {
+            return Err(format!("{path} holds nothing"));
+        }
         let mut spans = Vec::with_capacity(object.extents.len());
         for e in &object.extents {
             let at = self.state_index(&e.state).ok_or_else(|| format!("{path} holds an undeclared state"))?;

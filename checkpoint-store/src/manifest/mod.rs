@@ -6,8 +6,6 @@
 
 mod check;
 mod gather;
-#[cfg(test)]
-mod tests;
 
 use std::ops::Range;
 

@@ -5,9 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use worker::device::{
-    AttentionShape, Device, DeviceResult, MatmulShape, NormShape, Part, PartMut, Product, Write,
-};
+use worker::device::{AttentionShape, Device, DeviceResult, MatmulShape, NormShape, Part, PartMut, Product, Write};
 use worker::exact::GradientFault;
 use worker::optimizer::AdamwScalars;
 
@@ -47,8 +45,13 @@ impl<D: Device> Timed<D> {
             let rate = if *work > 0.0 { format!("{:.0}", 2.0 * work / seconds / 1e9) } else { String::new() };
             println!("{name:<40} {:>7} {ms:>10.2} {share:>6.1} {rate:>8}", calls / steps);
         }
-        println!("{:<40} {:>7} {:>10.2} {:>6.1}", "outside", "", (total - known.get()) * 1e3 / steps as f64,
-            100.0 * (1.0 - known.get() / total));
+        println!(
+            "{:<40} {:>7} {:>10.2} {:>6.1}",
+            "outside",
+            "",
+            (total - known.get()) * 1e3 / steps as f64,
+            100.0 * (1.0 - known.get() / total)
+        );
     }
 }
 

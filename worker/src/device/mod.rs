@@ -207,32 +207,26 @@ pub trait Device: Send + Sync + Sized {
     /// Rotates queries and keys in place (Su et al., 2021), in the half-split layout of Hugging Face: element `i` of a
     /// head pairs with `i + head_dim/2`. `table` holds, for each position, `head_dim/2` cosines then as many sines.
     /// `inverse` rotates back, which is the backward.
-    fn rope(
-        &self,
-        shape: AttentionShape,
-        inverse: bool,
-        table: &Self::Buffer,
-        qkv: &mut Self::Buffer,
-    ) -> DeviceResult;
+    fn rope(&self, shape: AttentionShape, inverse: bool, table: &Self::Buffer, qkv: &mut Self::Buffer) -> DeviceResult;
 
-    /// Causal softmax attention, scaled by `1/√head_dim`; also stores the log of each row's sum of exponentials,
-    /// `[batch, heads, sequence]`.
+    /// Causal softmax attention, scaled by `1/√head_dim`; also stores what the backward needs to compute each row's
+    /// probabilities again: two numbers a row, `[batch, heads, sequence, 2]`, in a form of the device's own.
     fn attention_forward(
         &self,
         shape: AttentionShape,
         qkv: &Self::Buffer,
         out: &mut Self::Buffer,
-        log_sum: &mut Self::Buffer,
+        statistics: &mut Self::Buffer,
         workspace: &mut Self::Buffer,
     ) -> DeviceResult;
-    /// The backward of [`Device::attention_forward`]; probabilities are computed again from `log_sum`.
+    /// The backward of [`Device::attention_forward`]; probabilities are computed again from `statistics`.
     #[allow(clippy::too_many_arguments)]
     fn attention_backward(
         &self,
         shape: AttentionShape,
         qkv: &Self::Buffer,
         out: &Self::Buffer,
-        log_sum: &Self::Buffer,
+        statistics: &Self::Buffer,
         d_out: &Self::Buffer,
         d_qkv: &mut Self::Buffer,
         workspace: &mut Self::Buffer,
@@ -241,13 +235,8 @@ pub trait Device: Send + Sync + Sized {
     fn attention_workspace(&self, shape: AttentionShape) -> usize;
 
     /// `act = silu(gate)·up` with rows `[gate | up]` of twice `width` (Shazeer, 2020).
-    fn swiglu_forward(
-        &self,
-        width: usize,
-        rows: usize,
-        gate_up: &Self::Buffer,
-        act: &mut Self::Buffer,
-    ) -> DeviceResult;
+    fn swiglu_forward(&self, width: usize, rows: usize, gate_up: &Self::Buffer, act: &mut Self::Buffer)
+    -> DeviceResult;
     /// The backward, in place: `gate_up` becomes its own gradient, and `d_act` becomes `act` again (which the gradient
     /// of the next matrix needs, and which is cheaper to compute than to keep).
     fn swiglu_backward(
@@ -299,6 +288,7 @@ pub trait Device: Send + Sync + Sized {
         out: &mut [f64],
     ) -> DeviceResult;
     /// One AdamW update of `elements` elements.
+    #[allow(clippy::too_many_arguments)]
     fn adamw(
         &self,
         elements: usize,

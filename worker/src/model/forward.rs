@@ -29,14 +29,7 @@ impl<D: Device> Model<D> {
                 &mut acts.last_normed,
                 &mut acts.last_scale,
             ),
-            None => device.rmsnorm_forward(
-                norm,
-                &acts.last,
-                None,
-                weight,
-                &mut acts.last_normed,
-                &mut acts.last_scale,
-            ),
+            None => device.rmsnorm_forward(norm, &acts.last, None, weight, &mut acts.last_normed, &mut acts.last_scale),
         }
     }
 
@@ -50,16 +43,12 @@ impl<D: Device> Model<D> {
         let layer = &mut rest[0];
         let weight = |offset| Part(parameters, offset);
 
-        match before.last() {
-            Some(previous) => {
-                let delta = Some((&acts.delta, &mut layer.stream));
-                let (normed, scale) = (&mut layer.input_normed, &mut layer.input_scale);
-                device.rmsnorm_forward(norm, &previous.middle, delta, weight(at.input_norm), normed, scale)?;
-            }
-            None => {
-                let (normed, scale) = (&mut layer.input_normed, &mut layer.input_scale);
-                device.rmsnorm_forward(norm, &layer.stream, None, weight(at.input_norm), normed, scale)?;
-            }
+        let (normed, scale) = (&mut layer.input_normed, &mut layer.input_scale);
+        if let Some(previous) = before.last() {
+            let delta = Some((&acts.delta, &mut layer.stream));
+            device.rmsnorm_forward(norm, &previous.middle, delta, weight(at.input_norm), normed, scale)?;
+        } else {
+            device.rmsnorm_forward(norm, &layer.stream, None, weight(at.input_norm), normed, scale)?;
         }
         let product = |shape, a: &D::Buffer, w: usize, c: &mut D::Buffer| {
             device.matmul(Product::NT, shape, whole(a), weight(w), Write::Replace, PartMut(c, 0))
@@ -85,14 +74,7 @@ impl<D: Device> Model<D> {
             let count = self.sizes.loss_rows.min(self.sizes.rows - first);
             self.logits(device, parameters, first, count)?;
             let acts = &mut self.acts;
-            sum += device.cross_entropy(
-                self.sizes.vocabulary,
-                count,
-                &acts.targets,
-                first,
-                None,
-                &mut acts.logits,
-            )?;
+            sum += device.cross_entropy(self.sizes.vocabulary, count, &acts.targets, first, None, &mut acts.logits)?;
         }
         Ok(sum)
     }
@@ -112,8 +94,7 @@ impl<D: Device> Model<D> {
             let count = loss_rows.min(rows - first);
             self.logits(device, parameters, first, count)?;
             let acts = &mut self.acts;
-            sum +=
-                device.cross_entropy(vocabulary, count, &acts.targets, first, Some(scale), &mut acts.logits)?;
+            sum += device.cross_entropy(vocabulary, count, &acts.targets, first, Some(scale), &mut acts.logits)?;
             device.matmul(
                 Product::NN,
                 MatmulShape { m: count, n: hidden, k: vocabulary },

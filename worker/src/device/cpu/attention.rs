@@ -131,7 +131,14 @@ pub(super) unsafe fn pack_transposed(from: Rows, count: usize, width: usize, tok
 /// # Safety
 /// The pointers must cover a strip of queries, `limit` transposed keys and a strip of scores.
 #[inline(always)]
-pub(super) unsafe fn scores<L: Lanes>(q: *const f32, width: usize, kt: *const f32, limit: usize, s: *mut f32, p: Padded) {
+pub(super) unsafe fn scores<L: Lanes>(
+    q: *const f32,
+    width: usize,
+    kt: *const f32,
+    limit: usize,
+    s: *mut f32,
+    p: Padded,
+) {
     for panel in (0..limit).step_by(PANEL) {
         let left = Left { at: q, row: width, column: 1 };
         // SAFETY: the caller vouches for the shapes.
@@ -204,9 +211,9 @@ unsafe fn group_forward<L: Lanes>(
                 copy_rows(Rows { at: q.add(first * row + head * hd), row }, count, hd, scale, qs);
                 scores::<L>(qs, hd, kt, limit, strip, p);
                 let mut inverse = [0.0f32; STRIP];
-                for i in 0..count {
+                for (i, inverse) in inverse.iter_mut().enumerate().take(count) {
                     let (most, one_over) = softmax_row::<L>(strip.add(i * p.stride), first + i + 1, limit);
-                    inverse[i] = one_over;
+                    *inverse = one_over;
                     let at = statistics.add(2 * (head * t + first + i));
                     *at = most;
                     *at.add(1) = one_over;

@@ -15,7 +15,7 @@ const SMALL: usize = 1 << 20;
 /// Multiply-adds of one tile at least; a smaller one would spend its time on copying its operands together.
 const TILE: usize = 24 << 20;
 /// Tiles of one product at most.
-const MOST: usize = 16;
+const MOST: usize = 64;
 
 /// `c (+)= product of a and b`; slices start at the matrices' first elements.
 pub(super) fn gemm(
@@ -62,8 +62,17 @@ fn tiles(shape: MatmulShape) -> (usize, usize) {
         return (m.max(1), n.max(1));
     }
     let count = (work / TILE).clamp(2, MOST);
-    // Cut the longer side: tiles stay near square, so the least is copied. 96 and 4 are the sides of faer's own tiles.
-    if m >= n { (m.div_ceil(count).next_multiple_of(32), n) } else { (m, n.div_ceil(count).next_multiple_of(96)) }
+    let (mut height, mut width, mut tiles) = (m, n, 1);
+    // Halve the longer side again and again: near-square tiles copy least. 96 and 4 are the sides of faer's own tiles.
+    while tiles < count && height.max(width) > 96 {
+        if height >= width {
+            height = height.div_ceil(2).next_multiple_of(32);
+        } else {
+            width = width.div_ceil(2).next_multiple_of(96);
+        }
+        tiles = m.div_ceil(height) * n.div_ceil(width);
+    }
+    (height, width)
 }
 
 #[cfg(test)]

@@ -4,6 +4,9 @@
 //! `elementwise` and `loss` the rest of the model, `state` the update. A kernel's bits depend on its shape: not on
 //! threads, and, but for matrix products, not on the instruction set either.
 
+// Vector code must inline into the function that enables its instruction set; see `lanes`.
+#![allow(clippy::inline_always)]
+
 mod attention;
 mod attention_backward;
 mod buffer;
@@ -29,8 +32,8 @@ use crate::optimizer::AdamwScalars;
 
 /// Version of the kernels' arithmetic; raised by any change that changes bits.
 const KERNELS: u32 = 1;
-/// The version of faer the workspace locks, whose kernels make the matrix products.
-const FAER: &str = "0.24";
+/// The locked versions of the libraries that make the matrix products; a test holds them to the lock file.
+const LIBRARIES: [(&str, &str); 3] = [("faer", "0.24.4"), ("private-gemm-x86", "0.1.22"), ("nano-gemm", "0.2.2")];
 
 /// The CPU as a [`Device`].
 pub struct CpuDevice {
@@ -62,7 +65,8 @@ impl Device for CpuDevice {
     type Tokens = Vec<u32>;
 
     fn numeric_identity(&self) -> String {
-        format!("cpu {} {} kernels-{KERNELS} faer-{FAER}", std::env::consts::ARCH, self.isa.name())
+        let libraries: Vec<String> = LIBRARIES.iter().map(|(name, version)| format!("{name}-{version}")).collect();
+        format!("cpu {} {} kernels-{KERNELS} {}", std::env::consts::ARCH, self.isa.name(), libraries.join(" "))
     }
 
     fn enter<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
@@ -102,10 +106,7 @@ impl Device for CpuDevice {
     }
 
     fn axpy(&self, elements: usize, alpha: f32, x: Part<'_, CpuBuffer>, y: PartMut<'_, CpuBuffer>) -> DeviceResult {
-        let x = &x.0[x.1..x.1 + elements];
-        for (y, x) in y.0[y.1..y.1 + elements].iter_mut().zip(x) {
-            *y += alpha * x;
-        }
+        state::axpy(&self.pool, alpha, &x.0[x.1..][..elements], &mut y.0[y.1..][..elements]);
         Ok(())
     }
 
@@ -271,13 +272,7 @@ impl Device for CpuDevice {
         Ok(())
     }
 
-    fn block_square_sums(
-        &self,
-        elements: usize,
-        block: usize,
-        gradient: &CpuBuffer,
-        out: &mut [f64],
-    ) -> DeviceResult {
+    fn block_square_sums(&self, elements: usize, block: usize, gradient: &CpuBuffer, out: &mut [f64]) -> DeviceResult {
         state::block_square_sums(&self.pool, block, &gradient[..elements], out);
         Ok(())
     }

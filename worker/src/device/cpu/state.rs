@@ -87,8 +87,8 @@ pub(super) fn accumulate_exact(
     if !failed.into_inner() {
         return None;
     }
-    let bad = |g: &f32| (f64::from(*g) * GRID).abs() <= bound;
-    gradient.iter().position(|g| !bad(g)).map(|element| GradientFault { element, value: gradient[element] })
+    let fits = |g: &f32| (f64::from(*g) * GRID).abs() <= bound;
+    gradient.iter().position(|g| !fits(g)).map(|element| GradientFault { element, value: gradient[element] })
 }
 
 /// The largest float64 that is not above `limit`.
@@ -108,6 +108,20 @@ pub(super) fn gradient_from_sums(pool: &Pool, scale: f64, sums: &[i64], gradient
         let to = unsafe { shared.part(part.start, part.len()) };
         for (g, sum) in to.iter_mut().zip(&sums[part]) {
             *g = (*sum as f64 * scale) as f32;
+        }
+    });
+}
+
+/// `y += alpha·x`; see [`crate::device::Device::axpy`].
+pub(super) fn axpy(pool: &Pool, alpha: f32, x: &[f32], y: &mut [f32]) {
+    let n = y.len();
+    let shared = Shared::new(y);
+    pool.each(n.div_ceil(CHUNK), |task| {
+        let part = chunk(task, CHUNK, n);
+        // SAFETY: the part belongs to this task.
+        let to = unsafe { shared.part(part.start, part.len()) };
+        for (y, x) in to.iter_mut().zip(&x[part]) {
+            *y += alpha * x;
         }
     });
 }

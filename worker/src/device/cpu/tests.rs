@@ -85,7 +85,17 @@ fn rmsnorm_and_its_backward() {
         let mut workspace = vec![7.0; elementwise::norm_workspace(norm)];
         let write = Write::Add;
         elementwise::rmsnorm_backward(
-            pool, isa, norm, sum, scale, &weight, &dy, write, &mut dx, &mut dw, &mut workspace,
+            pool,
+            isa,
+            norm,
+            sum,
+            scale,
+            &weight,
+            &dy,
+            write,
+            &mut dx,
+            &mut dw,
+            &mut workspace,
         );
         [dx, dw].concat()
     });
@@ -223,9 +233,7 @@ fn attention_and_its_backward() {
             let (out, statistics) = forward(pool, isa);
             let mut d = vec![f32::NAN; qkv.len()];
             let mut workspace = vec![f32::NAN; scratch * pool.len()];
-            attention_backward::backward(
-                pool, isa, shape, &qkv, &out, &statistics, &d_out, &mut d, &mut workspace,
-            );
+            attention_backward::backward(pool, isa, shape, &qkv, &out, &statistics, &d_out, &mut d, &mut workspace);
             d
         });
         let (expected, d_expected) = naive_attention(shape, &qkv, &d_out);
@@ -271,4 +279,24 @@ fn the_grid_has_the_same_bits_on_every_instruction_set() {
         }
         assert_eq!(sums, expected, "{isa:?}");
     }
+}
+
+#[test]
+fn the_numeric_identity_names_the_locked_libraries() {
+    let lock = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.lock")).unwrap();
+    for (name, version) in super::LIBRARIES {
+        let entry = format!("name = \"{name}\"\nversion = \"{version}\"\n");
+        assert!(lock.contains(&entry), "{name} {version} is not what Cargo.lock has; raise it here");
+    }
+}
+
+#[test]
+fn axpy_adds_a_multiple() {
+    let (x, y) = (random(70_000, 0), random(70_000, 1));
+    let got = on_all("axpy", |pool, _| {
+        let mut sum = y.clone();
+        state::axpy(pool, 0.5, &x, &mut sum);
+        sum
+    });
+    assert!((0..70_000).all(|i| got[i] == y[i] + 0.5 * x[i]));
 }

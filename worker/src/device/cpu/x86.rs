@@ -1,5 +1,6 @@
 //! The sixteen lanes on x86-64: one AVX-512 register, or two of AVX2. See [`super::lanes`].
 
+#[allow(clippy::wildcard_imports)] // some thirty intrinsics, all named `_mm…`
 use std::arch::x86_64::*;
 
 use super::lanes::Lanes;

@@ -1,0 +1,246 @@
+//! The chain: folding, racing, fencing, and what retention makes of it.
+
+use std::collections::BTreeSet;
+
+use checkpoint_store::retention::delete;
+use checkpoint_store::*;
+use proptest::prelude::*;
+use proto::ids::{Epoch, Generation, Step};
+
+use crate::support::*;
+
+/// A checkpoint of which only the record exists.
+fn fake(generation: u64, step: u64) -> CheckpointRef {
+    CheckpointRef {
+        step: Step::new(step),
+        generation: Generation::new(generation),
+        manifest: format!("{step:012}-{generation:06}-x.json"),
+        hash: BlockHash::of(b"manifest"),
+        digest: Digest::of(&step.to_le_bytes()),
+        bytes: 1,
+    }
+}
+
+fn by(generation: u64, event: Event) -> Record {
+    Record::new(EPOCH, Generation::new(generation), event)
+}
+
+fn good(history: &History) -> Vec<u64> {
+    history.checkpoints.iter().filter(|c| c.is_good()).map(|c| c.checkpoint.step.get()).collect()
+}
+
+#[test]
+fn a_new_generation_abandons_what_lies_beyond_its_start() {
+    let mut history = History::default();
+    let mut tell = |record: Record| history.apply(&record).map(|()| history.clone());
+    tell(submitted()).unwrap();
+    tell(formed(1, 2, None)).unwrap();
+    for step in [10, 20, 30] {
+        tell(by(1, Event::Committed(fake(1, step)))).unwrap();
+    }
+    let quarantined = Event::Quarantined { manifest: fake(1, 30).manifest, reason: "flipped byte".into() };
+    let h = tell(by(1, quarantined)).unwrap();
+    assert_eq!(h.newest_good(), Some(&fake(1, 20)));
+    assert!(tell(formed(2, 2, Some(fake(1, 30)))).is_err(), "a quarantined checkpoint is no start");
+    let h = tell(formed(2, 3, Some(fake(1, 10)))).unwrap();
+    assert_eq!(good(&h), [10], "20 lies in a future that did not happen");
+    assert!(matches!(tell(by(1, Event::Committed(fake(1, 40)))), Err(FoldError::Superseded { .. })));
+    tell(by(2, Event::Committed(fake(2, 20)))).unwrap();
+    let h = tell(by(2, Event::Restarted { spec_hash: BlockHash::of(b"2"), stop_at: None })).unwrap();
+    assert_eq!((h.newest_good(), h.checkpoints.len(), h.identity.clone()), (None, 4, None));
+    assert!(tell(by(2, Event::Committed(fake(2, 30)))).is_err(), "the generation ended with the restart");
+    let h = tell(formed(3, 1, None)).unwrap();
+    assert_eq!(h.generations_without_progress, 1);
+}
+
+#[test]
+fn events_out_of_place_change_nothing() {
+    let mut history = History::default();
+    assert!(history.apply(&formed(1, 1, None)).is_err());
+    history.apply(&submitted()).unwrap();
+    let before = history.clone();
+    let led = |epoch| Event::Led { epoch: Epoch::new(epoch), leader: "a".into() };
+    for record in [
+        submitted(),
+        by(1, Event::Cancelled),
+        by(0, Event::Committed(fake(0, 1))),
+        by(0, Event::Deleted { manifest: "none".into() }),
+        by(0, led(5)),
+        formed(1, 1, Some(fake(1, 1))),
+        Record::new(Epoch::ZERO, Generation::ZERO, Event::Cancelled),
+    ] {
+        assert!(history.apply(&record).is_err(), "{record:?}");
+        assert_eq!(history, before);
+    }
+    history.apply(&by(0, Event::Cancelled)).unwrap();
+    assert!(history.apply(&formed(1, 1, None)).is_err(), "a cancelled job must be resumed first");
+}
+
+#[tokio::test]
+async fn of_two_appenders_one_loses_and_reads_again() {
+    let store = Store::memory();
+    let mut first = running(&store, 2).await;
+    let mut second = Chain::load(&store, &job()).await.unwrap().unwrap();
+    assert_eq!(first.history(), second.history());
+    first.append(by(1, Event::Scaled { workers: 3 })).await.unwrap();
+    // Even the same event: it is not the loser's.
+    let lost = second.append(by(1, Event::Scaled { workers: 3 })).await.unwrap_err();
+    assert!(matches!(lost, ChainError::Lost { number: 2, .. }), "{lost}");
+    assert_eq!(lost.kind(), Kind::Fenced);
+    assert_eq!(second.refresh().await.unwrap(), 1);
+    second.append(Record::new(Epoch::new(2), Generation::new(1), Event::Paused { step: Step::new(1) })).await.unwrap();
+    first.refresh().await.unwrap();
+    let fenced = first.append(by(1, Event::Cancelled)).await.unwrap_err();
+    assert_eq!(fenced.kind(), Kind::Fenced, "{fenced}");
+    assert!(Chain::create(&store, &job(), submitted()).await.is_err());
+    assert_eq!(list_jobs(&store).await.unwrap(), [job()]);
+}
+
+#[tokio::test]
+async fn racing_writers_make_one_chain() {
+    let store = Store::memory();
+    running(&store, 1).await;
+    let race = |writer: u32| {
+        let store = store.clone();
+        tokio::spawn(async move {
+            let mut chain = Chain::load(&store, &job()).await.unwrap().unwrap();
+            let mut won = 0;
+            while won < 40 {
+                match chain.append(by(1, Event::Scaled { workers: writer })).await {
+                    Ok(_) => won += 1,
+                    Err(ChainError::Lost { .. }) => drop(chain.refresh().await.unwrap()),
+                    Err(e) => panic!("{e}"),
+                }
+            }
+        })
+    };
+    futures::future::join_all((0..4).map(race)).await.into_iter().for_each(|r| r.unwrap());
+    assert_eq!(Chain::load(&store, &job()).await.unwrap().unwrap().history().records, 162);
+}
+
+#[tokio::test]
+async fn a_long_chain_loads_from_its_newest_fold() {
+    let store = Store::memory();
+    let mut chain = running(&store, 1).await;
+    for step in 1..=600 {
+        chain.append(by(1, Event::Committed(fake(1, step)))).await.unwrap();
+        if step > 3 {
+            chain.append(by(1, Event::Deleted { manifest: fake(1, step - 3).manifest })).await.unwrap();
+        }
+        if step % 97 == 0 {
+            let loaded = Chain::load(&store, &job()).await.unwrap().unwrap();
+            assert_eq!(loaded.history(), chain.history(), "step {step}");
+        }
+    }
+    assert_eq!(good(chain.history()), [598, 599, 600]);
+    // What lies before the newest fold is not read any more, so it may go.
+    for number in 0..1024 {
+        store.delete(&layout::record(&job(), number)).await.unwrap();
+    }
+    let loaded = Chain::load(&store, &job()).await.unwrap().unwrap();
+    assert_eq!(loaded.history(), chain.history());
+}
+
+#[test]
+fn retention_keeps_the_newest_good_ones() {
+    let mut history = History::default();
+    let mut tell = |record: Record| history.apply(&record).map(|()| history.clone()).unwrap();
+    tell(submitted());
+    tell(formed(1, 1, None));
+    for step in [10, 20, 30, 40] {
+        tell(by(1, Event::Committed(fake(1, step))));
+    }
+    let h = tell(formed(2, 1, Some(fake(1, 20))));
+    let steps = |h: &History, keep| condemned(h, keep).iter().map(|c| (c.step.get(), c.generation.get())).collect::<Vec<_>>();
+    // 30 and 40 are abandoned, but nothing good has come after them yet.
+    assert_eq!(steps(&h, 1), [(10, 1)]);
+    assert_eq!(steps(&h, 0), [(10, 1)], "the newest good one always stays");
+    let h = tell(by(2, Event::Committed(fake(2, 30))));
+    assert_eq!(steps(&h, 1), [(10, 1), (20, 1), (30, 1), (40, 1)]);
+    assert_eq!(steps(&h, 2), [(10, 1)]);
+    assert_eq!(steps(&h, 3), []);
+}
+
+#[tokio::test]
+async fn collection_removes_exactly_what_nothing_reaches() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(&normalize_url("store", folder.path()).unwrap()).unwrap();
+    let space = medium();
+    let mut chain = running(&store, 2).await;
+    for step in [10, 20, 30] {
+        save(&mut chain, &space, step).await;
+    }
+    // A save that is still open, and the remains of one that never was finished.
+    let open = receipts(&store, &space, 1, 2, 40).await;
+    receipts(&store, &space, 1, 2, 35).await;
+    let (gone, _) = collect(&mut chain, EPOCH, 2, &BTreeSet::from([Step::new(40)])).await.unwrap();
+    assert_eq!(gone.iter().map(|c| c.step.get()).collect::<Vec<_>>(), [10]);
+    assert_eq!(store.list(&layout::objects(&job()), None, 100).await.unwrap().len(), 6);
+    let manifest = Manifest::assemble(&space, scalar(40), open).unwrap();
+    let checkpoint = commit(&mut chain, &manifest, EPOCH, uuid::Uuid::new_v4()).await.unwrap();
+    let again = commit(&mut chain, &manifest, EPOCH, uuid::Uuid::new_v4()).await.unwrap();
+    assert_eq!(again, checkpoint);
+    for checkpoint in chain.history().checkpoints.clone() {
+        assert!(verify(&store, &job(), &checkpoint.checkpoint).await.unwrap().is_good());
+    }
+    // A crash between the record and the bytes: the next sweep finds them.
+    delete(&mut chain, EPOCH, &[checkpoint]).await.unwrap();
+    assert_eq!(sweep(&chain, &BTreeSet::new()).await.unwrap(), 3);
+    assert_eq!(good(chain.history()), [20, 30]);
+}
+
+#[tokio::test]
+async fn specifications_are_kept_by_hash() {
+    let store = Store::memory();
+    let first = write_spec(&store, &job(), "one".into()).await.unwrap();
+    let second = write_spec(&store, &job(), "two".into()).await.unwrap();
+    assert_eq!(write_spec(&store, &job(), "two".into()).await.unwrap(), second);
+    assert_eq!(read_spec(&store, &job(), first).await.unwrap(), "one");
+    assert_eq!(read_spec(&store, &job(), second).await.unwrap(), "two");
+    assert!(read_spec(&store, &job(), BlockHash::of(b"three")).await.is_err());
+}
+
+/// Any sequence of events, sensible or not.
+fn any_event() -> impl Strategy<Value = (u64, u8, u64)> {
+    (0u64..6, 0u8..9, 0u64..20)
+}
+
+proptest! {
+    #[test]
+    fn histories_keep_their_rules(script in proptest::collection::vec(any_event(), 1..60)) {
+        let mut history = History::default();
+        history.apply(&submitted()).unwrap();
+        for (generation, kind, step) in script {
+            let at = history.generation.get();
+            let pick = history.checkpoints.get(step as usize).map_or_else(|| fake(1, step), |c| c.checkpoint.clone());
+            let record = match kind {
+                0 | 1 => by(at, Event::Committed(fake(at, step))),
+                2 => formed(generation, 2, history.newest_good().cloned()),
+                3 => formed(generation, 2, Some(pick)),
+                4 => by(at, Event::Quarantined { manifest: pick.manifest, reason: "r".into() }),
+                5 => by(at, Event::Deleted { manifest: pick.manifest }),
+                6 => by(at, Event::Resumed { spec_hash: BlockHash::of(b"s"), stop_at: None }),
+                7 => by(at, Event::Paused { step: Step::new(step) }),
+                _ => by(generation, Event::Restarted { spec_hash: BlockHash::of(b"s"), stop_at: None }),
+            };
+            let before = history.clone();
+            if history.apply(&record).is_err() {
+                prop_assert_eq!(&history, &before);
+                continue;
+            }
+            prop_assert_eq!(history.records, before.records + 1);
+            prop_assert!(history.generation >= before.generation && history.epoch >= before.epoch);
+            // What is bad stays bad.
+            for c in before.checkpoints.iter().filter(|c| !c.is_good()) {
+                prop_assert!(history.find(&c.checkpoint.manifest).is_none_or(|now| !now.is_good()));
+            }
+            // Retention never takes the one a resume needs.
+            for keep in 0..4 {
+                let newest = history.newest_good();
+                prop_assert!(condemned(&history, keep).iter().all(|c| Some(c) != newest));
+            }
+            let json = serde_json::to_string(&history).unwrap();
+            prop_assert_eq!(serde_json::from_str::<History>(&json).unwrap(), history.clone());
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! The driver: one task that owns the machine and performs what it decides.
+//!
+//! Everything that happens (messages, requests, finished store operations, time) reaches the machine through one queue,
+//! in one order. Store operations run in tasks of their own, at most one for a job; if one breaks, the driver ends with
+//! its error rather than going on without it.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use proto::ids::JobName;
+use proto::wire::CoordinatorMessage;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tonic::Status;
+
+use crate::error::CoordinatorError;
+use crate::journal::Journal;
+use crate::machine::{Action, Answer, Ask, Cluster, Connection, Event, Outcome, Refusal, RequestId};
+use crate::watch::Hub;
+
+/// Between two ticks of the machine.
+const TICK: Duration = Duration::from_millis(100);
+
+/// The way to an agent.
+pub(crate) type Outbox = mpsc::Sender<Result<CoordinatorMessage, Status>>;
+
+/// What the services hand to the driver.
+pub(crate) enum Input {
+    /// An agent's stream opened.
+    Attach {
+        connection: Connection,
+        outbox: Outbox,
+        event: Event,
+    },
+    /// Something happened.
+    Event(Event),
+    /// An operator asks.
+    Ask {
+        ask: Ask,
+        reply: oneshot::Sender<Result<Answer, Refusal>>,
+    },
+}
+
+/// See the module header.
+pub(crate) struct Driver {
+    cluster: Cluster,
+    epoch: u64,
+    journal: Journal,
+    hub: Hub,
+    began: Instant,
+    outboxes: BTreeMap<Connection, Outbox>,
+    replies: BTreeMap<RequestId, oneshot::Sender<Result<Answer, Refusal>>>,
+    asked: RequestId,
+    operations: JoinSet<(JobName, Outcome)>,
+}
+
+impl Driver {
+    pub(crate) fn new(cluster: Cluster, epoch: u64, journal: Journal, hub: Hub) -> Self {
+        Self {
+            cluster,
+            epoch,
+            journal,
+            hub,
+            began: Instant::now(),
+            outboxes: BTreeMap::new(),
+            replies: BTreeMap::new(),
+            asked: 0,
+            operations: JoinSet::new(),
+        }
+    }
+
+    /// Reads the jobs in the store, then works until the leadership is lost or something breaks.
+    pub(crate) async fn run(mut self, mut inputs: mpsc::Receiver<Input>) -> Result<(), CoordinatorError> {
+        for (job, found) in self.journal.load().await? {
+            self.handle(match found {
+                Ok(ledger) => Event::Loaded { job, ledger: Box::new(ledger) },
+                Err(reason) => Event::Unreadable { job, reason },
+            })?;
+        }
+        let mut ticks = interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                input = inputs.recv() => match input {
+                    Some(input) => self.take(input)?,
+                    None => return Err(CoordinatorError::broken("the services", "all of them ended")),
+                },
+                Some(done) = self.operations.join_next() => {
+                    let (job, outcome) = done.map_err(|error| CoordinatorError::broken("a store operation", error))?;
+                    self.handle(Event::Stored { job, outcome })?;
+                }
+                _ = ticks.tick() => self.handle(Event::Tick)?,
+            }
+        }
+    }
+
+    fn take(&mut self, input: Input) -> Result<(), CoordinatorError> {
+        match input {
+            Input::Attach { connection, outbox, event } => {
+                self.outboxes.insert(connection, outbox);
+                self.handle(event)
+            }
+            Input::Event(event) => {
+                if let Event::Detached { connection, .. } = &event {
+                    self.outboxes.remove(connection);
+                }
+                self.handle(event)
+            }
+            Input::Ask { ask, reply } => {
+                self.asked += 1;
+                self.replies.insert(self.asked, reply);
+                self.handle(Event::Asked { request: self.asked, ask })
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event) -> Result<(), CoordinatorError> {
+        for action in self.cluster.handle(self.began.elapsed(), event) {
+            match action {
+                Action::Send { node, connection, body } => {
+                    let message = CoordinatorMessage { epoch: self.epoch, body: Some(body) };
+                    let sent = self.outboxes.get(&connection).map(|outbox| outbox.try_send(Ok(message)));
+                    if let Some(Err(error)) = sent {
+                        // Its next stream is told everything anew.
+                        tracing::warn!(%node, "the agent does not keep up, its stream is closed: {error}");
+                        self.outboxes.remove(&connection);
+                    }
+                }
+                Action::Store { job, operation } => {
+                    let work = self.journal.clone().perform(job.clone(), operation);
+                    self.operations.spawn(async move { (job, work.await) });
+                }
+                Action::Publish { job, event } => self.hub.publish(&job, &event),
+                Action::Reopen { job } => self.hub.reopen(&job),
+                Action::Reply { request, answer } => {
+                    if let Some(reply) = self.replies.remove(&request) {
+                        // A caller that has gone away needs no answer.
+                        let _ = reply.send(answer);
+                    }
+                }
+                Action::Log { job: Some(job), text } => tracing::info!(%job, "{text}"),
+                Action::Log { job: None, text } => tracing::info!("{text}"),
+                Action::StepDown { reason } => return Err(CoordinatorError::Fenced(reason)),
+            }
+        }
+        Ok(())
+    }
+}

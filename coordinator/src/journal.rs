@@ -1,0 +1,297 @@
+//! The jobs' part of the store, as the machine's operations need it.
+//!
+//! The machine says which record comes next; this file turns it into a record of the job's chain and reports what came
+//! of it. After an append without a clear answer the chain is read again before anything else is written, so a record
+//! is neither lost nor doubled. An append lost to another author means that another coordinator leads.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use checkpoint_store::error::{Kind, StoreError};
+use checkpoint_store::{
+    Chain, ChainError, CheckpointRef, Digest, Event, History, Manifest, Member as StoredMember, Receipt, Record,
+    Status, Store, collect, commit, list_jobs, read_spec, write_spec,
+};
+use proto::ids::{Epoch, JobName, Rank, Step, WorldSize};
+use proto::spec::{JobSpec, SPEC_FORMAT};
+use tokio::sync::Mutex;
+
+use crate::machine::{Checkpoint, End, Entry, Ledger, Member, Membership, Operation, Outcome};
+use crate::space::space;
+
+/// Steps after the newest committed one whose objects a collection leaves alone: their save may be open.
+const OPEN_STEPS: u64 = 100_000;
+
+/// All chains this leader writes.
+#[derive(Clone)]
+pub(crate) struct Journal {
+    store: Store,
+    epoch: Epoch,
+    /// Who leads, for the records.
+    leader: String,
+    pages: Arc<std::sync::Mutex<BTreeMap<JobName, Arc<Mutex<Page>>>>>,
+}
+
+/// One job's chain.
+#[derive(Default)]
+struct Page {
+    /// `None` until the job's first record.
+    chain: Option<Chain>,
+    spec: Option<JobSpec>,
+    /// An append whose fate is unknown.
+    unclear: Option<Event>,
+}
+
+/// A job found in the store: its ledger, or why it cannot be read.
+pub(crate) type Found = (JobName, Result<Ledger, String>);
+
+impl Journal {
+    pub(crate) fn new(store: Store, epoch: Epoch, leader: String) -> Self {
+        Self { store, epoch, leader, pages: Arc::default() }
+    }
+
+    fn page(&self, job: &JobName) -> Arc<Mutex<Page>> {
+        // Nothing panics while it holds the lock.
+        let mut pages = self.pages.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        Arc::clone(pages.entry(job.clone()).or_default())
+    }
+
+    /// Reads all jobs of the store. Damage to one job is told with it; a store out of reach is an error.
+    pub(crate) async fn load(&self) -> Result<Vec<Found>, StoreError> {
+        let mut found = Vec::new();
+        for job in list_jobs(&self.store).await? {
+            match self.load_job(&job).await {
+                Ok(Some(ledger)) => found.push((job, Ok(ledger))),
+                Ok(None) => {}
+                Err(error) if error.kind() == Kind::Retry => return Err(error),
+                Err(error) => found.push((job, Err(error.to_string()))),
+            }
+        }
+        Ok(found)
+    }
+
+    async fn load_job(&self, job: &JobName) -> Result<Option<Ledger>, StoreError> {
+        let Some(chain) = Chain::load(&self.store, job).await? else { return Ok(None) };
+        let history = chain.history();
+        let Some(hash) = history.spec_hash else {
+            return Err(StoreError::Corrupt(format!("job {job}: its chain names no specification")));
+        };
+        let bytes = read_spec(&self.store, job, hash).await?;
+        let spec: JobSpec = serde_json::from_slice(&bytes)
+            .map_err(|error| StoreError::Corrupt(format!("job {job}: its specification cannot be read: {error}")))?;
+        if spec.format > SPEC_FORMAT {
+            let path = format!("job {job}: its specification");
+            return Err(StoreError::NewerFormat { path, found: spec.format, known: SPEC_FORMAT });
+        }
+        let ledger = ledger(spec.clone(), history)?;
+        let page = self.page(job);
+        *page.lock().await = Page { chain: Some(chain), spec: Some(spec), unclear: None };
+        Ok(Some(ledger))
+    }
+
+    /// Performs one operation; at most one of a job at a time.
+    pub(crate) async fn perform(self, job: JobName, operation: Operation) -> Outcome {
+        let page = self.page(&job);
+        let mut page = page.lock().await;
+        let done = match operation {
+            Operation::Append(entry) => self.append(&mut page, &job, entry).await,
+            Operation::Commit { receipts, .. } => self.commit(&mut page, receipts).await,
+            Operation::Retain { keep_last } => self.retain(&mut page, keep_last).await,
+        };
+        done.unwrap_or_else(|error| match error.kind() {
+            Kind::Fenced => Outcome::Lost(error.to_string()),
+            Kind::Retry | Kind::Input => Outcome::Failed(error.to_string()),
+            Kind::Corrupt | Kind::Bug => Outcome::Impossible(error.to_string()),
+        })
+    }
+
+    async fn append(&self, page: &mut Page, job: &JobName, entry: Entry) -> Result<Outcome, ChainError> {
+        let resolved = page.resolve(self.epoch).await?;
+        let spec = match &entry {
+            Entry::Submitted { spec, .. } | Entry::Resumed { spec, .. } | Entry::Restarted { spec, .. } => Some(spec),
+            _ => None,
+        };
+        let event = self.event(job, &entry).await?;
+        if resolved.as_ref() != Some(&event) {
+            let history = page.chain.as_ref().map(Chain::history);
+            let generation = match &event {
+                Event::Generation { generation, .. } => *generation,
+                _ => history.map(|history| history.generation).unwrap_or_default(),
+            };
+            let record = Record::new(self.epoch, generation, event.clone());
+            if let Some(chain) = page.chain.as_mut() {
+                page.unclear = Some(event);
+                chain.append(record).await?;
+                page.unclear = None;
+            } else {
+                page.chain = Some(Chain::create(&self.store, job, record).await?);
+            }
+        }
+        if let Some(spec) = spec {
+            page.spec = Some((**spec).clone());
+        }
+        Ok(Outcome::Done)
+    }
+
+    /// The chain's words for a decision.
+    async fn event(&self, job: &JobName, entry: &Entry) -> Result<Event, StoreError> {
+        let write = async |spec: &JobSpec| {
+            let bytes = serde_json::to_vec(spec).map_err(|error| StoreError::Bug(format!("job {job}: {error}")))?;
+            write_spec(&self.store, job, bytes.into()).await
+        };
+        Ok(match entry {
+            Entry::Submitted { spec, stop_at } => Event::Submitted { spec_hash: write(spec).await?, stop_at: *stop_at },
+            Entry::Resumed { spec, stop_at } => Event::Resumed { spec_hash: write(spec).await?, stop_at: *stop_at },
+            Entry::Restarted { spec, stop_at } => Event::Restarted { spec_hash: write(spec).await?, stop_at: *stop_at },
+            Entry::Led => Event::Led { epoch: self.epoch, leader: self.leader.clone() },
+            Entry::Scaled { workers } => Event::Scaled { workers: *workers },
+            Entry::Generation(membership) => formed(membership)?,
+            Entry::Quarantined { checkpoint, reason } => {
+                Event::Quarantined { manifest: reference(checkpoint)?.manifest, reason: reason.clone() }
+            }
+            Entry::Ended(End::Paused { step, .. }) => Event::Paused { step: *step },
+            Entry::Ended(End::Finished { step, loss, digest }) => {
+                let loss = loss.filter(|loss| loss.is_finite());
+                Event::Finished { step: *step, digest: parse_digest(digest)?, loss }
+            }
+            Entry::Ended(End::Failed { reason, code }) => Event::Failed { reason: reason.clone(), code: *code },
+            Entry::Ended(End::Cancelled) => Event::Cancelled,
+        })
+    }
+
+    async fn commit(&self, page: &mut Page, receipts: Vec<Arc<[u8]>>) -> Result<Outcome, ChainError> {
+        page.resolve(self.epoch).await?;
+        let (Some(chain), Some(spec)) = (page.chain.as_mut(), page.spec.clone()) else {
+            return Err(StoreError::Bug("a commit to a job without a chain".into()).into());
+        };
+        // Hashing the block hashes of a large model takes a while.
+        let assembled = tokio::task::spawn_blocking(move || assemble(&spec, &receipts)).await;
+        let manifest = match assembled {
+            Ok(Ok(manifest)) => manifest,
+            Ok(Err(reason)) => return Ok(Outcome::Impossible(reason)),
+            Err(error) => return Ok(Outcome::Impossible(format!("assembling the manifest broke off: {error}"))),
+        };
+        let checkpoint = commit(chain, &manifest, self.epoch, uuid::Uuid::new_v4()).await?;
+        Ok(Outcome::Committed(Box::new(known(&checkpoint)?)))
+    }
+
+    async fn retain(&self, page: &mut Page, keep_last: usize) -> Result<Outcome, ChainError> {
+        page.resolve(self.epoch).await?;
+        let Some(chain) = page.chain.as_mut() else { return Ok(Outcome::Done) };
+        let history = chain.history();
+        let steps = page.spec.as_ref().map_or(u64::MAX, |spec| spec.training.steps);
+        let of_this = history.checkpoints.iter().map(|saved| &saved.checkpoint);
+        let newest = of_this.filter(|saved| saved.generation == history.generation).map(|saved| saved.step.get()).max();
+        let first = newest.unwrap_or(0).saturating_add(1);
+        let open: BTreeSet<Step> = (first..=steps.min(first.saturating_add(OPEN_STEPS))).map(Step::new).collect();
+        let (gone, files) = collect(chain, self.epoch, keep_last, &open).await?;
+        if !gone.is_empty() {
+            tracing::info!(job = %chain.job(), checkpoints = gone.len(), files, "retention");
+        }
+        Ok(Outcome::Done)
+    }
+}
+
+impl Page {
+    /// Reads again what an append without a clear answer has done. `Some`: it took effect, and which it was.
+    async fn resolve(&mut self, epoch: Epoch) -> Result<Option<Event>, ChainError> {
+        let Some(chain) = self.chain.as_mut() else { return Ok(None) };
+        let added = chain.refresh().await?;
+        let history = chain.history();
+        if history.epoch > epoch {
+            let why = format!("the chain of job {} is led in epoch {}", chain.job(), history.epoch);
+            return Err(StoreError::Fenced(why).into());
+        }
+        // Only this leader writes in its epoch, and it wrote nothing else since.
+        let unclear = self.unclear.take();
+        Ok(unclear.filter(|_| added > 0 && history.epoch == epoch))
+    }
+}
+
+/// The manifest of a complete set of receipts, or why it makes none.
+fn assemble(spec: &JobSpec, receipts: &[Arc<[u8]>]) -> Result<Manifest, String> {
+    let read = |receipt: &Arc<[u8]>| Receipt::from_json(receipt).map_err(|error| error.to_string());
+    let receipts: Vec<Receipt> = receipts.iter().map(read).collect::<Result<_, _>>()?;
+    let scalar = receipts.first().map(|first| first.scalar.clone()).ok_or("no receipts")?;
+    let space = space(&spec.model).map_err(|error| error.to_string())?;
+    Manifest::assemble(&space, scalar, receipts).map_err(|error| error.to_string())
+}
+
+fn formed(membership: &Membership) -> Result<Event, StoreError> {
+    let count = membership.members.len() as u32;
+    let world_size = WorldSize::new(count).ok_or_else(|| StoreError::Bug("a generation without members".into()))?;
+    let members = membership.members.iter().zip(0..);
+    Ok(Event::Generation {
+        generation: membership.generation,
+        world_size,
+        members: members
+            .map(|(member, rank)| StoredMember { node: member.node.clone(), worker: member.worker, rank: Rank::new(rank) })
+            .collect(),
+        start: membership.start.as_ref().map(reference).transpose()?,
+        identity: membership.identity.clone(),
+        fingerprint: membership.fingerprint.clone(),
+    })
+}
+
+fn reference(checkpoint: &Checkpoint) -> Result<CheckpointRef, StoreError> {
+    let parsed = serde_json::from_slice(&checkpoint.reference);
+    parsed.map_err(|error| StoreError::Bug(format!("the reference of step {}: {error}", checkpoint.step)))
+}
+
+fn parse_digest(hex: &str) -> Result<Digest, StoreError> {
+    hex.parse().map_err(|error| StoreError::Bug(format!("digest {hex:?}: {error}")))
+}
+
+/// A stored checkpoint in the machine's terms.
+fn known(checkpoint: &CheckpointRef) -> Result<Checkpoint, StoreError> {
+    let reference = serde_json::to_vec(checkpoint)
+        .map_err(|error| StoreError::Bug(format!("the reference of {}: {error}", checkpoint.manifest)))?;
+    Ok(Checkpoint {
+        step: checkpoint.step,
+        generation: checkpoint.generation,
+        digest: checkpoint.digest.to_string(),
+        bytes: checkpoint.bytes,
+        reference,
+    })
+}
+
+/// The fold of a chain in the machine's terms.
+fn ledger(spec: JobSpec, history: &History) -> Result<Ledger, StoreError> {
+    let mut ledger = Ledger::new(spec, history.stop_at);
+    if let Some(workers) = history.scaled {
+        ledger.scale(workers);
+    }
+    ledger.generation = history.generation;
+    ledger.identity.clone_from(&history.identity);
+    ledger.fingerprint.clone_from(&history.fingerprint);
+    // The first generation since the last progress was no restart.
+    ledger.restarts = history.generations_without_progress.saturating_sub(1);
+    for saved in history.checkpoints.iter().filter(|saved| saved.is_good()) {
+        ledger.commit(known(&saved.checkpoint)?);
+    }
+    ledger.had_checkpoint = history.checkpoints.iter().any(|saved| !saved.abandoned);
+    let newest = ledger.newest().cloned();
+    ledger.end = match history.status.clone() {
+        Status::Submitted | Status::Running => None,
+        Status::Paused { step } => {
+            let digest = newest.filter(|newest| newest.step == step).map(|newest| newest.digest);
+            Some(End::Paused { step, loss: None, digest })
+        }
+        Status::Finished { step, digest, loss } => Some(End::Finished { step, loss, digest: digest.to_string() }),
+        Status::Failed { reason, code } => Some(End::Failed { reason, code }),
+        Status::Cancelled => Some(End::Cancelled),
+    };
+    if history.status == Status::Running {
+        let mut members = history.members.clone();
+        members.sort_by_key(|member| member.rank);
+        let member = |member: StoredMember| Member { node: member.node, worker: member.worker, address: String::new() };
+        ledger.membership = Some(Membership {
+            generation: history.generation,
+            members: members.into_iter().map(member).collect(),
+            start: history.start.as_ref().map(known).transpose()?,
+            identity: history.identity.clone().unwrap_or_default(),
+            fingerprint: history.fingerprint.clone().unwrap_or_default(),
+        });
+    }
+    Ok(ledger)
+}

@@ -1,0 +1,176 @@
+//! How fast this machine trains: real steps of a job, without processes, store or network.
+//!
+//! Every worker is a thread with its own device, data and ring end on loopback, and takes whole steps: forward,
+//! backward, exact sums, exchange, clipping, AdamW. The first step warms up and is not counted.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use proto::ids::{Generation, Rank};
+use proto::spec::JobSpec;
+
+use crate::collective::{Collective, CollectiveError, RingListener, RingMembership, RingTimeouts, connect};
+use crate::device::cpu::CpuDevice;
+use crate::device::{Device, DeviceError};
+use crate::feed::{Source, Synthetic};
+use crate::generation::{Finished, Member, Moments, Trainer, space_of, train};
+use crate::init::initialize;
+use crate::model::ModelError;
+use crate::session::Control;
+use crate::step::StepError;
+
+/// For the ring to form and for one exchange.
+const EXCHANGE: Duration = Duration::from_secs(120);
+
+/// What was measured.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Report {
+    /// Workers, each with `threads` threads.
+    pub workers: usize,
+    /// Threads of each worker.
+    pub threads: usize,
+    /// Parameters of the model.
+    pub parameters: u64,
+    /// Steps measured.
+    pub steps: u64,
+    /// Median seconds of a step.
+    pub seconds_per_step: f64,
+    /// Tokens of a step over the median step.
+    pub tokens_per_second: f64,
+    /// Loss of the last step.
+    pub loss: f64,
+    /// The arithmetic it ran on.
+    pub device: String,
+}
+
+/// Why nothing was measured.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// The model cannot be had.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The ring could not be formed.
+    #[error(transparent)]
+    Exchange(#[from] CollectiveError),
+    /// A step failed.
+    #[error(transparent)]
+    Step(#[from] StepError),
+    /// The model's space or the job's data.
+    #[error("{0}")]
+    Input(String),
+    /// A worker's thread ended.
+    #[error("a worker's thread ended with a panic")]
+    Panic,
+}
+
+/// Trains a job for about `seconds` on `workers` workers of `threads` threads each, on its own data if `real_data`, else
+/// on synthetic sequences.
+pub fn bench_train(
+    spec: &JobSpec,
+    threads: usize,
+    workers: usize,
+    seconds: f64,
+    real_data: bool,
+) -> Result<Report, BenchError> {
+    let workers = workers.clamp(1, spec.training.micro_batches());
+    let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    let bound: Result<Vec<_>, _> = (0..workers).map(|_| RingListener::bind(host)).collect();
+    let (listeners, peers): (Vec<_>, Vec<_>) = bound?.into_iter().unzip();
+    // Any rank's request stops all after the same step.
+    let controls: Vec<_> = (0..workers).map(|_| Arc::new(Control::new(false))).collect();
+    let mut reports = std::thread::scope(|scope| {
+        let running: Vec<_> = listeners
+            .into_iter()
+            .zip(&controls)
+            .zip(0..)
+            .map(|((listener, control), rank)| {
+                let generation = Generation::new(1);
+                let (job, peers) = (spec.name.clone(), peers.clone());
+                let membership = RingMembership { job, generation, rank: Rank::new(rank), peers, key: [7; 32] };
+                scope.spawn(move || {
+                    let result = work(spec, threads, &listener, &membership, control, seconds, real_data);
+                    if result.is_err() {
+                        control.abort(); // closes the ring, so that the others end too
+                    }
+                    result
+                })
+            })
+            .collect();
+        running.into_iter().map(|worker| worker.join().unwrap_or(Err(BenchError::Panic))).collect::<Vec<_>>()
+    });
+    // The error of the first rank that has one is most likely the cause, except for a ring that broke.
+    let cause = |report: &Result<Report, BenchError>| matches!(report, Err(error) if !is_echo(error));
+    let first = reports.iter().position(cause).or_else(|| reports.iter().position(Result::is_err)).unwrap_or(0);
+    reports.swap_remove(first).map(|report| Report { workers, ..report })
+}
+
+fn is_echo(error: &BenchError) -> bool {
+    matches!(error, BenchError::Exchange(_) | BenchError::Step(StepError::Exchange(_)))
+}
+
+fn work(
+    spec: &JobSpec,
+    threads: usize,
+    listener: &RingListener,
+    membership: &RingMembership,
+    control: &Control,
+    seconds: f64,
+    real_data: bool,
+) -> Result<Report, BenchError> {
+    let space = space_of(spec).map_err(|error| BenchError::Input(error.to_string()))?;
+    let source: Box<dyn Source> = if real_data {
+        crate::dataset::open(spec).map_err(|error| BenchError::Input(error.to_string()))?
+    } else {
+        let vocabulary = u32::try_from(spec.model.vocab_size).unwrap_or(u32::MAX);
+        Box::new(Synthetic { vocabulary, sequence: spec.training.sequence_length, held_out: 0 })
+    };
+    let mut trainer = Trainer::new(endless(spec), CpuDevice::new(threads)?, space, source)?;
+    let count = trainer.parameters.len();
+    initialize(&spec.model, spec.training.seed, 0..count, &mut trainer.parameters);
+    let timeouts = RingTimeouts { connect: EXCHANGE, operation: EXCHANGE };
+    let ring = connect(listener, membership, timeouts, control.ring())?;
+    let shard = space_shard(&trainer, ring.as_ref());
+    let moments = Moments::new(&trainer.device, shard)?;
+    let mut member = Member::new(&trainer, ring, moments)?;
+    let (mut times, mut loss) = (Vec::new(), 0.0);
+    let began = Instant::now();
+    let mut after = |_: &Trainer<CpuDevice>, _: &Member<CpuDevice>, done: Finished| {
+        if done.step > 1 {
+            times.push(done.took.as_secs_f64());
+        }
+        loss = done.taken.loss;
+        if began.elapsed().as_secs_f64() >= seconds && done.step > 2 {
+            control.stop();
+        }
+        Ok::<(), StepError>(())
+    };
+    train(&mut trainer, &mut member, 0, u64::MAX, control, &mut after)?;
+    times.sort_unstable_by(f64::total_cmp);
+    let median = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
+    Ok(Report {
+        workers: 1,
+        threads,
+        parameters: count as u64,
+        steps: times.len() as u64,
+        seconds_per_step: median,
+        tokens_per_second: spec.training.tokens_per_step() as f64 / median,
+        loss,
+        device: trainer.device.numeric_identity(),
+    })
+}
+
+fn space_shard(trainer: &Trainer<CpuDevice>, ring: &dyn Collective) -> usize {
+    trainer.shards(ring.world_size())[ring.rank().index()].len()
+}
+
+/// The same job without an end and without validation.
+fn endless(spec: &JobSpec) -> JobSpec {
+    let mut spec = spec.clone();
+    spec.training.steps = u64::MAX;
+    spec.training.validate_every = 0;
+    spec
+}

@@ -1,0 +1,122 @@
+//! The state a generation starts from: loaded from a checkpoint, or initialised from the seed.
+//!
+//! Either way a rank makes its own shard only and the ring carries the parameters around, so each byte is read from the
+//! store once for the whole job (P5), whatever number of workers saved it. What is read is verified block by block
+//! before it is used.
+
+use std::ops::Range;
+
+use checkpoint_store::{CheckpointRef, Manifest, ScalarState, Store, StoreError, open_checkpoint, read_range};
+use proto::ids::Step;
+use proto::spec::JobSpec;
+use tokio::runtime::Handle;
+
+use crate::generation::{HostDevice, Member, Trainer};
+use crate::init::initialize;
+use crate::session::Control;
+
+/// Why the state could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The store, or what is in it.
+    #[error("cannot load the state to start from: {0}")]
+    Store(#[from] StoreError),
+    /// The reference to the checkpoint is not one.
+    #[error("the checkpoint to start from is not given as one: {0}")]
+    Reference(#[from] serde_json::Error),
+    /// The checkpoint is of another job.
+    #[error("the checkpoint of step {step} does not belong to this job: {what}")]
+    Foreign {
+        /// Its step.
+        step: Step,
+        /// What differs.
+        what: String,
+    },
+    /// The generation was broken off.
+    #[error("broken off")]
+    Aborted,
+}
+
+/// Where a generation starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Start {
+    /// Updates the state has seen.
+    pub step: u64,
+    /// `"initialised"` or `"store"`.
+    pub source: &'static str,
+}
+
+/// The scalar state after `step` updates of a job: nothing in it depends on how the job was run.
+pub fn scalar_state(spec: &JobSpec, step: u64) -> ScalarState {
+    let cursor = step.saturating_mul(spec.training.global_batch as u64);
+    let start = ScalarState::start(spec.training.seed, spec.training.steps);
+    ScalarState { step: Step::new(step), cursor, ..start }
+}
+
+/// Fills this rank's shard of all states: from the checkpoint `reference` (JSON), or from the seed if it is empty.
+pub fn load_shard<D: HostDevice>(
+    trainer: &mut Trainer<D>,
+    shard: Shard<'_>,
+    reference: &[u8],
+    handle: &Handle,
+    control: &Control,
+) -> Result<Start, LoadError> {
+    let parameters = &mut trainer.parameters[shard.range.clone()];
+    if reference.is_empty() {
+        initialize(&trainer.spec.model, trainer.spec.training.seed, shard.range, parameters);
+        shard.exp_avg.fill(0.0);
+        shard.exp_avg_sq.fill(0.0);
+        return Ok(Start { step: 0, source: "initialised" });
+    }
+    let reference: CheckpointRef = serde_json::from_slice(reference)?;
+    let range = shard.range.start as u64..shard.range.end as u64;
+    let spec = &trainer.spec;
+    let space = &trainer.space;
+    let reading = async {
+        let store = Store::open_existing(&spec.checkpoint.store)?;
+        let manifest = open_checkpoint(&store, &spec.name, &reference).await?;
+        check(&manifest, spec, space == &manifest.space)?;
+        let states = [("param", parameters), ("exp_avg", shard.exp_avg), ("exp_avg_sq", shard.exp_avg_sq)];
+        for (state, values) in states {
+            read_range(&store, &manifest, state, range.clone(), bytemuck::cast_slice_mut(values)).await?;
+        }
+        Ok(Start { step: reference.step.get(), source: "store" })
+    };
+    handle.block_on(async {
+        tokio::select! {
+            result = reading => result,
+            () = control.aborted() => Err(LoadError::Aborted),
+        }
+    })
+}
+
+/// What a rank owns.
+pub struct Shard<'a> {
+    /// Its elements of the canonical space.
+    pub range: Range<usize>,
+    /// First moment of these elements.
+    pub exp_avg: &'a mut [f32],
+    /// Second moment of these elements.
+    pub exp_avg_sq: &'a mut [f32],
+}
+
+fn check(manifest: &Manifest, spec: &JobSpec, same_space: bool) -> Result<(), LoadError> {
+    let step = manifest.step;
+    if !same_space {
+        return Err(LoadError::Foreign { step, what: "its parameters have other names or shapes".into() });
+    }
+    let right = scalar_state(spec, step.get());
+    if manifest.scalar != right {
+        let what = format!("its scalar state is {:?}; this job's is {right:?}", manifest.scalar);
+        return Err(LoadError::Foreign { step, what });
+    }
+    Ok(())
+}
+
+/// Completes the parameters on every rank from everyone's shard.
+pub fn gather_parameters<D: HostDevice>(
+    trainer: &mut Trainer<D>,
+    member: &mut Member<D>,
+) -> Result<(), crate::collective::CollectiveError> {
+    member.ring.all_gather_f32(&mut trainer.parameters, &member.shards)
+}
