@@ -80,9 +80,7 @@ impl Chain {
             return Ok(None);
         };
         let base = newest - newest % FOLD_EVERY;
-        let mut records = stream::iter(base..=newest)
-            .map(|number| read(store, job, number))
-            .buffered(READS_IN_FLIGHT);
+        let mut records = stream::iter(base..=newest).map(|number| read(store, job, number)).buffered(READS_IN_FLIGHT);
         let mut history = History::default();
         while let Some(record) = records.try_next().await? {
             let Some(mut record) = record else {

@@ -200,7 +200,8 @@ mod tests {
 
     #[test]
     fn every_part_of_a_state_counts() {
-        let tensor = |name: &str, shape: &[u64]| TensorDecl { name: name.into(), shape: shape.into(), dtype: Dtype::F32 };
+        let tensor =
+            |name: &str, shape: &[u64]| TensorDecl { name: name.into(), shape: shape.into(), dtype: Dtype::F32 };
         let space = |tensors: &[TensorDecl]| Space::new(tensors.to_vec()).unwrap();
         let states = [StateDecl::f32("param")];
         let hashes = |data: &[u8]| [HashList(hash_blocks(data, 65536, Dtype::F32))];

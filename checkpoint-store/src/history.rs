@@ -126,7 +126,9 @@ impl Default for History {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FoldError {
     /// The author has been superseded.
-    #[error("epoch {epoch}, generation {generation} may not write: the chain is at epoch {at_epoch}, generation {at_generation}")]
+    #[error(
+        "epoch {epoch}, generation {generation} may not write: the chain is at epoch {at_epoch}, generation {at_generation}"
+    )]
     Superseded {
         /// The author's epoch.
         epoch: Epoch,
@@ -178,7 +180,9 @@ impl History {
         }
         self.check(record)?;
         match &record.event {
-            Event::Submitted { spec_hash, stop_at } => self.submitted(*spec_hash, *stop_at),
+            Event::Submitted { spec_hash, stop_at } | Event::Resumed { spec_hash, stop_at } => {
+                self.submitted(*spec_hash, *stop_at);
+            }
             Event::Led { leader, .. } => self.leader = Some(leader.clone()),
             Event::Generation { .. } => self.formed(&record.event),
             Event::Committed(checkpoint) => {
@@ -192,7 +196,6 @@ impl History {
             }
             Event::Deleted { manifest } => self.checkpoints.retain(|c| c.checkpoint.manifest != *manifest),
             Event::Paused { step } => self.status = Status::Paused { step: *step },
-            Event::Resumed { spec_hash, stop_at } => self.submitted(*spec_hash, *stop_at),
             Event::Scaled { workers } => self.scaled = Some(*workers),
             Event::Finished { step, digest, loss } => {
                 self.status = Status::Finished { step: *step, digest: *digest, loss: *loss };

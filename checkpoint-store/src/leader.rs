@@ -122,7 +122,8 @@ pub async fn take(store: &Store, epoch: Epoch, record: &LeaderRecord) -> Result<
     Ok(Take::Won)
 }
 
-/// Writes beat `number`, which grows by one each time from 1, and deletes the one before the last.
+/// Writes beat `number`, which grows by one each time from 1, and deletes the one before the last. After an error the
+/// next try takes the next number.
 pub async fn beat(store: &Store, epoch: Epoch, number: u64) -> Result<(), StoreError> {
     put_beat(store, epoch, number, false).await
 }

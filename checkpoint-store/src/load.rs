@@ -18,7 +18,7 @@ use crate::plan::{Read, plan};
 use crate::record::CheckpointRef;
 
 /// Reads in flight at once of one call.
-const READS_IN_FLIGHT: usize = 8;
+pub(crate) const READS_IN_FLIGHT: usize = 8;
 
 /// Reads and checks the manifest of a committed checkpoint.
 pub async fn open_checkpoint(store: &Store, job: &JobName, checkpoint: &CheckpointRef) -> Result<Manifest, StoreError> {
@@ -38,7 +38,11 @@ pub async fn open_checkpoint(store: &Store, job: &JobName, checkpoint: &Checkpoi
         && manifest.step == checkpoint.step
         && manifest.generation == checkpoint.generation
         && manifest.digest == checkpoint.digest;
-    if same { Ok(manifest) } else { Err(StoreError::Corrupt(format!("{path} is of another checkpoint than its record"))) }
+    if same {
+        Ok(manifest)
+    } else {
+        Err(StoreError::Corrupt(format!("{path} is of another checkpoint than its record")))
+    }
 }
 
 /// Reads elements of a state into `dst`, which holds exactly their bytes. The whole blocks around them are read, each

@@ -201,7 +201,10 @@ fn header(space: &Space, states: &[StateDecl], range: Range<u64>) -> Result<(Vec
     let mut text = format!("{{\"__metadata__\":{}", json(serde_json::to_string(&metadata))?);
     for (name, entry) in entries(space, states, range.clone()) {
         let (name, entry) = (json(serde_json::to_string(&name))?, json(serde_json::to_string(&entry))?);
-        text.push_str(&format!(",{name}:{entry}"));
+        text += ",";
+        text += &name;
+        text += ":";
+        text += &entry;
     }
     text.push('}');
     while !text.len().is_multiple_of(8) {

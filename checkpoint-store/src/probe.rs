@@ -48,7 +48,9 @@ async fn race(store: &Store, folder: &str) -> Result<(), StoreError> {
         }
         let [winner] = winners.as_slice() else {
             let n = winners.len();
-            return Err(refuse(format!("of {WRITERS} writers that created one key at once, {n} were told they had won")));
+            return Err(refuse(format!(
+                "of {WRITERS} writers that created one key at once, {n} were told they had won"
+            )));
         };
         if store.get(&path, 4096).await? != *winner {
             return Err(refuse("a writer was told it had won, but another one's bytes were stored".into()));

@@ -48,7 +48,12 @@ pub async fn upload_shard(store: &Store, source: &ShardSource, id: Uuid) -> Resu
 
 /// Makes a manifest a checkpoint. A state that this generation has already committed is not committed again: the
 /// existing checkpoint is returned, so a repeated commit is harmless.
-pub async fn commit(chain: &mut Chain, manifest: &Manifest, epoch: Epoch, id: Uuid) -> Result<CheckpointRef, ChainError> {
+pub async fn commit(
+    chain: &mut Chain,
+    manifest: &Manifest,
+    epoch: Epoch,
+    id: Uuid,
+) -> Result<CheckpointRef, ChainError> {
     if manifest.job != *chain.job() {
         let why = format!("a manifest of job {} cannot be committed to job {}", manifest.job, chain.job());
         return Err(StoreError::Bug(why).into());

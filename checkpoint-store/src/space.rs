@@ -72,7 +72,9 @@ pub enum SpaceError {
     #[error("tensor {0:?} is declared twice")]
     Duplicate(String),
     /// A shape with a zero, too many dimensions, or too many elements.
-    #[error("tensor {name:?} has shape {shape:?}: at most {MAX_DIMENSIONS} dimensions, none zero, 2^48 elements in all")]
+    #[error(
+        "tensor {name:?} has shape {shape:?}: at most {MAX_DIMENSIONS} dimensions, none zero, 2^48 elements in all"
+    )]
     Shape {
         /// The tensor.
         name: String,

@@ -18,7 +18,8 @@ pub const MAX_SPEC: u64 = 1 << 20;
 pub async fn write_spec(store: &Store, job: &JobName, bytes: Bytes) -> Result<BlockHash, StoreError> {
     let hash = BlockHash::of(&bytes);
     let path = layout::spec(job);
-    if store.create(&path, bytes.clone()).await? == Create::AlreadyExists && store.get(&path, MAX_SPEC).await? != bytes {
+    if store.create(&path, bytes.clone()).await? == Create::AlreadyExists && store.get(&path, MAX_SPEC).await? != bytes
+    {
         // Named by its content: whoever made it made the same.
         store.create(&layout::spec_by_hash(job, &hash.to_string()), bytes).await?;
     }

@@ -27,7 +27,9 @@ pub(crate) enum Place {
 /// as it is, without a trailing slash.
 pub fn normalize_url(text: &str, base_dir: &Path) -> Result<String, StoreError> {
     if text.trim().is_empty() {
-        return Err(StoreError::Input("the store's URL is empty; give a folder or a URL such as s3://bucket/path".into()));
+        return Err(StoreError::Input(
+            "the store's URL is empty; give a folder or a URL such as s3://bucket/path".into(),
+        ));
     }
     if text.contains("://") {
         parse(text)?;
@@ -59,7 +61,8 @@ fn lexically_clean(path: &Path) -> PathBuf {
 /// Reads a store URL.
 pub(crate) fn parse(text: &str) -> Result<Place, StoreError> {
     let bad = |why: String| StoreError::Input(format!("store URL {text:?}: {why}"));
-    let url = Url::parse(text).map_err(|e| bad(format!("{e}; expected for example file:///data/cairn or s3://bucket/path")))?;
+    let url = Url::parse(text)
+        .map_err(|e| bad(format!("{e}; expected for example file:///data/cairn or s3://bucket/path")))?;
     if url.query().is_some() || url.fragment().is_some() || !url.username().is_empty() || url.password().is_some() {
         return Err(bad("a store URL has no user, query or fragment; credentials come from the environment".into()));
     }

@@ -3,11 +3,12 @@
 //! Unlike a load it does not stop at the first damage, and it also checks what no load reads: the objects' sizes and their
 //! safetensors headers, which other tools rely on.
 
+use futures::stream::{self, StreamExt, TryStreamExt};
 use proto::ids::JobName;
 
 use crate::backend::Store;
 use crate::error::{Kind, StoreError};
-use crate::load::{fetch, open_checkpoint};
+use crate::load::{READS_IN_FLIGHT, fetch, open_checkpoint};
 use crate::manifest::Manifest;
 use crate::object::{MAX_HEADER, ObjectEntry, check_header};
 use crate::plan::plan;
@@ -50,8 +51,8 @@ impl VerifyReport {
 pub async fn verify(store: &Store, job: &JobName, checkpoint: &CheckpointRef) -> Result<VerifyReport, StoreError> {
     let manifest = open_checkpoint(store, job, checkpoint).await?;
     let mut objects = Vec::with_capacity(manifest.objects.len());
-    for (number, object) in manifest.objects.iter().enumerate() {
-        let problem = match verify_object(store, &manifest, number, object).await {
+    for object in &manifest.objects {
+        let problem = match verify_object(store, &manifest, object).await {
             Ok(()) => None,
             Err(e) if e.kind() == Kind::Corrupt => Some(e.to_string()),
             Err(e) => return Err(e),
@@ -61,12 +62,7 @@ pub async fn verify(store: &Store, job: &JobName, checkpoint: &CheckpointRef) ->
     Ok(VerifyReport { manifest, objects })
 }
 
-async fn verify_object(
-    store: &Store,
-    manifest: &Manifest,
-    number: usize,
-    object: &ObjectEntry,
-) -> Result<(), StoreError> {
+async fn verify_object(store: &Store, manifest: &Manifest, object: &ObjectEntry) -> Result<(), StoreError> {
     let path = &object.path;
     let size = store.head(path).await.map_err(|e| e.missing_is_corrupt("the manifest"))?;
     if size != object.bytes {
@@ -76,16 +72,20 @@ async fn verify_object(
     let length = length.as_ref().try_into().map_or(u64::MAX, u64::from_le_bytes);
     let first = object.extents.iter().map(|e| e.offset).min().unwrap_or(8);
     if length > MAX_HEADER || length != first - 8 {
-        return Err(StoreError::Corrupt(format!("{path}: its header says it has {length} bytes, it has {}", first - 8)));
+        return Err(StoreError::Corrupt(format!(
+            "{path}: its header says it has {length} bytes, it has {}",
+            first - 8
+        )));
     }
     let header = store.get_range(path, 8..8 + length).await?;
     check_header(&manifest.space, &manifest.states, object, &header)?;
     for extent in &object.extents {
         let Some(state) = manifest.state_index(&extent.state) else { continue };
-        for read in plan(manifest, state, extent.first..extent.first + extent.elements) {
-            debug_assert_eq!(read.object, number);
-            fetch(store, manifest, state, &read).await?;
-        }
+        let reads = plan(manifest, state, extent.first..extent.first + extent.elements);
+        let checks = stream::iter(reads)
+            .map(|read| async move { fetch(store, manifest, state, &read).await.map(|_| ()) })
+            .buffered(READS_IN_FLIGHT);
+        checks.try_collect::<()>().await?;
     }
     Ok(())
 }

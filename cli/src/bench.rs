@@ -23,7 +23,7 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
     let threads = if args.threads == 0 { (cores / args.workers as usize).max(1) } else { args.threads };
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        let report = worker::bench::bench_train(&spec, threads, args.workers, args.seconds)
+        let report = worker::bench::bench_train(&spec, threads, args.workers as usize, args.seconds, false)
             .map_err(|error| Failure::job(chain(&error)))?;
         ours.push(report.tokens_per_second);
         if args.peer {

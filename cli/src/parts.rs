@@ -1,11 +1,12 @@
 //! The parts of a cluster as commands: `coordinator`, `agent` and `worker`.
 
+use std::io::Read;
 use std::path::PathBuf;
 
 use proto::auth::Token;
 use proto::ids::NodeName;
-use tokio::io::AsyncReadExt;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
 
 use crate::args::{AgentArgs, CoordinatorArgs, WorkerArgs};
 use crate::client::token_path;
@@ -68,13 +69,14 @@ fn stop_asked(supervised: bool) -> Result<impl Future<Output = ()> + Send + 'sta
     let listen = |kind| signal(kind).map_err(|error| Failure::job(format!("cannot listen for signals: {error}")));
     let mut interrupt = listen(SignalKind::interrupt())?;
     let mut terminate = listen(SignalKind::terminate())?;
+    let parent = supervised.then(parent_gone);
     Ok(async move {
         let parent_gone = async {
-            if !supervised {
-                std::future::pending::<()>().await;
+            match parent {
+                // The thread that holds the sender ends with the parent's pipe.
+                Some(gone) => drop(gone.await),
+                None => std::future::pending().await,
             }
-            let mut byte = [0; 1];
-            while !matches!(tokio::io::stdin().read(&mut byte).await, Ok(0) | Err(_)) {}
         };
         tokio::select! {
             _ = interrupt.recv() => {}
@@ -82,6 +84,19 @@ fn stop_asked(supervised: bool) -> Result<impl Future<Output = ()> + Send + 'sta
             () = parent_gone => {}
         }
     })
+}
+
+/// Completes when standard input closes, which the parent holds open for as long as it lives. Reading standard input
+/// cannot be cancelled, so it has a thread of its own, which ends with the process.
+fn parent_gone() -> oneshot::Receiver<()> {
+    let (sender, gone) = oneshot::channel();
+    std::thread::spawn(move || {
+        let mut byte = [0; 1];
+        while !matches!(std::io::stdin().read(&mut byte), Ok(0) | Err(_)) {}
+        // Nobody left to tell: the process is ending anyway.
+        let _ = sender.send(());
+    });
+    gone
 }
 
 /// What tells this boot of this machine from any other: a leader seen under the same identity and address is a former

@@ -59,6 +59,11 @@ impl Part {
     }
 }
 
+/// Completes when the part shall stop, or nobody is left to say so.
+async fn asked(stopped: &mut watch::Receiver<bool>) {
+    drop(stopped.wait_for(|stop| *stop).await);
+}
+
 fn spawn(program: &PathBuf, arguments: &[String]) -> std::io::Result<Child> {
     Command::new(program)
         .args(arguments)
@@ -80,7 +85,7 @@ async fn keep(
     loop {
         let status = tokio::select! {
             status = child.wait() => status,
-            _ = stopped.wait_for(|stop| *stop) => {
+            () = asked(&mut stopped) => {
                 drop(child.stdin.take());
                 if timeout(STOP_WITHIN, child.wait()).await.is_err() {
                     tracing::warn!("the {name} process did not stop within {STOP_WITHIN:?} and is killed");
@@ -98,7 +103,7 @@ async fn keep(
         loop {
             tokio::select! {
                 () = tokio::time::sleep(RESTART_EVERY) => {}
-                _ = stopped.wait_for(|stop| *stop) => return,
+                () = asked(&mut stopped) => return,
             }
             match spawn(&program, &arguments) {
                 Ok(new) => {

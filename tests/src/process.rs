@@ -1,7 +1,7 @@
 //! Finding and signalling the processes of one run, and of no other, by parentage.
 
 use std::collections::BTreeMap;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// A process below a given one.
 #[derive(Debug, Clone)]
@@ -51,7 +51,7 @@ pub fn descendants(root: u32) -> Vec<Process> {
 
 /// Sends a signal, such as `KILL` or `STOP`; false if the process is gone.
 pub fn signal(id: u32, name: &str) -> bool {
-    let status = Command::new("kill").args([&format!("-{name}"), &id.to_string()]).stderr(std::process::Stdio::null());
-    let mut status = status;
-    status.status().is_ok_and(|status| status.success())
+    let mut kill = Command::new("kill");
+    kill.args([&format!("-{name}"), &id.to_string()]).stderr(Stdio::null());
+    kill.status().is_ok_and(|status| status.success())
 }

@@ -174,3 +174,30 @@ fn endless(spec: &JobSpec) -> JobSpec {
     spec.training.validate_every = 0;
     spec
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_workers_take_the_same_steps_as_one() {
+        let text = r#"
+            name = "bench"
+            [model]
+            preset = "tiny"
+            num_hidden_layers = 1
+            [data]
+            train = "none"
+            [training]
+            steps = 4
+            sequence_length = 16
+            global_batch = 4
+        "#;
+        let spec = JobSpec::parse("test", text, std::path::Path::new("/"), &std::collections::BTreeMap::new()).unwrap();
+        let one = bench_train(&spec, 1, 1, 0.0, false).unwrap();
+        let two = bench_train(&spec, 1, 2, 0.0, false).unwrap();
+        assert_eq!((one.workers, two.workers, one.steps), (1, 2, two.steps));
+        assert_eq!(one.loss, two.loss);
+        assert!(one.tokens_per_second > 0.0 && one.loss.is_finite());
+    }
+}

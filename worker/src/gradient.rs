@@ -4,7 +4,7 @@
 //! wire, but bits that depend on how many ranks added in which order; the job asked for it.
 
 use crate::collective::CollectiveError;
-use crate::device::{Device, DeviceResult, Part, PartMut};
+use crate::device::{DeviceResult, Part, PartMut};
 use crate::exact::{ExactGradient, GradientFault, mean_scale};
 use crate::generation::{HostDevice, Member};
 use crate::step::StepError;

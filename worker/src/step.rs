@@ -10,7 +10,7 @@ use std::ops::Range;
 use proto::spec::JobSpec;
 
 use crate::collective::CollectiveError;
-use crate::device::{Device, DeviceError};
+use crate::device::DeviceError;
 use crate::feed::FeedError;
 use crate::generation::{HostDevice, Member, Trainer};
 use crate::model::ModelError;

@@ -68,21 +68,26 @@ fn reduce_until_failure(ring: &mut Ring) -> CollectiveError {
 #[test]
 fn a_peer_that_dies_mid_transfer_ends_everyone_soon() {
     let begun = Instant::now();
-    let errors = world(4, LIMIT, |_| (), |ring| {
-        let mut ring = ring.unwrap();
-        if ring.rank() == Rank::new(2) {
-            // What a killed process's kernel does, in the middle of whatever is going on.
-            let handle = ring.abort_handle();
-            thread::spawn(move || {
-                thread::sleep(Duration::from_millis(300));
-                handle.abort();
-            });
-        }
-        let error = reduce_until_failure(&mut ring);
-        let again = ring.barrier().unwrap_err();
-        assert!(matches!(again, CollectiveError::Aborted), "a failed ring stays failed: {again}");
-        error
-    });
+    let errors = world(
+        4,
+        LIMIT,
+        |_| (),
+        |ring| {
+            let mut ring = ring.unwrap();
+            if ring.rank() == Rank::new(2) {
+                // What a killed process's kernel does, in the middle of whatever is going on.
+                let handle = ring.abort_handle();
+                thread::spawn(move || {
+                    thread::sleep(Duration::from_millis(300));
+                    handle.abort();
+                });
+            }
+            let error = reduce_until_failure(&mut ring);
+            let again = ring.barrier().unwrap_err();
+            assert!(matches!(again, CollectiveError::Aborted), "a failed ring stays failed: {again}");
+            error
+        },
+    );
     assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
     assert!(matches!(errors[2], CollectiveError::Aborted), "{errors:?}");
     let closed = |error: &CollectiveError| matches!(error, CollectiveError::PeerClosed { .. });
@@ -91,28 +96,38 @@ fn a_peer_that_dies_mid_transfer_ends_everyone_soon() {
 
 #[test]
 fn a_peer_that_leaves_between_operations_is_noticed() {
-    let errors = world(3, LIMIT, |_| (), |ring| {
-        let mut ring = ring.unwrap();
-        ring.barrier().unwrap();
-        (ring.rank() != Rank::ZERO).then(|| ring.barrier().unwrap_err())
-    });
+    let errors = world(
+        3,
+        LIMIT,
+        |_| (),
+        |ring| {
+            let mut ring = ring.unwrap();
+            ring.barrier().unwrap();
+            (ring.rank() != Rank::ZERO).then(|| ring.barrier().unwrap_err())
+        },
+    );
     assert!(errors[1..].iter().all(|error| matches!(error, Some(CollectiveError::PeerClosed { .. }))), "{errors:?}");
 }
 
 #[test]
 fn an_abort_ends_a_blocked_operation() {
     let begun = Instant::now();
-    let errors = world(2, LIMIT, |_| (), |ring| {
-        let mut ring = ring.unwrap();
-        let handle = ring.abort_handle();
-        if ring.rank() == Rank::ZERO {
-            // Never takes part: rank 1 waits for it.
-            thread::sleep(Duration::from_millis(300));
-            handle.abort();
-            handle.abort();
-        }
-        ring.barrier().unwrap_err()
-    });
+    let errors = world(
+        2,
+        LIMIT,
+        |_| (),
+        |ring| {
+            let mut ring = ring.unwrap();
+            let handle = ring.abort_handle();
+            if ring.rank() == Rank::ZERO {
+                // Never takes part: rank 1 waits for it.
+                thread::sleep(Duration::from_millis(300));
+                handle.abort();
+                handle.abort();
+            }
+            ring.barrier().unwrap_err()
+        },
+    );
     assert!(begun.elapsed() < SOON);
     assert!(matches!(errors[0], CollectiveError::Aborted), "{errors:?}");
     assert!(matches!(errors[1], CollectiveError::PeerClosed { rank: Rank::ZERO, .. }), "{errors:?}");
@@ -122,15 +137,20 @@ fn an_abort_ends_a_blocked_operation() {
 fn a_peer_that_hangs_is_a_timeout() {
     let limit = RingTimeouts { operation: Duration::from_millis(500), ..LIMIT };
     let begun = Instant::now();
-    let errors = world(2, limit, |_| (), |ring| {
-        let mut ring = ring.unwrap();
-        if ring.rank() == Rank::ZERO {
-            thread::sleep(Duration::from_millis(1500));
-            return None;
-        }
-        // Large, so that the sender blocks as well.
-        Some(reduce_until_failure(&mut ring))
-    });
+    let errors = world(
+        2,
+        limit,
+        |_| (),
+        |ring| {
+            let mut ring = ring.unwrap();
+            if ring.rank() == Rank::ZERO {
+                thread::sleep(Duration::from_millis(1500));
+                return None;
+            }
+            // Large, so that the sender blocks as well.
+            Some(reduce_until_failure(&mut ring))
+        },
+    );
     assert!(begun.elapsed() < SOON);
     assert!(matches!(errors[1], Some(CollectiveError::Timeout { .. })), "{errors:?}");
 }

@@ -15,17 +15,20 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use rustix::fd::OwnedFd;
-use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags};
+use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::{Create, Listed};
-use crate::error::StoreError;
+use crate::error::{Source, StoreError};
 
 /// Temporary files start with this; object paths cannot (their segments never start with a dot).
 const TEMPORARY: &str = ".cairn-";
+/// The longest one operation on the disk may take before the caller goes on without it; uploads are the long ones.
+const DEADLINE: Duration = Duration::from_mins(10);
 
 #[derive(Debug, Clone)]
 pub(super) struct FileBackend(Arc<Folder>);
@@ -45,7 +48,7 @@ struct Place<'a> {
 
 impl FileBackend {
     /// The folder, made and synced if missing; fails if it cannot be written to.
-    pub(super) fn make(root: PathBuf) -> Result<Self, StoreError> {
+    pub(super) fn make(root: PathBuf, writer: uuid::Uuid) -> Result<Self, StoreError> {
         let fail = |what: &str, e: std::io::Error| {
             let why = format!("the store's folder {} cannot be {what}: {e}", root.display());
             StoreError::refused(why + "; give a folder this user may write to", e)
@@ -57,7 +60,7 @@ impl FileBackend {
         }
         let store = Self::existing(root.clone())?;
         let probe = store.0.open_root().and_then(|folder| {
-            let name = format!("{TEMPORARY}{}.tmp", uuid::Uuid::new_v4().simple());
+            let name = format!("{TEMPORARY}{}.tmp", writer.simple());
             new_file(&folder, &name)?;
             rustix::fs::unlinkat(&folder, &name, AtFlags::empty())
         });
@@ -79,11 +82,12 @@ impl FileBackend {
         work: impl FnOnce(&Folder) -> Result<T, Errno> + Send + 'static,
     ) -> Result<T, Failure> {
         let folder = Arc::clone(&self.0);
-        let result = tokio::task::spawn_blocking(move || work(&folder)).await;
-        match result {
-            Ok(Ok(value)) => Ok(value),
-            Ok(Err(errno)) => Err(Failure { what, errno: Some(errno), source: None }),
-            Err(e) => Err(Failure { what, errno: None, source: Some(e) }),
+        let work = tokio::task::spawn_blocking(move || work(&folder));
+        match tokio::time::timeout(DEADLINE, work).await {
+            Ok(Ok(Ok(value))) => Ok(value),
+            Ok(Ok(Err(errno))) => Err(Failure { what, errno: Some(errno), source: None }),
+            Ok(Err(e)) => Err(Failure { what, errno: None, source: Some(e.into()) }),
+            Err(e) => Err(Failure { what, errno: None, source: Some(e.into()) }),
         }
     }
 
@@ -184,7 +188,8 @@ impl FileBackend {
                 if !name.starts_with(TEMPORARY) {
                     return;
                 }
-                let open = rustix::fs::openat(fd, name, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
+                let open =
+                    rustix::fs::openat(fd, name, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
                 let dead = open.is_ok_and(|f| rustix::fs::flock(&f, FlockOperation::NonBlockingLockExclusive).is_ok());
                 if dead && rustix::fs::unlinkat(fd, name, AtFlags::empty()).is_ok() {
                     gone += 1;
@@ -231,18 +236,22 @@ impl Folder {
     fn create(&self, path: &str, parts: &[Bytes], token: &str) -> Result<Create, Errno> {
         let place = self.enter(path, true)?;
         if rustix::fs::statat(&place.folder, place.name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
-            return Ok(Create::AlreadyExists);
+            // Whoever made it may not have synced the folder yet, and we are about to act on its existence.
+            return rustix::fs::fsync(&place.folder).map(|()| Create::AlreadyExists);
         }
         let temporary = format!("{TEMPORARY}{token}.tmp");
         let mut file = new_file(&place.folder, &temporary)?;
         let linked = write_all(&mut file, parts).and_then(|()| {
             rustix::fs::fsync(&file)?;
-            rustix::fs::linkat(&place.folder, &temporary, &place.folder, place.name, AtFlags::empty())
+            give_name(&place.folder, &temporary, place.name)
         });
         let removed = rustix::fs::unlinkat(&place.folder, &temporary, AtFlags::empty());
         match linked {
-            Ok(()) => removed.and_then(|()| rustix::fs::fsync(&place.folder)).map(|()| Create::Created),
-            // The winner may not have synced the folder yet, and we are about to act on its existence.
+            // After a rename there is nothing left to remove.
+            Ok(()) => removed
+                .or_else(|e| if e == Errno::NOENT { Ok(()) } else { Err(e) })
+                .and_then(|()| rustix::fs::fsync(&place.folder))
+                .map(|()| Create::Created),
             Err(Errno::EXIST) => rustix::fs::fsync(&place.folder).map(|()| Create::AlreadyExists),
             Err(e) => Err(e),
         }
@@ -320,6 +329,16 @@ fn new_file(folder: &OwnedFd, name: &str) -> Result<File, Errno> {
     Ok(File::from(file))
 }
 
+/// Gives a file its name unless it is taken: by a hard link, or where there are none by a rename that does not replace.
+fn give_name(folder: &OwnedFd, temporary: &str, name: &str) -> Result<(), Errno> {
+    match rustix::fs::linkat(folder, temporary, folder, name, AtFlags::empty()) {
+        Err(Errno::PERM | Errno::OPNOTSUPP | Errno::NOSYS) => {
+            rustix::fs::renameat_with(folder, temporary, folder, name, RenameFlags::NOREPLACE)
+        }
+        other => other,
+    }
+}
+
 fn write_all(file: &mut File, parts: &[Bytes]) -> Result<(), Errno> {
     let mut slices: Vec<IoSlice<'_>> = parts.iter().filter(|p| !p.is_empty()).map(|p| IoSlice::new(p)).collect();
     let mut left = slices.as_mut_slice();
@@ -358,7 +377,7 @@ fn errno(e: &std::io::Error) -> Errno {
 struct Failure {
     what: String,
     errno: Option<Errno>,
-    source: Option<tokio::task::JoinError>,
+    source: Option<Source>,
 }
 
 impl Failure {

@@ -71,7 +71,7 @@ impl Store {
     /// `aws_endpoint` or `aws_access_key_id`.
     pub fn open_with(url: &str, options: &[(&str, &str)]) -> Result<Self, StoreError> {
         let backend = match parse(url)? {
-            Place::Folder(root) => Backend::File(file::FileBackend::make(root)?),
+            Place::Folder(root) => Backend::File(file::FileBackend::make(root, draw_writer())?),
             place => Self::remote(place, options)?,
         };
         Ok(Self::with(url, backend))
@@ -97,21 +97,18 @@ impl Store {
     }
 
     fn remote(place: Place, options: &[(&str, &str)]) -> Result<Backend, StoreError> {
-        match place {
+        let (url, prefix, client): (_, _, Arc<dyn ObjectStore>) = match place {
             Place::Bucket(scheme, url, prefix) => {
                 let client = remote::connect(scheme, &url, options)?;
-                Ok(Backend::Remote(remote::RemoteBackend::new(url.as_str(), &prefix, client)))
+                (url.as_str().to_owned(), prefix, client)
             }
-            _ => {
-                let memory = Arc::new(object_store::memory::InMemory::new());
-                Ok(Backend::Remote(remote::RemoteBackend::new("memory://", "", memory)))
-            }
-        }
+            _ => ("memory://".to_owned(), String::new(), Arc::new(object_store::memory::InMemory::new())),
+        };
+        Ok(Backend::Remote(remote::RemoteBackend::new(&url, &prefix, client)))
     }
 
     fn with(url: &str, backend: Backend) -> Self {
-        // The one place of this library that draws a random number: it tells this opener's writes from all others'.
-        let inner = Inner { url: url.to_owned(), backend, writer: Uuid::new_v4(), counter: AtomicU64::new(0) };
+        let inner = Inner { url: url.to_owned(), backend, writer: draw_writer(), counter: AtomicU64::new(0) };
         Self(Arc::new(inner))
     }
 
@@ -239,4 +236,9 @@ impl Store {
         let shown: String = path.chars().take(120).collect();
         Err(StoreError::Bug(format!("{shown:?} is not a path under the store {}", self.0.url)))
     }
+}
+
+/// The one place of this library that draws a random number: it tells one opener's writes from all others'.
+fn draw_writer() -> Uuid {
+    Uuid::new_v4()
 }

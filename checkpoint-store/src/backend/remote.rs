@@ -31,7 +31,7 @@ const PARTS_IN_FLIGHT: usize = 4;
 /// Attempts at a create whose outcome is not known.
 const CREATE_ATTEMPTS: u32 = 4;
 /// The longest any one operation of the store may take, retries included; an upload's parts count one by one.
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = Duration::from_mins(2);
 
 #[derive(Debug)]
 pub(super) struct RemoteBackend {
@@ -45,10 +45,10 @@ pub(super) fn connect(scheme: &str, url: &Url, options: &[(&str, &str)]) -> Resu
     let retry = RetryConfig {
         backoff: BackoffConfig { max_backoff: Duration::from_secs(5), ..BackoffConfig::default() },
         max_retries: 6,
-        retry_timeout: Duration::from_secs(60),
+        retry_timeout: Duration::from_mins(1),
     };
     let client = ClientOptions::new()
-        .with_timeout(Duration::from_secs(60))
+        .with_timeout(Duration::from_mins(1))
         .with_connect_timeout(Duration::from_secs(5))
         .with_allow_http(true);
     let bucket = url.host_str().unwrap_or_default();
@@ -56,7 +56,8 @@ pub(super) fn connect(scheme: &str, url: &Url, options: &[(&str, &str)]) -> Resu
     let option = |key: &str, e: Error| StoreError::refused(format!("store option {key:?}"), e);
     Ok(match scheme {
         "gs" => {
-            let mut builder = GoogleCloudStorageBuilder::from_env().with_client_options(client).with_bucket_name(bucket);
+            let mut builder =
+                GoogleCloudStorageBuilder::from_env().with_client_options(client).with_bucket_name(bucket);
             for (key, value) in options {
                 builder = builder.with_config(key.parse().map_err(|e| option(key, e))?, *value);
             }
@@ -121,6 +122,17 @@ impl RemoteBackend {
         }
     }
 
+    /// A put that finds nothing there has found no bucket.
+    fn put_failed(&self, e: StoreError) -> StoreError {
+        match e {
+            StoreError::NotFound { .. } => StoreError::Input(format!(
+                "the store {} cannot be written to: its bucket or container does not exist; create it first",
+                self.url
+            )),
+            other => other,
+        }
+    }
+
     pub(super) async fn create(&self, path: &str, bytes: Bytes) -> Result<Create, StoreError> {
         let location = self.path(path);
         let mut pause = Duration::from_millis(50);
@@ -135,7 +147,7 @@ impl RemoteBackend {
                     | Error::Generic { .. }
                     | Error::JoinError { .. }),
                 )) => e.into(),
-                Ok(Err(e)) => return Err(self.sort(path, format!("creating {}/{path}", self.url), e)),
+                Ok(Err(e)) => return Err(self.put_failed(self.sort(path, format!("creating {}/{path}", self.url), e))),
                 Err(e) => e.into(),
             };
             match self.get(path, bytes.len() as u64).await {
@@ -156,9 +168,11 @@ impl RemoteBackend {
         let total: u64 = parts.iter().map(|p| p.len() as u64).sum();
         if total <= SINGLE_PUT {
             let payload: PutPayload = parts.into_iter().collect();
-            return self.within("uploading", path, self.client.put(&location, payload)).await.map(|_| ());
+            let put = self.within("uploading", path, self.client.put(&location, payload)).await;
+            return put.map(|_| ()).map_err(|e| self.put_failed(e));
         }
-        let mut upload = self.within("uploading", path, self.client.put_multipart(&location)).await?;
+        let upload = self.within("uploading", path, self.client.put_multipart(&location)).await;
+        let mut upload = upload.map_err(|e| self.put_failed(e))?;
         let part_size = MIN_PART.max(total.div_ceil(9_000));
         let mut sent = Ok(());
         let mut flight = FuturesUnordered::new();

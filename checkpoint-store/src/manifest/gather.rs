@@ -49,11 +49,7 @@ pub enum AssembleError {
 impl Manifest {
     /// Makes the manifest of a complete set of receipts of one generation and step. A receipt that was sent twice
     /// counts once; two different ones of a rank do not.
-    pub fn assemble(
-        space: &Space,
-        scalar: ScalarState,
-        mut receipts: Vec<Receipt>,
-    ) -> Result<Self, AssembleError> {
+    pub fn assemble(space: &Space, scalar: ScalarState, mut receipts: Vec<Receipt>) -> Result<Self, AssembleError> {
         receipts.sort_by_key(|r| r.rank);
         receipts.dedup();
         let first = receipts.first().ok_or(AssembleError::Empty)?.clone();

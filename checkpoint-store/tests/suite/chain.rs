@@ -151,7 +151,8 @@ fn retention_keeps_the_newest_good_ones() {
         tell(by(1, Event::Committed(fake(1, step))));
     }
     let h = tell(formed(2, 1, Some(fake(1, 20))));
-    let steps = |h: &History, keep| condemned(h, keep).iter().map(|c| (c.step.get(), c.generation.get())).collect::<Vec<_>>();
+    let steps =
+        |h: &History, keep| condemned(h, keep).iter().map(|c| (c.step.get(), c.generation.get())).collect::<Vec<_>>();
     // 30 and 40 are abandoned, but nothing good has come after them yet.
     assert_eq!(steps(&h, 1), [(10, 1)]);
     assert_eq!(steps(&h, 0), [(10, 1)], "the newest good one always stays");

@@ -6,6 +6,7 @@
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use checkpoint_store::*;
@@ -17,43 +18,74 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::support::*;
 
-fn connect(address: SocketAddr) -> Store {
+/// A client; unsigned for servers in this process, which know no users.
+fn connect(address: SocketAddr, signed: bool) -> Store {
+    open("s3://bucket/some/prefix", address, signed)
+}
+
+fn open(url: &str, address: SocketAddr, signed: bool) -> Store {
     let endpoint = format!("http://{address}");
     let options = [
         ("aws_endpoint", endpoint.as_str()),
         ("aws_region", "us-east-1"),
-        ("aws_skip_signature", "true"),
+        ("aws_skip_signature", if signed { "false" } else { "true" }),
         ("aws_access_key_id", "test"),
         ("aws_secret_access_key", "test"),
     ];
-    Store::open_with("s3://bucket/some/prefix", &options).unwrap()
+    Store::open_with(url, &options).unwrap()
 }
 
-/// Serves a folder over S3; `overwriting` drops the condition of every request.
-async fn s3s(folder: &Path, overwriting: bool) -> Store {
+/// What the server does wrong beyond not being atomic.
+#[derive(Clone, Copy, PartialEq)]
+enum Trouble {
+    Nothing,
+    /// Drops the condition of every request.
+    Overwrites,
+    /// Carries out a put, then closes the connection instead of answering.
+    LosesAnswers,
+    /// Closes the connection before it carries out a put.
+    LosesRequests,
+}
+
+/// Serves a folder over S3. The trouble can be changed while it runs.
+async fn s3s(folder: &Path, trouble: Trouble) -> (Store, Arc<Mutex<Trouble>>) {
     std::fs::create_dir(folder.join("bucket")).unwrap();
     let service = S3ServiceBuilder::new(s3s_fs::FileSystem::new(folder).unwrap()).build();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
+    let shared = Arc::new(Mutex::new(trouble));
+    let trouble = Arc::clone(&shared);
     tokio::spawn(async move {
         while let Ok((socket, _)) = listener.accept().await {
-            let service = service.clone();
+            let (service, trouble) = (service.clone(), Arc::clone(&trouble));
             let answer = service_fn(move |mut request: hyper::Request<Incoming>| {
-                if overwriting {
+                let trouble = *trouble.lock().unwrap();
+                let is_put = request.method() == hyper::Method::PUT;
+                if trouble == Trouble::Overwrites {
                     request.headers_mut().remove("if-none-match");
                 }
-                Service::call(&service, request)
+                let service = service.clone();
+                async move {
+                    if is_put && trouble == Trouble::LosesRequests {
+                        return Err(std::io::Error::other("lost before"));
+                    }
+                    let answer = Service::call(&service, request).await.map_err(std::io::Error::other);
+                    if is_put && trouble == Trouble::LosesAnswers {
+                        return Err(std::io::Error::other("lost after"));
+                    }
+                    answer
+                }
             });
             tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(socket), answer));
         }
     });
-    connect(address)
+    (connect(address, false), shared)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_server_whose_create_races_conforms_otherwise_but_is_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let store = s3s(folder.path(), false).await;
+    let (store, _) = s3s(folder.path(), Trouble::Nothing).await;
     conformance::check(&store).await;
     let mut chain = running(&store, 3).await;
     let checkpoint = save(&mut chain, &medium(), 50).await;
@@ -66,7 +98,7 @@ async fn a_server_whose_create_races_conforms_otherwise_but_is_refused() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_server_that_overwrites_is_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let store = s3s(folder.path(), true).await;
+    let (store, _) = s3s(folder.path(), Trouble::Overwrites).await;
     let error = probe_atomic_create(&store).await.unwrap_err();
     assert!(error.to_string().contains("--allow-single-coordinator"), "{error}");
 }
@@ -75,9 +107,34 @@ async fn a_server_that_overwrites_is_refused() {
 async fn a_server_that_is_not_there_is_an_error_in_bounded_time() {
     let gone = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let started = Instant::now();
-    let error = connect(gone).get("jobs/x", 10).await.unwrap_err();
+    let error = connect(gone, false).get("jobs/x", 10).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Retry, "{error}");
-    assert!(started.elapsed() < Duration::from_secs(60));
+    assert!(started.elapsed() < Duration::from_mins(1));
+}
+
+/// The answer to a create is lost. Whether it took effect is found out by reading back, never assumed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_lost_answer_is_settled_and_a_lost_request_is_reported() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, trouble) = s3s(folder.path(), Trouble::Nothing).await;
+    let mut chain = running(&store, 1).await;
+    let scaled = |workers| Record::new(EPOCH, chain_generation(), Event::Scaled { workers });
+    *trouble.lock().unwrap() = Trouble::LosesAnswers;
+    chain.append(scaled(2)).await.unwrap();
+    let other = store.create(&layout::record(&job(), 2), "someone else's".into()).await.unwrap();
+    assert_eq!(other, Create::AlreadyExists);
+    *trouble.lock().unwrap() = Trouble::LosesRequests;
+    let unclear = chain.append(scaled(3)).await.unwrap_err();
+    assert!(matches!(unclear, ChainError::Store(StoreError::Indeterminate { .. })), "{unclear}");
+    *trouble.lock().unwrap() = Trouble::Nothing;
+    assert_eq!(chain.append(scaled(4)).await.unwrap_err().kind(), Kind::Fenced, "not before a refresh");
+    assert_eq!(chain.refresh().await.unwrap(), 0);
+    assert_eq!(chain.append(scaled(4)).await.unwrap(), 3);
+    assert_eq!(Chain::load(&store, &job()).await.unwrap().unwrap().history(), chain.history());
+}
+
+fn chain_generation() -> proto::ids::Generation {
+    proto::ids::Generation::new(1)
 }
 
 struct Server(Child);
@@ -105,10 +162,11 @@ async fn moto() -> Option<(Server, SocketAddr)> {
             return None;
         }
     };
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_mins(1);
     loop {
         if let Ok(mut socket) = tokio::net::TcpStream::connect(address).await {
-            let request = format!("PUT /bucket HTTP/1.1\r\nHost: {address}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+            let request =
+                format!("PUT /bucket HTTP/1.1\r\nHost: {address}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
             socket.write_all(request.as_bytes()).await.unwrap();
             let mut answer = String::new();
             socket.read_to_string(&mut answer).await.unwrap();
@@ -123,12 +181,15 @@ async fn moto() -> Option<(Server, SocketAddr)> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_right_server_passes_and_keeps_a_job() {
     let Some((_server, address)) = moto().await else { return };
-    let store = connect(address);
+    let store = connect(address, true);
+    let nowhere = open("s3://no-such-bucket/x", address, true);
+    let error = probe_atomic_create(&nowhere).await.unwrap_err().to_string();
+    assert!(error.contains("bucket or container does not exist"), "{error}");
     conformance::check(&store).await;
     probe_atomic_create(&store).await.unwrap();
     let mut chain = running(&store, 3).await;
     let checkpoint = save(&mut chain, &medium(), 50).await;
-    let reader = connect(address);
+    let reader = connect(address, true);
     let found = Chain::load(&reader, &job()).await.unwrap().unwrap();
     assert_eq!(found.history().newest_good(), Some(&checkpoint));
     expect_loads(&reader, &checkpoint, &medium(), 2).await;

@@ -42,7 +42,8 @@ pub(crate) fn submitted() -> Record {
 pub(crate) fn formed(generation: u64, size: u32, start: Option<CheckpointRef>) -> Record {
     let generation = Generation::new(generation);
     let (identity, fingerprint) = ("cpu".into(), "data".into());
-    let event = Event::Generation { generation, world_size: world(size), members: vec![], start, identity, fingerprint };
+    let event =
+        Event::Generation { generation, world_size: world(size), members: vec![], start, identity, fingerprint };
     Record::new(EPOCH, generation, event)
 }
 
@@ -102,7 +103,10 @@ pub(crate) async fn expect_loads(store: &Store, checkpoint: &CheckpointRef, spac
             let shard = space.shard(rank, world(size));
             let mut bytes = vec![0; 4 * (shard.end - shard.start) as usize];
             read_range(store, &manifest, name, shard.clone(), &mut bytes).await.unwrap();
-            assert!(bytes == expected[shard.start as usize * 4..shard.end as usize * 4], "{name} rank {rank} of {size}");
+            assert!(
+                bytes == expected[shard.start as usize * 4..shard.end as usize * 4],
+                "{name} rank {rank} of {size}"
+            );
         }
     }
 }

@@ -5,18 +5,18 @@
 
 /// Counts failures since the last committed checkpoint.
 #[derive(Debug, Clone, Default)]
-pub struct Budget {
+pub(super) struct Budget {
     restarts: u32,
 }
 
 impl Budget {
     /// A budget of which `restarts` are already used, as read from a job's history.
-    pub fn used(restarts: u32) -> Self {
+    pub(super) fn used(restarts: u32) -> Self {
         Self { restarts }
     }
 
     /// Counts one failure. `Some` is the reason to give the job up: more than `allowed` failures without a checkpoint.
-    pub fn spend(&mut self, allowed: u32, last: &str) -> Option<String> {
+    pub(super) fn spend(&mut self, allowed: u32, last: &str) -> Option<String> {
         self.restarts = self.restarts.saturating_add(1);
         (self.restarts > allowed).then(|| {
             let count = self.restarts;
@@ -27,12 +27,12 @@ impl Budget {
     }
 
     /// A checkpoint is committed: the job makes progress.
-    pub fn progress(&mut self) {
+    pub(super) fn progress(&mut self) {
         self.restarts = 0;
     }
 
     /// Failures since the last progress.
-    pub fn restarts(&self) -> u32 {
+    pub(super) fn restarts(&self) -> u32 {
         self.restarts
     }
 }

@@ -38,11 +38,11 @@ pub struct ReceiptName {
 }
 
 /// An answer owed to an agent: (node, which receipt, whether its checkpoint is committed).
-pub type Settlement = (NodeName, ReceiptName, bool);
+pub(super) type Settlement = (NodeName, ReceiptName, bool);
 
 /// The receipts of one generation.
 #[derive(Debug, Default)]
-pub struct Gathering {
+pub(super) struct Gathering {
     generation: Generation,
     world: Option<WorldSize>,
     sets: BTreeMap<Step, BTreeMap<Rank, ReceiptEntry>>,
@@ -52,26 +52,26 @@ pub struct Gathering {
 
 impl Gathering {
     /// Starts over for a new generation; returns the answers owed for what is dropped.
-    pub fn begin(&mut self, generation: Generation, world: WorldSize) -> Vec<Settlement> {
+    pub(super) fn begin(&mut self, generation: Generation, world: WorldSize) -> Vec<Settlement> {
         let owed = self.drop_through(Step::new(u64::MAX));
         *self = Self { generation, world: Some(world), ..Self::default() };
         owed
     }
 
     /// Stops gathering; returns the answers owed.
-    pub fn end(&mut self) -> Vec<Settlement> {
+    pub(super) fn end(&mut self) -> Vec<Settlement> {
         let owed = self.drop_through(Step::new(u64::MAX));
         *self = Self { generation: self.generation, ..Self::default() };
         owed
     }
 
     /// The steps this generation has committed, as read from the history.
-    pub fn already(&mut self, step: Step) {
+    pub(super) fn already(&mut self, step: Step) {
         self.committed.insert(step);
     }
 
     /// Takes a receipt. `Some`: it is settled at once.
-    pub fn receive(&mut self, name: ReceiptName, entry: ReceiptEntry) -> Option<Settlement> {
+    pub(super) fn receive(&mut self, name: ReceiptName, entry: ReceiptEntry) -> Option<Settlement> {
         let settle = |committed| Some((entry.node.clone(), name, committed));
         let in_world = self.world.is_some_and(|world| name.rank.get() < world.get());
         if name.generation != self.generation || !in_world {
@@ -89,7 +89,7 @@ impl Gathering {
     }
 
     /// A rank did not capture this step. `Some`: first heard of it, with the answers owed to the other ranks.
-    pub fn skip(&mut self, generation: Generation, step: Step) -> Option<Vec<Settlement>> {
+    pub(super) fn skip(&mut self, generation: Generation, step: Step) -> Option<Vec<Settlement>> {
         if generation != self.generation || self.committed.contains(&step) || !self.skipped.insert(step) {
             return None;
         }
@@ -97,25 +97,25 @@ impl Gathering {
     }
 
     /// The oldest complete step, with its receipts in rank order.
-    pub fn complete(&self) -> Option<(Generation, Step, Vec<ReceiptEntry>)> {
+    pub(super) fn complete(&self) -> Option<(Generation, Step, Vec<ReceiptEntry>)> {
         let world = self.world?;
         let (step, set) = self.sets.iter().find(|(_, set)| set.len() == world.len())?;
         Some((self.generation, *step, set.values().cloned().collect()))
     }
 
     /// The receipts of a step so far, in rank order.
-    pub fn receipts(&self, step: Step) -> Vec<ReceiptEntry> {
+    pub(super) fn receipts(&self, step: Step) -> Vec<ReceiptEntry> {
         self.sets.get(&step).map(|set| set.values().cloned().collect()).unwrap_or_default()
     }
 
     /// A step is committed: answers owed for it and for older, incomplete ones.
-    pub fn committed(&mut self, step: Step) -> Vec<Settlement> {
+    pub(super) fn committed(&mut self, step: Step) -> Vec<Settlement> {
         self.committed.insert(step);
         self.drop_through(step)
     }
 
     /// A complete set turned out not to make a checkpoint: answers owed.
-    pub fn impossible(&mut self, step: Step) -> Vec<Settlement> {
+    pub(super) fn impossible(&mut self, step: Step) -> Vec<Settlement> {
         self.skipped.insert(step);
         self.drop_step(step)
     }

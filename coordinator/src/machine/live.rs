@@ -20,7 +20,7 @@ const ATTRIBUTION_DETACHED: Duration = Duration::from_millis(1500);
 
 /// Why a generation ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Cause {
+pub(super) struct Cause {
     /// Whose fault, if one rank's.
     pub rank: Option<Rank>,
     /// What sort.
@@ -54,7 +54,7 @@ struct Seen {
 
 /// A persisted and announced generation.
 #[derive(Debug)]
-pub struct Live {
+pub(super) struct Live {
     /// Who is in it and where it starts.
     pub membership: Membership,
     /// Told to stop after the step in progress.
@@ -72,7 +72,7 @@ pub struct Live {
 
 impl Live {
     /// A generation announced now.
-    pub fn announced(now: Duration, membership: Membership) -> Self {
+    pub(super) fn announced(now: Duration, membership: Membership) -> Self {
         let seen = vec![Seen::default(); membership.members.len()];
         let start = membership.start.as_ref().map_or(Step::ZERO, |start| start.step);
         let moved = (start, now);
@@ -80,48 +80,48 @@ impl Live {
     }
 
     /// A generation an earlier coordinator announced; its members have until `until` to be heard of.
-    pub fn adopted(now: Duration, membership: Membership, until: Duration) -> Self {
+    pub(super) fn adopted(now: Duration, membership: Membership, until: Duration) -> Self {
         Self { adopting: Some(until), ..Self::announced(now, membership) }
     }
 
     /// Its number.
-    pub fn generation(&self) -> Generation {
+    pub(super) fn generation(&self) -> Generation {
         self.membership.generation
     }
 
     /// The step it started from.
-    pub fn start(&self) -> Step {
+    pub(super) fn start(&self) -> Step {
         self.membership.start.as_ref().map_or(Step::ZERO, |start| start.step)
     }
 
     /// Whether it is not yet known if an earlier coordinator's generation is still alive.
-    pub fn adopting(&self) -> bool {
+    pub(super) fn adopting(&self) -> bool {
         self.adopting.is_some()
     }
 
     /// Whether every rank has taken up its work.
-    pub fn joined(&self) -> bool {
+    pub(super) fn joined(&self) -> bool {
         self.seen.iter().all(|seen| seen.running)
     }
 
     /// The step after which all ranks have stopped, once they have.
-    pub fn stopped(&self) -> Option<Step> {
+    pub(super) fn stopped(&self) -> Option<Step> {
         let first = self.seen.first()?.stopped?;
         self.seen.iter().all(|seen| seen.stopped == Some(first)).then_some(first)
     }
 
     /// How many of its members run on a node.
-    pub fn members_on(&self, node: &NodeName) -> u32 {
+    pub(super) fn members_on(&self, node: &NodeName) -> u32 {
         self.membership.members.iter().filter(|member| member.node == *node).count() as u32
     }
 
     /// Whether a worker is one of its ranks.
-    pub fn has(&self, worker: WorkerId) -> bool {
+    pub(super) fn has(&self, worker: WorkerId) -> bool {
         self.membership.members.iter().any(|member| member.worker == worker)
     }
 
     /// A step is known to be done.
-    pub fn progress(&mut self, now: Duration, step: Step) -> bool {
+    pub(super) fn progress(&mut self, now: Duration, step: Step) -> bool {
         let newer = step > self.moved.0;
         if newer {
             self.moved = (step, now);
@@ -130,7 +130,7 @@ impl Live {
     }
 
     /// Compares what the agents report with what should be. `Some`: the generation is over, and why.
-    pub fn watch(&mut self, now: Duration, job: &JobName, members: &Members, fault: &FaultSpec) -> Option<Cause> {
+    pub(super) fn watch(&mut self, now: Duration, job: &JobName, members: &Members, fault: &FaultSpec) -> Option<Cause> {
         let mut worst: Option<Cause> = None;
         let mut detached = false;
         for index in 0..self.seen.len() {

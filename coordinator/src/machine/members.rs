@@ -56,7 +56,7 @@ pub struct Worker {
 
 /// One attached agent.
 #[derive(Debug, Clone)]
-pub struct Agent {
+pub(super) struct Agent {
     /// One life of its process.
     pub incarnation: String,
     /// Its current stream, if it is attached.
@@ -75,14 +75,14 @@ pub struct Agent {
 
 impl Agent {
     /// Its workers of one job.
-    pub fn of<'a>(&'a self, job: &'a JobName) -> impl Iterator<Item = &'a Worker> {
+    pub(super) fn of<'a>(&'a self, job: &'a JobName) -> impl Iterator<Item = &'a Worker> {
         self.workers.iter().filter(move |worker| worker.job == *job)
     }
 }
 
 /// All agents, by node.
 #[derive(Debug, Default)]
-pub struct Members {
+pub(super) struct Members {
     agents: BTreeMap<NodeName, Agent>,
     /// Why the agents that are gone are gone.
     epitaphs: BTreeMap<NodeName, String>,
@@ -92,7 +92,7 @@ pub struct Members {
 
 impl Members {
     /// A stream opened. The same life of an agent keeps what it reported; another one starts empty.
-    pub fn attach(
+    pub(super) fn attach(
         &mut self,
         now: Duration,
         node: &NodeName,
@@ -120,7 +120,7 @@ impl Members {
     }
 
     /// A whole report arrived. `false`: from a stream that another has replaced.
-    pub fn report(&mut self, now: Duration, node: &NodeName, connection: Connection, workers: Vec<Worker>) -> bool {
+    pub(super) fn report(&mut self, now: Duration, node: &NodeName, connection: Connection, workers: Vec<Worker>) -> bool {
         let Some(agent) = self.agents.get_mut(node).filter(|agent| agent.connection == Some(connection)) else {
             return false;
         };
@@ -130,7 +130,7 @@ impl Members {
     }
 
     /// The stream closed.
-    pub fn detach(&mut self, now: Duration, node: &NodeName, connection: Connection) {
+    pub(super) fn detach(&mut self, now: Duration, node: &NodeName, connection: Connection) {
         if let Some(agent) = self.agents.get_mut(node).filter(|agent| agent.connection == Some(connection)) {
             agent.connection = None;
             agent.closed = Some(now);
@@ -138,7 +138,7 @@ impl Members {
     }
 
     /// Forgets the agents that are lost by now and says why each is.
-    pub fn bury(&mut self, now: Duration, suspicion: Duration) -> Vec<(NodeName, String)> {
+    pub(super) fn bury(&mut self, now: Duration, suspicion: Duration) -> Vec<(NodeName, String)> {
         let mut lost = Vec::new();
         for (node, agent) in &self.agents {
             if agent.closed.is_some_and(|closed| now.saturating_sub(closed) >= REATTACH) {
@@ -157,37 +157,37 @@ impl Members {
     }
 
     /// The agent on a node.
-    pub fn get(&self, node: &NodeName) -> Option<&Agent> {
+    pub(super) fn get(&self, node: &NodeName) -> Option<&Agent> {
         self.agents.get(node)
     }
 
     /// Why there is no agent on a node.
-    pub fn epitaph(&self, node: &NodeName) -> String {
+    pub(super) fn epitaph(&self, node: &NodeName) -> String {
         self.epitaphs.get(node).cloned().unwrap_or_else(|| format!("no agent on {node}"))
     }
 
     /// The agent on a node, to note what it is told.
-    pub fn get_mut(&mut self, node: &NodeName) -> Option<&mut Agent> {
+    pub(super) fn get_mut(&mut self, node: &NodeName) -> Option<&mut Agent> {
         self.agents.get_mut(node)
     }
 
     /// All agents in the order of their names.
-    pub fn iter(&self) -> impl Iterator<Item = (&NodeName, &Agent)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&NodeName, &Agent)> {
         self.agents.iter()
     }
 
     /// Whether any agent is attached.
-    pub fn any(&self) -> bool {
+    pub(super) fn any(&self) -> bool {
         !self.agents.is_empty()
     }
 
     /// Slots by node.
-    pub fn slots(&self) -> BTreeMap<NodeName, u32> {
+    pub(super) fn slots(&self) -> BTreeMap<NodeName, u32> {
         self.agents.iter().map(|(node, agent)| (node.clone(), agent.slots)).collect()
     }
 
     /// How long no agent has come or gone.
-    pub fn stable_for(&self, now: Duration) -> Duration {
+    pub(super) fn stable_for(&self, now: Duration) -> Duration {
         now.saturating_sub(self.changed)
     }
 }

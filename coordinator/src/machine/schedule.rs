@@ -10,11 +10,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use proto::ids::{JobName, NodeName};
 
 /// Workers per node of one job; nodes without workers are left out.
-pub type Placement = BTreeMap<NodeName, u32>;
+pub(super) type Placement = BTreeMap<NodeName, u32>;
 
 /// What one job asks for. The order of a slice of these is the order of submission.
 #[derive(Debug, Clone)]
-pub struct Request {
+pub(super) struct Request {
     /// The job.
     pub job: JobName,
     /// Fewer workers than this and it waits.
@@ -28,12 +28,12 @@ pub struct Request {
 }
 
 /// How many workers a placement has.
-pub fn total(placement: &Placement) -> u32 {
+pub(super) fn total(placement: &Placement) -> u32 {
     placement.values().sum()
 }
 
 /// Places jobs on nodes (`slots` by node). A job that must wait has an empty placement.
-pub fn schedule(slots: &BTreeMap<NodeName, u32>, requests: &[Request]) -> BTreeMap<JobName, Placement> {
+pub(super) fn schedule(slots: &BTreeMap<NodeName, u32>, requests: &[Request]) -> BTreeMap<JobName, Placement> {
     let mut free = slots.clone();
     let mut placements: BTreeMap<JobName, Placement> = BTreeMap::new();
     for request in requests {

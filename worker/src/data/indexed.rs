@@ -153,7 +153,9 @@ impl IndexedDataset {
                 return Err(self.index_error(HEADER + sequence * 4, problem));
             }
             if start != end {
-                let problem = format!("sequence {sequence} starts at byte {start} of .bin; {end}, its predecessor's end, is right");
+                let problem = format!(
+                    "sequence {sequence} starts at byte {start} of .bin; {end}, its predecessor's end, is right"
+                );
                 return Err(self.index_error(self.starts_at() + sequence * 8, problem));
             }
             // Lengths are below 2^31 and there are fewer than 2^60 of them only on paper: .bin bounds the sum.
@@ -169,7 +171,8 @@ impl IndexedDataset {
         }
         if end as u64 != self.tokens.len() as u64 {
             let (have, index) = (self.tokens.len(), self.index_path.display());
-            let problem = format!("the file has {have} bytes, but {index} describes {end}: another dataset's, or incomplete");
+            let problem =
+                format!("the file has {have} bytes, but {index} describes {end}: another dataset's, or incomplete");
             return Err(DataError::format(&self.path, end as u64, problem));
         }
         if end == 0 {

@@ -75,7 +75,8 @@ pub struct Report {
 /// `progress` is called about once a mebibyte of input.
 pub fn prepare(options: &PrepareOptions, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<Report> {
     let (inputs, bytes_total) = check_inputs(options)?;
-    fs::create_dir_all(&options.output).map_err(|source| DataError::io(&options.output, "making the folder", source))?;
+    fs::create_dir_all(&options.output)
+        .map_err(|source| DataError::io(&options.output, "making the folder", source))?;
     let vocab_size = options.tokenizer.vocab_size();
     let element_type = ElementType::for_vocabulary(vocab_size);
     let mut datasets = Vec::with_capacity(inputs.len());

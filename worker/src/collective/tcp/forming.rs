@@ -148,7 +148,8 @@ impl Forming {
 
     fn missing(&self, neighbours: &Neighbours) -> String {
         let mut out = Vec::new();
-        let because = |why: &Option<CollectiveError>| why.as_ref().map_or_else(String::new, |w| format!(" (last: {w})"));
+        let because =
+            |why: &Option<CollectiveError>| why.as_ref().map_or_else(String::new, |w| format!(" (last: {w})"));
         if self.next.is_none() {
             let Neighbours { next, next_address, .. } = neighbours;
             out.push(format!("no connection to rank {next} at {next_address}{}", because(&self.why_next)));

@@ -95,8 +95,10 @@ impl Connection {
 
     /// Lets the abort handle shut this connection down from now on.
     pub(super) fn register(&self) -> Result<()> {
-        let copy =
-            self.stream.try_clone().map_err(|source| CollectiveError::Io { action: "preparing a connection", source })?;
+        let copy = self
+            .stream
+            .try_clone()
+            .map_err(|source| CollectiveError::Io { action: "preparing a connection", source })?;
         if self.abort.watch(copy) { Ok(()) } else { Err(CollectiveError::Aborted) }
     }
 
