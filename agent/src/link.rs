@@ -25,7 +25,7 @@ const CONNECT: Duration = Duration::from_secs(5);
 /// Silence on the connection after which it is probed, and again after which it is given up.
 const PROBE: Duration = Duration::from_secs(5);
 /// To read the nonce from the store.
-const PROOF: Duration = Duration::from_secs(60);
+const PROOF: Duration = Duration::from_mins(1);
 /// Longer than any nonce.
 const MOST_NONCE: u64 = 4096;
 /// Messages on their way to the coordinator.
@@ -141,7 +141,7 @@ async fn prove(welcome: &wire::Welcome) -> Result<(), Ended> {
     let url = &welcome.store;
     match found {
         Err(_) => Err(Ended::Lost(format!("the store {url} did not answer within {} s", PROOF.as_secs()))),
-        Ok(Ok(nonce)) if nonce == welcome.nonce.as_bytes() => Ok(()),
+        Ok(Ok(text)) if !welcome.nonce.is_empty() && text.contains(&welcome.nonce) => Ok(()),
         Ok(Ok(_)) => Err(foreign(url, "holds another nonce")),
         Ok(Err(error)) if error.kind() == checkpoint_store::Kind::Retry => Err(Ended::Lost(error.to_string())),
         Ok(Err(error)) if error.is_not_found() => Err(foreign(url, "does not hold its nonce")),
@@ -155,9 +155,11 @@ fn foreign(url: &str, what: &str) -> Ended {
     )))
 }
 
-async fn read_nonce(welcome: &wire::Welcome) -> Result<Vec<u8>, checkpoint_store::StoreError> {
+/// The object that holds the nonce, as text.
+async fn read_nonce(welcome: &wire::Welcome) -> Result<String, checkpoint_store::StoreError> {
     let store = Store::open_existing(&welcome.store)?;
-    Ok(store.get(&welcome.nonce_path, MOST_NONCE).await?.to_vec())
+    let bytes = store.get(&welcome.nonce_path, MOST_NONCE).await?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// An error with its causes in one line; tonic's own message says little.

@@ -69,7 +69,10 @@ impl Capture {
         for (decl, hashes) in self.states.into_iter().zip(self.hashes) {
             let end = at + elements * decl.dtype.size();
             if end > slot.len() as u64 {
-                return Err(StoreError::Corrupt(format!("a slot of {} bytes is too short for its capture", slot.len())));
+                return Err(StoreError::Corrupt(format!(
+                    "a slot of {} bytes is too short for its capture",
+                    slot.len()
+                )));
             }
             shards.push(ShardState { decl, bytes: slot.slice(at as usize..end as usize), hashes });
             at = end;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -64,32 +64,40 @@ async fn asked(stopped: &mut watch::Receiver<bool>) {
     drop(stopped.wait_for(|stop| *stop).await);
 }
 
-fn spawn(program: &PathBuf, arguments: &[String]) -> std::io::Result<Child> {
-    Command::new(program)
+/// A child and its lifeline. Waiting for a child closes the standard input it still holds, so that is kept apart.
+struct Running {
+    child: Child,
+    lifeline: Option<ChildStdin>,
+}
+
+fn spawn(program: &PathBuf, arguments: &[String]) -> std::io::Result<Running> {
+    let mut child = Command::new(program)
         .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .process_group(0)
         .kill_on_drop(true)
-        .spawn()
+        .spawn()?;
+    let lifeline = child.stdin.take();
+    Ok(Running { child, lifeline })
 }
 
 async fn keep(
     name: &'static str,
     program: PathBuf,
     arguments: Vec<String>,
-    mut child: Child,
+    mut running: Running,
     mut stopped: watch::Receiver<bool>,
     refused: mpsc::Sender<Refused>,
 ) {
     loop {
         let status = tokio::select! {
-            status = child.wait() => status,
+            status = running.child.wait() => status,
             () = asked(&mut stopped) => {
-                drop(child.stdin.take());
-                if timeout(STOP_WITHIN, child.wait()).await.is_err() {
+                drop(running.lifeline.take());
+                if timeout(STOP_WITHIN, running.child.wait()).await.is_err() {
                     tracing::warn!("the {name} process did not stop within {STOP_WITHIN:?} and is killed");
-                    let _ = child.kill().await;
+                    let _ = running.child.kill().await;
                 }
                 return;
             }
@@ -107,7 +115,7 @@ async fn keep(
             }
             match spawn(&program, &arguments) {
                 Ok(new) => {
-                    child = new;
+                    running = new;
                     break;
                 }
                 Err(error) => tracing::error!("cannot start the {name} process again: {error}"),

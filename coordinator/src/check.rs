@@ -37,7 +37,9 @@ pub(crate) struct Hello {
 pub(crate) fn hello(hello: &AgentHello) -> Result<Hello, Fault> {
     if hello.build != BUILD {
         let theirs: String = hello.build.chars().take(40).collect();
-        return Err(format!("this coordinator is cairn {BUILD}, the agent is {theirs:?}: run the same version everywhere"));
+        return Err(format!(
+            "this coordinator is cairn {BUILD}, the agent is {theirs:?}: run the same version everywhere"
+        ));
     }
     let node = NodeName::new(&hello.node).map_err(|error| error.to_string())?;
     short("incarnation", &hello.incarnation, 64)?;
@@ -158,7 +160,8 @@ pub(crate) fn submit(request: &SubmitRequest) -> Result<Ask, Fault> {
         return Err(format!("the specification has format {}, this coordinator reads {SPEC_FORMAT}", spec.format));
     }
     spec.validate("job").map_err(|error| error.to_string())?;
-    let mode = SubmitMode::try_from(request.mode).map_err(|_| format!("unknown mode {} of submission", request.mode))?;
+    let mode =
+        SubmitMode::try_from(request.mode).map_err(|_| format!("unknown mode {} of submission", request.mode))?;
     if request.stop_at.is_some_and(|stop_at| stop_at == 0 || stop_at > spec.training.steps) {
         let steps = spec.training.steps;
         return Err(format!("stop_at is {}, but must be 1 to training.steps = {steps}", request.stop_at.unwrap_or(0)));
@@ -198,7 +201,8 @@ mod tests {
         for spec in [&b"{"[..], b"{}", b"[[[[[[[[", &vec![b' '; MOST_SPEC + 1]] {
             assert!(submit(&SubmitRequest { spec: spec.to_vec(), ..Default::default() }).is_err());
         }
-        let hello = |build: &str, slots| AgentHello { node: "n".into(), build: build.into(), slots, ..Default::default() };
+        let hello =
+            |build: &str, slots| AgentHello { node: "n".into(), build: build.into(), slots, ..Default::default() };
         assert!(super::hello(&hello(BUILD, 1)).is_ok());
         assert!(super::hello(&hello("0.0.0", 1)).unwrap_err().contains("same version"));
         assert!(super::hello(&hello(BUILD, 0)).is_err());

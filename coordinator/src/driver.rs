@@ -28,18 +28,11 @@ pub(crate) type Outbox = mpsc::Sender<Result<CoordinatorMessage, Status>>;
 /// What the services hand to the driver.
 pub(crate) enum Input {
     /// An agent's stream opened.
-    Attach {
-        connection: Connection,
-        outbox: Outbox,
-        event: Event,
-    },
+    Attach { connection: Connection, outbox: Outbox, event: Event },
     /// Something happened.
     Event(Event),
     /// An operator asks.
-    Ask {
-        ask: Ask,
-        reply: oneshot::Sender<Result<Answer, Refusal>>,
-    },
+    Ask { ask: Ask, reply: oneshot::Sender<Result<Answer, Refusal>> },
 }
 
 /// See the module header.
@@ -120,10 +113,10 @@ impl Driver {
             match action {
                 Action::Send { node, connection, body } => {
                     let message = CoordinatorMessage { epoch: self.epoch, body: Some(body) };
-                    let sent = self.outboxes.get(&connection).map(|outbox| outbox.try_send(Ok(message)));
-                    if let Some(Err(error)) = sent {
+                    let Some(outbox) = self.outboxes.get(&connection) else { continue };
+                    if outbox.try_send(Ok(message)).is_err() {
                         // Its next stream is told everything anew.
-                        tracing::warn!(%node, "the agent does not keep up, its stream is closed: {error}");
+                        tracing::warn!(%node, "the agent has gone or does not keep up; its stream is closed");
                         self.outboxes.remove(&connection);
                     }
                 }

@@ -9,7 +9,7 @@ use checkpoint_store::error::{Kind, StoreError};
 pub enum CoordinatorError {
     /// It would listen where others can reach it.
     #[error(
-        "--listen {0} is not a loopback address: this release has no mutual TLS, so it listens on 127.0.0.1 or [::1] only"
+        "--listen {0} is not a loopback address: without mutual TLS this release listens on 127.0.0.1 or [::1] only"
     )]
     NotLoopback(SocketAddr),
     /// The address cannot be listened on.

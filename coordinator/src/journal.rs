@@ -225,7 +225,11 @@ fn formed(membership: &Membership) -> Result<Event, StoreError> {
         generation: membership.generation,
         world_size,
         members: members
-            .map(|(member, rank)| StoredMember { node: member.node.clone(), worker: member.worker, rank: Rank::new(rank) })
+            .map(|(member, rank)| StoredMember {
+                node: member.node.clone(),
+                worker: member.worker,
+                rank: Rank::new(rank),
+            })
             .collect(),
         start: membership.start.as_ref().map(reference).transpose()?,
         identity: membership.identity.clone(),

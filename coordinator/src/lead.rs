@@ -23,7 +23,7 @@ const LOOK: Duration = Duration::from_millis(500);
 /// Beats between two checks that no higher epoch exists.
 const CHECK_EVERY: u64 = 5;
 /// A leader that cannot beat this long steps down: another one has long taken its place.
-const MOST_SILENCE: Duration = Duration::from_secs(60);
+const MOST_SILENCE: Duration = Duration::from_mins(1);
 
 /// A won epoch.
 #[derive(Debug, Clone)]

@@ -2,8 +2,8 @@
 //! leads to.
 //!
 //! `machine` decides, purely; `driver` performs; `journal` writes the jobs' chains; `lead` holds the leadership of the
-//! store; `service` is the gRPC edge, `check` its gate, `watch` what watchers see. The coordinator is on no step's path:
-//! while it is away training goes on, and its successor learns everything from the chains and the agents' reports.
+//! store; `service` is the gRPC edge, `check` its gate, `watch` what watchers see. The coordinator is on no step's
+//! path: while it is away training goes on, and its successor learns everything from the chains and the agents' reports.
 
 mod check;
 mod driver;
@@ -107,10 +107,11 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     drop(server);
     outcome?;
     drop(stop);
-    match timeout(RELEASE, &mut holding.0).await {
-        Ok(released) => flatten("the leadership", released),
-        Err(_) => Ok(tracing::warn!("the leadership was not given back in time; a successor will wait for it")),
+    if let Ok(released) = timeout(RELEASE, &mut holding.0).await {
+        return flatten("the leadership", released);
     }
+    tracing::warn!("the leadership was not given back in time; a successor will wait for it");
+    Ok(())
 }
 
 /// The driver, the services and the queue between them.

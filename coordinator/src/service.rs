@@ -32,7 +32,7 @@ use crate::watch::{Hub, Next};
 /// An agent says hello within this.
 const HELLO: Duration = Duration::from_secs(10);
 /// The longest any call waits for its answer; clients set shorter deadlines of their own.
-const ANSWER: Duration = Duration::from_secs(3600);
+const ANSWER: Duration = Duration::from_hours(1);
 /// Messages to one agent that may wait; an agent that reads slower is cut off and attaches again.
 const WAITING: usize = 256;
 
@@ -55,10 +55,7 @@ type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl Cluster for Edge {
     type AttachStream = Boxed<CoordinatorMessage>;
 
-    async fn attach(
-        &self,
-        request: Request<Streaming<AgentMessage>>,
-    ) -> Result<Response<Self::AttachStream>, Status> {
+    async fn attach(&self, request: Request<Streaming<AgentMessage>>) -> Result<Response<Self::AttachStream>, Status> {
         let mut stream = request.into_inner();
         let first = timeout(HELLO, stream.message()).await;
         let first = first.map_err(|_| Status::deadline_exceeded("no hello within 10 s"))??;
@@ -149,7 +146,8 @@ impl Edge {
     async fn ask(&self, ask: Ask) -> Result<Answer, Status> {
         let (reply, answer) = oneshot::channel();
         self.inputs.send(Input::Ask { ask, reply }).await.map_err(stopping)?;
-        let answer = timeout(ANSWER, answer).await.map_err(|_| Status::deadline_exceeded("no answer within an hour"))?;
+        let answer =
+            timeout(ANSWER, answer).await.map_err(|_| Status::deadline_exceeded("no answer within an hour"))?;
         answer.map_err(stopping)?.map_err(refuse)
     }
 

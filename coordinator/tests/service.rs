@@ -93,7 +93,13 @@ impl Rig {
             };
             say.send(AgentMessage { body: Some(Say::Hello(hello)) }).await.unwrap();
             if let Ok(stream) = client.attach(ReceiverStream::new(said)).await {
-                return Agent { say, hear: stream.into_inner(), epoch: 0, desired: Desired::default(), workers: vec![] };
+                return Agent {
+                    say,
+                    hear: stream.into_inner(),
+                    epoch: 0,
+                    desired: Desired::default(),
+                    workers: vec![],
+                };
             }
             sleep(Duration::from_millis(50)).await;
         }
@@ -170,7 +176,8 @@ impl Agent {
 
     /// Stops after a step, stores it and waits until the receipts are settled.
     async fn stop_after(&mut self, store: &Store, run: &Announcement, step: u64) {
-        let report = StepReport { job: "tiny".into(), generation: run.generation, step, loss: 2.5, ..Default::default() };
+        let report =
+            StepReport { job: "tiny".into(), generation: run.generation, step, loss: 2.5, ..Default::default() };
         self.say(Say::Step(report)).await;
         for rank in 0..run.world_size {
             let receipt = upload(store, run, step, rank).await;

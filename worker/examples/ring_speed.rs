@@ -44,7 +44,7 @@ fn main() -> Result<(), Failure> {
 }
 
 fn measure(listener: &RingListener, membership: RingMembership, bytes: usize, start: &Barrier) -> Result<(), Failure> {
-    let limit = Duration::from_secs(60);
+    let limit = Duration::from_mins(1);
     let mut ring = Ring::connect(listener, membership, RingTimeouts { connect: limit, operation: limit })?;
     let mut floats = vec![1.0_f32; bytes / 4];
     let mut integers = vec![1_i64; bytes / 8];

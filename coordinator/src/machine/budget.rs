@@ -21,7 +21,8 @@ impl Budget {
         (self.restarts > allowed).then(|| {
             let count = self.restarts;
             format!(
-                "failed {count} times without a new checkpoint (fault.restarts_without_progress = {allowed}); last: {last}"
+                "failed {count} times without a new checkpoint (fault.restarts_without_progress = {allowed}); last: \
+                 {last}"
             )
         })
     }

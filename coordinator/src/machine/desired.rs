@@ -5,7 +5,7 @@
 //! a generation's data plane is derived, not drawn: a new leader with the same secret announces the same generation in
 //! the same words.
 
-use proto::ids::{Generation, JobName, NodeName};
+use proto::ids::{Generation, JobName, NodeName, Step};
 use proto::wire::coordinator_message::Body;
 use proto::wire::{Announcement, Desired, Placement, WorkerPhase};
 
@@ -53,7 +53,7 @@ impl Job {
     fn announcement(&self, live: &Live, node: &NodeName, agent: &Agent, settings: &Settings) -> Option<Announcement> {
         let members = &live.membership.members;
         let placements = members.iter().enumerate().filter(|(_, member)| member.node == *node);
-        let stop_at = self.ledger.stop_at.map_or(self.ledger.spec.training.steps, |stop_at| stop_at.get());
+        let stop_at = self.ledger.stop_at.map_or(self.ledger.spec.training.steps, Step::get);
         let known = members.iter().all(|member| !member.address.is_empty());
         // A worker that is past joining needs no addresses any more.
         let waits = |phase| matches!(phase, WorkerPhase::Ready | WorkerPhase::Starting);
@@ -102,7 +102,8 @@ pub(super) fn tell<'a>(
             news.extend(desired.map(|desired| (job.name.clone(), desired)));
         }
         for worker in &agent.workers {
-            let known = jobs.clone().any(|job| job.name == worker.job) || news.iter().any(|(job, _)| *job == worker.job);
+            let known =
+                jobs.clone().any(|job| job.name == worker.job) || news.iter().any(|(job, _)| *job == worker.job);
             if !known {
                 // Whatever generation the agent has seen of a job this store does not hold, it is over.
                 let gone = Desired { job: worker.job.to_string(), fenced: u64::MAX, ..Desired::default() };

@@ -33,7 +33,11 @@ impl Job {
                 _ => {}
             }
         }
-        if self.live.is_none() && !self.refused.is_empty() && cx.members.any() && cx.members.iter().all(|(node, _)| self.refused.contains_key(node)) {
+        if self.live.is_none()
+            && !self.refused.is_empty()
+            && cx.members.any()
+            && cx.members.iter().all(|(node, _)| self.refused.contains_key(node))
+        {
             let reasons: Vec<_> = self.refused.values().cloned().collect();
             self.verdict.get_or_insert(Verdict { reason: reasons.join("; "), code: 2 });
         }
@@ -158,7 +162,8 @@ impl Job {
             self.verdict = Some(Verdict { reason: "the generation numbers are used up".into(), code: 3 });
             return None;
         };
-        let member = |(node, worker): (NodeName, Worker)| Member { node, worker: worker.id, address: worker.ring_address };
+        let member =
+            |(node, worker): (NodeName, Worker)| Member { node, worker: worker.id, address: worker.ring_address };
         Some(Entry::Generation(Box::new(Membership {
             generation,
             members: chosen.into_iter().map(member).collect(),

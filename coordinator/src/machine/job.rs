@@ -1,7 +1,7 @@
 //! One job's life.
 //!
-//! The state is what is persisted (the [`Ledger`]) and what is live. Every event only notes facts; then [`Job::advance`]
-//! looks at all of them and decides what comes next. At most one store operation is under way, and what depends on it
+//! The state is what is persisted (the [`Ledger`]) and what is live. Every event only notes facts; then
+//! [`Job::advance`] looks at all of them and decides what comes next. At most one store operation is under way, and what depends on it
 //! is decided when it has succeeded: a generation is announced after its record, a job is finished after its last
 //! checkpoint's commit.
 
@@ -103,7 +103,7 @@ pub(super) struct Job {
     /// Since when a generation is being formed.
     pub(super) since: Duration,
     pub(super) pausing: bool,
-    pub(super) cancelling: Option<Option<Waiting>>,
+    pub(super) cancelling: Option<Waiting>,
     /// Requests answered when the job has come to rest.
     pub(super) waiters: Vec<RequestId>,
     pub(super) verdict: Option<Verdict>,
@@ -266,7 +266,7 @@ impl Job {
         }
         if self.active() {
             if let Some(waiting) = self.cancelling.take() {
-                return Some((Operation::Append(Entry::Ended(End::Cancelled)), waiting));
+                return Some((Operation::Append(Entry::Ended(End::Cancelled)), Some(waiting)));
             }
             if let Some(Verdict { reason, code }) = self.verdict.take() {
                 return append(Entry::Ended(End::Failed { reason, code }));

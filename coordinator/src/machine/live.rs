@@ -130,7 +130,13 @@ impl Live {
     }
 
     /// Compares what the agents report with what should be. `Some`: the generation is over, and why.
-    pub(super) fn watch(&mut self, now: Duration, job: &JobName, members: &Members, fault: &FaultSpec) -> Option<Cause> {
+    pub(super) fn watch(
+        &mut self,
+        now: Duration,
+        job: &JobName,
+        members: &Members,
+        fault: &FaultSpec,
+    ) -> Option<Cause> {
         let mut worst: Option<Cause> = None;
         let mut detached = false;
         for index in 0..self.seen.len() {
@@ -227,7 +233,8 @@ impl Live {
                 }
                 Some(index) if now >= until => {
                     let node = &self.membership.members[index].node;
-                    let reason = format!("node {node} of generation {generation} did not report to the new coordinator");
+                    let reason =
+                        format!("node {node} of generation {generation} did not report to the new coordinator");
                     return Some(Cause { rank: Some(Rank::new(index as u32)), kind: FailureKind::Exit, reason });
                 }
                 Some(_) => {}

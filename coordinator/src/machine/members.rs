@@ -120,7 +120,13 @@ impl Members {
     }
 
     /// A whole report arrived. `false`: from a stream that another has replaced.
-    pub(super) fn report(&mut self, now: Duration, node: &NodeName, connection: Connection, workers: Vec<Worker>) -> bool {
+    pub(super) fn report(
+        &mut self,
+        now: Duration,
+        node: &NodeName,
+        connection: Connection,
+        workers: Vec<Worker>,
+    ) -> bool {
         let Some(agent) = self.agents.get_mut(node).filter(|agent| agent.connection == Some(connection)) else {
             return false;
         };

@@ -32,8 +32,8 @@ pub use action::{Action, Answer, Ask, Event, Operation, Outcome, Refusal, Reques
 pub use commit::{ReceiptEntry, ReceiptName};
 use job::{Context, Job};
 pub use ledger::{Checkpoint, End, Entry, Ledger, Member, Membership};
-pub use members::{Connection, Failure, Worker};
 use members::Members;
+pub use members::{Connection, Failure, Worker};
 use schedule::{Placement, Request, schedule};
 
 /// What the machine is told at its start.
@@ -108,7 +108,12 @@ impl Cluster {
     }
 
     /// Lets a job act with its surroundings in view.
-    fn with<R>(&mut self, now: Duration, name: &JobName, act: impl FnOnce(&mut Job, &mut Context<'_>) -> R) -> Option<R> {
+    fn with<R>(
+        &mut self,
+        now: Duration,
+        name: &JobName,
+        act: impl FnOnce(&mut Job, &mut Context<'_>) -> R,
+    ) -> Option<R> {
         let job = self.jobs.get_mut(name)?;
         let mut context = Context { now, settings: &self.settings, members: &self.members, out: &mut self.out };
         Some(act(job, &mut context))
@@ -123,17 +128,15 @@ impl Cluster {
                 self.with(now, &job, Job::adopt);
             }
             Event::Unreadable { job, reason } => {
-                self.out.push(Action::Log { job: Some(job.clone()), text: format!("its history is damaged: {reason}") });
+                self.out
+                    .push(Action::Log { job: Some(job.clone()), text: format!("its history is damaged: {reason}") });
                 self.unreadable.insert(job, reason);
             }
             Event::Attached { node, incarnation, connection, slots, workers, epoch } => {
                 if self.obeys_another(&node, epoch) {
                     return;
                 }
-                let same = self.members.get(&node).is_some_and(|agent| agent.incarnation == incarnation);
-                if !same {
-                    self.jobs.values_mut().for_each(|job| job.pardon(&node));
-                }
+                self.displace(&node, &incarnation);
                 self.members.attach(now, &node, incarnation, connection, slots);
                 self.members.report(now, &node, connection, workers);
                 self.welcome(node, connection);
@@ -170,6 +173,19 @@ impl Cluster {
             self.out.push(Action::StepDown { reason });
         }
         epoch > mine
+    }
+
+    /// Another life of a node's agent begins: the earlier one, should it still be there, is told to go.
+    fn displace(&mut self, node: &NodeName, incarnation: &str) {
+        let before = self.members.get(node);
+        if before.is_some_and(|agent| agent.incarnation == incarnation) {
+            return;
+        }
+        if let Some(connection) = before.and_then(|agent| agent.connection) {
+            let text = format!("another agent took the place of node {node}: give each agent a --node name of its own");
+            self.out.push(Action::Send { node: node.clone(), connection, body: Body::Refused(text) });
+        }
+        self.jobs.values_mut().for_each(|job| job.pardon(node));
     }
 
     fn welcome(&mut self, node: NodeName, connection: Connection) {

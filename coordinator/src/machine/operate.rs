@@ -54,13 +54,7 @@ impl Cluster {
         self.view(name).map(|status| Answer::Status(Box::new(status)))
     }
 
-    fn submit(
-        &mut self,
-        request: RequestId,
-        spec: Box<JobSpec>,
-        mode: SubmitMode,
-        stop_at: Option<Step>,
-    ) -> Response {
+    fn submit(&mut self, request: RequestId, spec: Box<JobSpec>, mode: SubmitMode, stop_at: Option<Step>) -> Response {
         let waiting = Some(Waiting { request, submission: true });
         // A stop at or beyond the last step is the end of the job.
         let stop_at = stop_at.filter(|stop_at| stop_at.get() < spec.training.steps);
@@ -157,11 +151,11 @@ impl Cluster {
 
     fn cancel(&mut self, request: RequestId, name: &JobName) -> Response {
         let job = self.find(name)?;
-        let waiting = Some(Waiting { request, submission: false });
+        let waiting = Waiting { request, submission: false };
         match &job.ledger.end {
             Some(End::Paused { .. } | End::Failed { .. }) => {
                 job.idle()?;
-                job.queue.push_back((Entry::Ended(End::Cancelled), waiting));
+                job.queue.push_back((Entry::Ended(End::Cancelled), Some(waiting)));
                 Ok(None)
             }
             Some(_) => Ok(self.answer(name)),
@@ -189,7 +183,9 @@ impl Job {
     fn take_up(&mut self, entry: Entry, waiting: Option<Waiting>) -> Response {
         let name = &self.name;
         if matches!(self.ledger.end, Some(End::Cancelled)) {
-            return Err(Refusal::Precondition(format!("job {name} was cancelled for good; start it over with --fresh")));
+            return Err(Refusal::Precondition(format!(
+                "job {name} was cancelled for good; start it over with --fresh"
+            )));
         }
         if self.ledger.had_checkpoint && self.ledger.newest().is_none() {
             return Err(Refusal::DataLoss(format!(

@@ -56,7 +56,8 @@ impl Job {
             (Operation::Retain { .. }, Outcome::Failed(reason) | Outcome::Impossible(reason)) => {
                 cx.log(&self.name, format!("retention did not finish: {reason}; the next checkpoint's will"));
             }
-            (Operation::Retain { .. } | Operation::Commit { .. }, _) | (Operation::Append(_), Outcome::Committed(_)) => {}
+            (Operation::Retain { .. } | Operation::Commit { .. }, _)
+            | (Operation::Append(_), Outcome::Committed(_)) => {}
         }
         true
     }
@@ -100,9 +101,10 @@ impl Job {
             Entry::Ended(end) => self.rest(cx, end),
         }
         if let Some(Waiting { request, submission }) = waiting {
-            let answer = match submission {
-                true => Answer::Submitted { finished: false },
-                false => Answer::Status(Box::new(self.status(cx.members, cx.settings))),
+            let answer = if submission {
+                Answer::Submitted { finished: false }
+            } else {
+                Answer::Status(Box::new(self.status(cx.members, cx.settings)))
             };
             cx.out.push(Action::Reply { request, answer: Ok(answer) });
         }
@@ -147,19 +149,16 @@ impl Job {
     fn quarantined(&mut self, cx: &mut Context<'_>, checkpoint: &Checkpoint, reason: String) {
         let step = checkpoint.step;
         cx.publish(&self.name, JobEvent::Quarantined { step: step.get(), reason: reason.clone() });
-        match self.ledger.newest() {
-            Some(older) => {
-                let text = format!("the checkpoint of step {step} is set aside; going on from step {}", older.step);
-                cx.log(&self.name, text);
-            }
-            None => {
-                let reason = format!(
-                    "no good checkpoint is left: that of step {step} is damaged ({reason}); \
-                     restore its files and resume, or start over with --fresh"
-                );
-                self.verdict = Some(Verdict { reason, code: 4 });
-            }
+        if let Some(older) = self.ledger.newest() {
+            let text = format!("the checkpoint of step {step} is set aside; going on from step {}", older.step);
+            cx.log(&self.name, text);
+            return;
         }
+        let reason = format!(
+            "no good checkpoint is left: that of step {step} is damaged ({reason}); start over with --fresh, which \
+             keeps what is stored"
+        );
+        self.verdict = Some(Verdict { reason, code: 4 });
     }
 
     /// The job has come to rest.

@@ -1,5 +1,6 @@
 //! A job as people see it.
 
+use proto::ids::Step;
 use proto::wire::{Failure, JobStatus, WorkerState};
 
 use super::Settings;
@@ -19,9 +20,8 @@ impl Job {
             None => match &self.live {
                 Some(live) if live.stop => "stopping",
                 Some(live) if live.joined() => "running",
-                Some(_) => "forming",
                 None if self.want.is_empty() => "queued",
-                None => "forming",
+                _ => "forming",
             },
         }
     }
@@ -85,7 +85,7 @@ fn worker_state(worker: &Worker) -> WorkerState {
         phase: worker.phase.into(),
         generation: worker.place.map(|(generation, _)| generation.get()),
         rank: worker.place.map(|(_, rank)| rank.get()),
-        step: worker.step.map(|step| step.get()),
+        step: worker.step.map(Step::get),
         loss: worker.loss,
         ring_address: worker.ring_address.clone(),
         numeric_identity: worker.identity.clone(),

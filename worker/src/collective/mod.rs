@@ -1,8 +1,8 @@
 //! How the workers of one generation add up and exchange what they computed.
 //!
-//! A [`Collective`] is one rank's end of the group. Every rank calls the same operations in the same order; an operation
-//! returns when this rank's part is done. A failed operation leaves the collective unusable: the generation is over, and
-//! the next one forms a new collective.
+//! A [`Collective`] is one rank's end of the group. Every rank calls the same operations in the same order; an
+//! operation returns when this rank's part is done. A failed operation leaves the collective unusable: the generation
+//! is over, and the next one forms a new collective.
 //!
 //! `tcp` is a ring over sockets, for CPUs and for several workers that share a GPU; [`Solo`] is a world of one.
 
@@ -86,12 +86,12 @@ pub trait Collective: Send {
     /// The membership this group belongs to.
     fn generation(&self) -> Generation;
 
-    /// Sums `data` over the ranks (wrapping). Afterwards `data[ranges[rank]]` holds this rank's part of the sum; what is
-    /// outside it is scratch. Integer addition is associative, so the sum's bits do not depend on the order.
+    /// Sums `data` over the ranks (wrapping). Afterwards `data[ranges[rank]]` holds this rank's part of the sum; what
+    /// is outside it is scratch. Integer addition is associative, so the sum's bits do not depend on the order.
     fn reduce_scatter_i64(&mut self, data: &mut [i64], ranges: &[Range<usize>]) -> Result<()>;
 
-    /// As [`Collective::reduce_scatter_i64`] in float32. The part of rank `r` is added in the order r+1, r+2, …, r around
-    /// the ring: the same bits each time for one world size, other bits for another.
+    /// As [`Collective::reduce_scatter_i64`] in float32. The part of rank `r` is added in the order r+1, r+2, …, r
+    /// around the ring: the same bits each time for one world size, other bits for another.
     fn reduce_scatter_f32(&mut self, data: &mut [f32], ranges: &[Range<usize>]) -> Result<()>;
 
     /// Each rank gives `data[ranges[rank]]`; afterwards every rank has all parts.
@@ -117,7 +117,8 @@ fn check_ranges(len: usize, ranges: &[Range<usize>], world: WorldSize) -> Result
     for (rank, range) in ranges.iter().enumerate() {
         if range.start < end || range.end < range.start || range.end > len {
             let problem = format!(
-                "the range {}..{} of rank {rank} overlaps one before it, is reversed or leaves the buffer of {len} elements",
+                "the range {}..{} of rank {rank} overlaps one before it, is reversed or leaves the \
+                 buffer of {len} elements",
                 range.start, range.end
             );
             return Err(CollectiveError::Request(problem));
@@ -137,8 +138,11 @@ mod tests {
         assert!(check_ranges(10, &[0..4, 4..10], two).is_ok());
         assert!(check_ranges(10, &[0..0, 3..3], two).is_ok(), "empty and with gaps");
         assert!(check_ranges(10, &[0..10, 10..10], two).is_ok());
+        assert!(check_ranges(10, &[], two).is_err());
         let reversed = Range { start: 4, end: 2 };
-        for bad in [vec![0..10], vec![0..6, 5..10], vec![0..5, 5..11], vec![4..6, 0..2], vec![0..1, reversed]] {
+        for bad in
+            [vec![0..2, 2..4, 4..6], vec![0..6, 5..10], vec![0..5, 5..11], vec![4..6, 0..2], vec![0..1, reversed]]
+        {
             assert!(matches!(check_ranges(10, &bad, two), Err(CollectiveError::Request(_))), "{bad:?}");
         }
     }

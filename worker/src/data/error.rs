@@ -31,8 +31,8 @@ pub enum DataError {
     },
     /// A token id the model has no embedding for.
     #[error(
-        "{}: document {document}, token {position}: id {token} is not below the vocabulary's size {vocabulary}; prepare \
-         the data with the model's tokenizer, or raise model.vocab_size", path.display()
+        "{}: document {document}, token {position}: id {token} is not below the vocabulary's size {vocabulary}; \
+         prepare the data with the model's tokenizer, or raise model.vocab_size", path.display()
     )]
     Vocabulary {
         /// The dataset's `.bin` file.

@@ -8,8 +8,8 @@
 //! 3. the bytes of `.bin` if there are at most 4 MiB; otherwise 64 pieces of 64 KiB, piece i starting at
 //!    ⌊i · (length - 64 KiB) / 63⌋: the first at the start, the last at the end, the others evenly between.
 //!
-//! It finds any other dataset, another tokenizer, another order, any change of a document's length; it can miss a change
-//! of a few tokens in place in a large file.
+//! It finds any other dataset, another tokenizer, another order, any change of a document's length; it can miss a
+//! change of a few tokens in place in a large file.
 
 use std::fmt;
 use std::str::FromStr;

@@ -162,8 +162,8 @@ impl IndexedDataset {
             end = end.saturating_add(length.saturating_mul(self.element.size() as i64));
             if end as u64 > self.tokens.len() as u64 {
                 let problem = format!(
-                    "the file ends inside sequence {sequence}, which goes on to byte {end}: it is truncated, or another \
-                     dataset's than {}",
+                    "the file ends inside sequence {sequence}, which goes on to byte {end}: it is truncated, or \
+                     another dataset's than {}",
                     self.index_path.display()
                 );
                 return Err(DataError::format(&self.path, self.tokens.len() as u64, problem));
@@ -245,7 +245,8 @@ impl Header {
             return error(
                 at,
                 format!(
-                    "{sequences} sequences and {entries} document boundaries take {need} bytes, the file has {have}: {cause}"
+                    "{sequences} sequences and {entries} document boundaries take {need} bytes, the file has \
+                     {have}: {cause}"
                 ),
             );
         }

@@ -1,8 +1,9 @@
 //! From text to batches.
 //!
-//! [`prepare`](prepare::prepare) tokenizes text into indexed datasets, a `.bin` and an `.idx` file each, in Megatron-LM's
-//! layout. Training maps them ([`IndexedDataset`]) and takes its micro-batches from them in an order that is a pure
-//! function of the seed and the step ([`Batches`]). A [`Fingerprint`] tells whether a resumed job has the same data.
+//! [`prepare`](prepare::prepare) tokenizes text into indexed datasets, a `.bin` and an `.idx` file each, in
+//! Megatron-LM's layout. Training maps them ([`IndexedDataset`]) and takes its micro-batches from them in an order that
+//! is a pure function of the seed and the step ([`Batches`]). A [`Fingerprint`] tells whether a resumed job has the
+//! same data.
 
 mod error;
 mod fingerprint;

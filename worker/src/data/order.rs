@@ -1,9 +1,9 @@
 //! Which tokens make which batch: a pure function of (seed, step).
 //!
-//! The documents end to end are cut into samples of T+1 tokens with stride T (the last token of one is the first target's
-//! input of the next), S = (tokens - 1) / T of them. The g-th sample of a job, g counted over all its steps, is
-//! sample π(g mod S) of epoch g / S, where π is a pseudorandom permutation of 0..S keyed by (seed, epoch): every sample
-//! once an epoch, in an order that needs no memory, so that any worker can compute any micro-batch of any step.
+//! The documents end to end are cut into samples of T+1 tokens with stride T (the last token of one is the first
+//! target's input of the next), S = (tokens - 1) / T of them. The g-th sample of a job, g counted over all its steps,
+//! is sample π(g mod S) of epoch g / S, where π is a pseudorandom permutation of 0..S keyed by (seed, epoch): every
+//! sample once an epoch, in an order that needs no memory, so that any worker can compute any micro-batch of any step.
 //!
 //! π is a Feistel network (Luby and Rackoff, 1988) over the next even number of bits, applied again while the result is
 //! outside 0..S (cycle walking: Black and Rogaway, 2002).
@@ -153,8 +153,8 @@ impl Batches {
         self.samples
     }
 
-    /// Fills micro-batch `m` of the update that takes the state from `step` to `step + 1`: B rows of T tokens each, and for
-    /// each the token that follows it.
+    /// Fills micro-batch `m` of the update that takes the state from `step` to `step + 1`: B rows of T tokens each, and
+    /// for each the token that follows it.
     pub fn micro_batch(&self, step: Step, m: usize, tokens: &mut [u32], targets: &mut [u32]) -> Result<()> {
         let cursor = u128::from(step.get()) * self.shape.global_batch as u128;
         match u64::try_from(cursor) {
@@ -194,8 +194,8 @@ pub struct ValidationBatches {
 }
 
 impl ValidationBatches {
-    /// The first `sequences` samples of a dataset, as far as they go and fill micro-batches; an error if not even one is
-    /// filled.
+    /// The first `sequences` samples of a dataset, as far as they go and fill micro-batches; an error if not even one
+    /// is filled.
     pub fn new(data: Arc<IndexedDataset>, shape: BatchShape, sequences: usize) -> Result<Self> {
         shape.check()?;
         let samples = shape.samples(&data, shape.micro_batch as u64)?;

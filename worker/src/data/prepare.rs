@@ -1,8 +1,8 @@
 //! `cairn data prepare`: text files into indexed datasets.
 //!
 //! Each input becomes a dataset of its own, `<output>/<name without its ending>.{bin,idx}`. A `.jsonl` file has one
-//! document a line, an object whose `text` is the document; any other file is one document. After each document comes the
-//! tokenizer's end of text, if it has one. Input is streamed; a dataset gets its name only when it is whole.
+//! document a line, an object whose `text` is the document; any other file is one document. After each document comes
+//! the tokenizer's end of text, if it has one. Input is streamed; a dataset gets its name only when it is whole.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -236,7 +236,8 @@ impl Work<'_> {
         self.bytes_done += read.map_err(|source| DataError::io(self.path, "reading the text", source))? as u64;
         if bytes.len() as u64 > LONGEST_WHOLE {
             let problem = format!(
-                "a document longer than {LONGEST_WHOLE} bytes; cut it into documents, one a line: {{\"text\": …}} in a .jsonl file"
+                "a document longer than {LONGEST_WHOLE} bytes; cut it into documents, one a line: \
+                 {{\"text\": …}} in a .jsonl file"
             );
             return Err(DataError::input(self.path, problem));
         }

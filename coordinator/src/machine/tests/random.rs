@@ -37,7 +37,11 @@ fn moves() -> impl Strategy<Value = Move> {
         (0u8..3, 1u32..4).prop_map(|(n, s)| Move::Attach(n, s)),
         (0u8..3).prop_map(Move::Lose),
         (0u8..3, 0usize..3).prop_map(|(n, i)| Move::Kill(n, i)),
-        (0u8..3, 0usize..3, prop_oneof![Just(FailureKind::Exchange), Just(FailureKind::Transient), Just(FailureKind::Corrupt)])
+        (
+            0u8..3,
+            0usize..3,
+            prop_oneof![Just(FailureKind::Exchange), Just(FailureKind::Transient), Just(FailureKind::Corrupt)]
+        )
             .prop_map(|(n, i, k)| Move::Fail(n, i, k)),
         (1u32..9).prop_map(Move::Scale),
         Just(Move::Pause),

@@ -260,7 +260,15 @@ impl Rig {
     /// Brings all members of the live generation to a step, stopping there if told; sends receipts for it.
     pub(super) fn train(&mut self, step: u64) {
         let Some((generation, world)) = self.live() else { return };
-        let report = StepReport { job: "tiny".into(), generation, step, loss: 1.0, grad_norm: 1.0, seconds: 0.1, ..Default::default() };
+        let report = StepReport {
+            job: "tiny".into(),
+            generation,
+            step,
+            loss: 1.0,
+            grad_norm: 1.0,
+            seconds: 0.1,
+            ..Default::default()
+        };
         self.handle(Event::Stepped { job: job_name(), report });
         for fake in self.nodes.values_mut() {
             let run = fake.desired.get(&job_name()).and_then(|desired| desired.run.clone());
@@ -286,7 +294,8 @@ impl Rig {
     }
 
     pub(super) fn receipt(&mut self, generation: u64, step: u64, rank: u32) {
-        let name = ReceiptName { generation: Generation::new(generation), step: Step::new(step), rank: Rank::new(rank) };
+        let name =
+            ReceiptName { generation: Generation::new(generation), step: Step::new(step), rank: Rank::new(rank) };
         let Some(from) = self.nodes.keys().next().cloned() else { return };
         let receipt: Arc<[u8]> = Arc::from(&b"{}"[..]);
         let entry = ReceiptEntry { node: from, receipt, stall: 0.001, seconds: 0.1, arrived: Duration::ZERO };
@@ -361,9 +370,8 @@ impl FakeNode {
             self.workers.retain(|w| {
                 w.job != job || w.phase != WorkerPhase::Exited || (live.is_some() && w.place.map(|p| p.0) == live)
             });
-            let alive = |workers: &[Worker]| {
-                workers.iter().filter(|w| w.job == job && w.phase != WorkerPhase::Exited).count()
-            };
+            let alive =
+                |workers: &[Worker]| workers.iter().filter(|w| w.job == job && w.phase != WorkerPhase::Exited).count();
             while alive(&self.workers) > desired.workers as usize {
                 let surplus = self.workers.iter().rposition(|w| w.job == job && placed(w.id).is_none());
                 let Some(surplus) = surplus else { break };

@@ -26,7 +26,8 @@ const POLL: Duration = Duration::from_millis(2);
 /// Between two attempts to connect.
 const RETRY: Duration = Duration::from_millis(50);
 
-/// Where the previous rank will connect: bound before the membership is known, and good for one generation after another.
+/// Where the previous rank will connect: bound before the membership is known, and good for one generation after
+/// another.
 #[derive(Debug)]
 pub struct RingListener {
     listener: TcpListener,

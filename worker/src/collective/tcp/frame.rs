@@ -1,8 +1,8 @@
 //! The header in front of every chunk on the ring.
 //!
-//! 48 bytes, little-endian: magic, kind, generation, operation number, ring step, payload bytes. The receiver knows each
-//! value before it reads, so a header is not parsed so much as compared: ranks that disagree about what they are doing,
-//! or belong to different generations, fail with both values named instead of adding up the wrong numbers.
+//! 48 bytes, little-endian: magic, kind, generation, operation number, ring step, payload bytes. The receiver knows
+//! each value before it reads, so a header is not parsed so much as compared: ranks that disagree about what they are
+//! doing, or belong to different generations, fail with both values named instead of adding up the wrong numbers.
 
 use super::super::{CollectiveError, Result};
 

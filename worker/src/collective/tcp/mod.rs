@@ -1,13 +1,13 @@
 //! A ring of TCP connections.
 //!
 //! Rank r sends to r+1 and receives from r-1. In a reduce-scatter each part of the sum starts one rank after its owner
-//! and goes around once, every rank adding its own; in an all-gather each part starts at its owner. Either way every rank
-//! sends and receives (n-1)/n of the buffer, which is optimal for bandwidth (Patarasuk and Yuan, 2009).
+//! and goes around once, every rank adding its own; in an all-gather each part starts at its owner. Either way every
+//! rank sends and receives (n-1)/n of the buffer, which is optimal for bandwidth (Patarasuk and Yuan, 2009).
 //!
-//! Parts move in segments: one thread sends while the caller's thread receives and adds, and a segment is sent on as soon
-//! as it is added, so that the network, the additions and both directions overlap. Sending never waits for receiving:
-//! the ring cannot deadlock. A rank that fails shuts both of its connections down, so its neighbours fail at once, and
-//! theirs: an error is everywhere within one trip around the ring.
+//! Parts move in segments: one thread sends while the caller's thread receives and adds, and a segment is sent on as
+//! soon as it is added, so that the network, the additions and both directions overlap. Sending never waits for
+//! receiving: the ring cannot deadlock. A rank that fails shuts both of its connections down, so its neighbours fail at
+//! once, and theirs: an error is everywhere within one trip around the ring.
 
 mod forming;
 mod frame;
@@ -66,8 +66,8 @@ pub struct RingTimeouts {
     pub operation: Duration,
 }
 
-/// Forms the collective of a generation: a [`Ring`], or [`Solo`] for a world of one. `abort` ends the forming as well as
-/// everything after it.
+/// Forms the collective of a generation: a [`Ring`], or [`Solo`] for a world of one. `abort` ends the forming as well
+/// as everything after it.
 pub fn connect(
     listener: &RingListener,
     membership: &RingMembership,

@@ -90,7 +90,7 @@ impl Ring {
         };
         thread::scope(|scope| {
             let (pieces, queue) = mpsc::channel();
-            let sender_fails = fail.clone();
+            let sender_fails = fail;
             let sender = thread::Builder::new().name("ring-sender".into()).spawn_scoped(scope, move || {
                 if let Err(error) = send_all(outgoing, queue, &deadline) {
                     sender_fails(error);

@@ -29,7 +29,7 @@ impl Deadline {
     pub(super) fn after(limit: Duration, operation: &'static str) -> Self {
         let now = Instant::now();
         // A limit beyond the clock's range is as good as a year.
-        let end = now.checked_add(limit).unwrap_or_else(|| now + Duration::from_secs(365 * 86_400));
+        let end = now.checked_add(limit).unwrap_or_else(|| now + Duration::from_hours(24 * 365));
         Self { end, limit, operation }
     }
 
