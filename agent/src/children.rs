@@ -110,7 +110,9 @@ async fn pass_on(output: impl AsyncRead + Unpin, worker: WorkerId) {
         line.clear();
         match (&mut reader).take(LONGEST_LINE).read_until(b'\n', &mut line).await {
             Ok(0) | Err(_) => return,
-            Ok(_) => tracing::info!(target: "cairn::worker", worker = name, "{}", String::from_utf8_lossy(&line).trim_end()),
+            Ok(_) => {
+                tracing::info!(target: "cairn::worker", worker = name, "{}", String::from_utf8_lossy(&line).trim_end());
+            }
         }
     }
 }

@@ -223,7 +223,8 @@ impl Driver {
 
     fn tell(&mut self, worker: WorkerId, body: agent_command::Body) {
         let Some(commands) = self.present.get(&worker).and_then(|presence| presence.commands.as_ref()) else { return };
-        if let Err(mpsc::error::TrySendError::Full(_)) = commands.try_send(Ok(wire::AgentCommand { body: Some(body) })) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = commands.try_send(Ok(wire::AgentCommand { body: Some(body) }))
+        {
             tracing::warn!(%worker, "a worker that does not read its commands is ended");
             self.children.kill(worker);
         }

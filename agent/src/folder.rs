@@ -39,7 +39,8 @@ impl Folder {
         let path = parent.join(format!("{PREFIX}{short}"));
         let socket = path.join("socket");
         if socket.as_os_str().len() > LONGEST_SOCKET {
-            let text = format!("the socket's path would be longer than {LONGEST_SOCKET} bytes; choose a shorter folder");
+            let text =
+                format!("the socket's path would be longer than {LONGEST_SOCKET} bytes; choose a shorter folder");
             return Err(AgentError::Folder { path: socket, source: io::Error::other(text) });
         }
         DirBuilder::new().mode(0o700).create(&path).map_err(at(&path))?;

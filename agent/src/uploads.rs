@@ -70,7 +70,8 @@ impl Uploads {
     /// Begins to upload a slot; false if there is nothing to wait for: the slot is free again.
     pub(crate) fn start(&mut self, job: JobName, worker: WorkerId, slots: &Path, captured: wire::Captured) -> bool {
         let key = SaveKey { job, generation: captured.generation, step: captured.step, rank: captured.rank };
-        if self.fences.get(&key.job).is_some_and(|fence| fence.holds(key.generation)) || self.running.contains_key(&key) {
+        if self.fences.get(&key.job).is_some_and(|fence| fence.holds(key.generation)) || self.running.contains_key(&key)
+        {
             return false;
         }
         let Some(url) = self.stores.get(&key.job).cloned() else {

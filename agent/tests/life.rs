@@ -50,13 +50,23 @@ struct Coordinator {
 impl Coordinator {
     /// Listens and waits for an agent, which must say hello first and is welcomed.
     async fn meet(address: &str, token: &Token, store: &str, epoch: u64, nonce: &str) -> (Self, wire::AgentHello) {
-        let listener = tokio::net::TcpListener::bind(address).await.unwrap();
+        // The port of a coordinator that has just ended may still be closing.
+        let listener = tokio::time::timeout(PATIENCE, async {
+            loop {
+                match tokio::net::TcpListener::bind(address).await {
+                    Ok(listener) => return listener,
+                    Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+                }
+            }
+        });
+        let listener = listener.await.expect("the port in time");
         let address = listener.local_addr().unwrap().to_string();
         let (sender, mut attached) = mpsc::channel(4);
         let token = token.clone();
         let service = ClusterServer::with_interceptor(Service(sender), move |request| token.check(request));
         let server = tonic::transport::Server::builder().add_service(service);
-        let server = tokio::spawn(async move { server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap() });
+        let server =
+            tokio::spawn(async move { server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap() });
         let (orders, messages) = tokio::time::timeout(PATIENCE, attached.recv()).await.unwrap().unwrap();
         let mut this = Self { address, orders, messages, server, epoch };
         let agent_message::Body::Hello(hello) = this.hear().await else { panic!("no hello") };
@@ -226,12 +236,25 @@ fn main() {
     if std::env::args().nth(1).as_deref() == Some("worker") {
         return runtime.block_on(worker::play());
     }
-    runtime.block_on(async {
-        whole_life().await;
-        println!("test whole_life ... ok");
-        a_worker_that_cannot_start_is_tried_again().await;
-        println!("test a_worker_that_cannot_start_is_tried_again ... ok");
-        another_store_is_refused().await;
-        println!("test another_store_is_refused ... ok");
-    });
+    // The options a test runner passes: list the tests, or run those that are named.
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let has = |option: &str| arguments.iter().any(|argument| argument == option);
+    for name in ["whole_life", "a_worker_that_cannot_start_is_tried_again", "another_store_is_refused"] {
+        let mut filters = arguments.iter().filter(|argument| !argument.starts_with('-')).peekable();
+        let chosen = filters.peek().is_none() || filters.any(|filter| name.contains(filter.as_str()));
+        if has("--list") {
+            if !has("--ignored") {
+                println!("{name}: test");
+            }
+        } else if chosen && !has("--ignored") {
+            runtime.block_on(async {
+                match name {
+                    "whole_life" => whole_life().await,
+                    "another_store_is_refused" => another_store_is_refused().await,
+                    _ => a_worker_that_cannot_start_is_tried_again().await,
+                }
+            });
+            println!("test {name} ... ok");
+        }
+    }
 }

@@ -33,10 +33,6 @@ impl Failure {
         Self::new(JOB_FAILED, message)
     }
 
-    pub(crate) fn data(message: impl fmt::Display) -> Self {
-        Self::new(BAD_DATA, message)
-    }
-
     pub(crate) fn code(&self) -> u8 {
         self.code
     }

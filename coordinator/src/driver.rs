@@ -63,14 +63,19 @@ impl Driver {
         }
     }
 
-    /// Reads the jobs in the store, then works until the leadership is lost or something breaks.
-    pub(crate) async fn run(mut self, mut inputs: mpsc::Receiver<Input>) -> Result<(), CoordinatorError> {
+    /// Reads the jobs in the store. Nothing may be asked before: an unread job would seem not to exist.
+    pub(crate) async fn load(&mut self) -> Result<(), CoordinatorError> {
         for (job, found) in self.journal.load().await? {
             self.handle(match found {
                 Ok(ledger) => Event::Loaded { job, ledger: Box::new(ledger) },
                 Err(reason) => Event::Unreadable { job, reason },
             })?;
         }
+        Ok(())
+    }
+
+    /// Works until the leadership is lost or something breaks.
+    pub(crate) async fn run(mut self, mut inputs: mpsc::Receiver<Input>) -> Result<(), CoordinatorError> {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {

@@ -3,7 +3,7 @@
 //!
 //! `machine` decides, purely; `driver` performs; `journal` writes the jobs' chains; `lead` holds the leadership of the
 //! store; `service` is the gRPC edge, `check` its gate, `watch` what watchers see. The coordinator is on no step's
-//! path: while it is away training goes on, and its successor learns everything from the chains and the agents' reports.
+//! path: while it is away training goes on, and its successor learns all it needs from the chains and the reports.
 
 mod check;
 mod driver;
@@ -96,7 +96,11 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         // A dropped sender asks for the same.
         let _ = stopped.await;
     })));
-    let (driver, edge, inputs) = parts(&options, &store, &leadership, &address);
+    let (mut driver, edge, inputs) = parts(&options, &store, &leadership, &address);
+    tokio::select! {
+        loaded = driver.load() => loaded?,
+        outcome = &mut holding.0 => return flatten("the leadership", outcome),
+    }
     let mut server = Task(tokio::spawn(server(listener, edge, options.token.clone())));
     let outcome = tokio::select! {
         outcome = driver.run(inputs) => outcome,

@@ -1,8 +1,8 @@
 //! The canonical space of a job's model, as its manifests declare it.
 //!
 //! The coordinator needs it to check that a set of receipts covers the whole state. Names, shapes and order are those
-//! of Hugging Face's `LlamaForCausalLM` and must be the ones the workers train with; if they were not, no set of receipts
-//! would be accepted.
+//! of Hugging Face's `LlamaForCausalLM` and must be the ones the workers train with; if they were not, no set of
+//! receipts would be accepted.
 
 use checkpoint_store::{Dtype, Space, SpaceError, TensorDecl};
 use proto::spec::ModelSpec;

@@ -17,10 +17,10 @@ from safetensors import safe_open
 
 
 def main() -> None:
-    store, job, step = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    store, job, step = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     pieces: dict[str, dict[int, np.ndarray]] = {}
     shapes: dict[str, list[int]] = {}
-    files = [f for f in (store / "jobs" / job / "objects").rglob("*.safetensors") if f.name.split("-")[0] == step]
+    files = [f for f in (store / "jobs" / job / "objects").rglob("*.safetensors") if int(f.name.split("-")[0]) == step]
     assert files, f"no objects of step {step}"
     for path in sorted(files):
         with safe_open(path, framework="numpy") as file:

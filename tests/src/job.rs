@@ -25,11 +25,11 @@ impl Job {
 
     /// The standard test job: 30 steps of 8 micro-batches, a checkpoint every 5.
     pub fn new() -> Self {
-        Self::with("")
+        Self::with(&[])
     }
 
-    /// The standard test job with further lines, in TOML's dotted form (`fault.hang = 60`).
-    pub fn with(lines: &str) -> Self {
+    /// The standard test job with other values for some keys, as `--set` takes them (`fault.hang=60`).
+    pub fn with(keys: &[&str]) -> Self {
         let data = root().join("data");
         let mut text = String::new();
         let train = data.join("corpus.train").display().to_string();
@@ -38,15 +38,20 @@ impl Job {
         writeln!(
             text,
             "name = \"t\"\n\
-             model = {{ hidden_size = 64, num_hidden_layers = 2, num_attention_heads = 4, num_key_value_heads = 2, \
-             intermediate_size = 176, vocab_size = 256, tie_word_embeddings = true }}\n\
+             model = {{ hidden_size = 96, num_hidden_layers = 2, num_attention_heads = 4, num_key_value_heads = 2, \
+             intermediate_size = 256, vocab_size = 256, tie_word_embeddings = true }}\n\
              data = {{ train = {train:?}, validation = {validation:?} }}\n\
-             training.steps = {steps}\ntraining.sequence_length = 64\ntraining.global_batch = 8\n\
+             training.steps = {steps}\ntraining.sequence_length = 128\ntraining.global_batch = 8\n\
              training.micro_batch = 1\ntraining.seed = 7\ntraining.validate_every = 10\n\
              training.validate_sequences = 8\noptimizer.learning_rate = 3e-3\nschedule.warmup_steps = 5\n\
-             checkpoint.every_steps = 5\nresources.device = \"cpu\"\n{lines}"
+             checkpoint.every_steps = 5\nresources.device = \"cpu\"\n"
         )
         .expect("writing to a string does not fail");
+        for key in keys {
+            let (name, value) = key.split_once('=').expect("key=value");
+            text = text.lines().filter(|line| !line.starts_with(name)).collect::<Vec<_>>().join("\n");
+            write!(text, "\n{name} = {value}\n").expect("writing to a string does not fail");
+        }
         let folder = tempfile::tempdir().expect("a temporary folder");
         let job = Self { folder, text };
         std::fs::write(job.file(), &job.text).expect("the job file is written");

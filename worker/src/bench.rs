@@ -21,7 +21,7 @@ use crate::session::Control;
 use crate::step::StepError;
 
 /// For the ring to form and for one exchange.
-const EXCHANGE: Duration = Duration::from_secs(120);
+const EXCHANGE: Duration = Duration::from_mins(2);
 
 /// What was measured.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]

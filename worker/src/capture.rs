@@ -9,6 +9,7 @@
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -41,6 +42,9 @@ pub enum CaptureError {
         #[source]
         source: std::io::Error,
     },
+    /// Hashing did not keep up.
+    #[error("the last snapshot was not hashed within {} s", .0.as_secs())]
+    Late(Duration),
     /// The hashing thread is gone, which is a defect.
     #[error("the thread that hashes snapshots has ended")]
     Ended,
@@ -166,8 +170,16 @@ pub struct Patience<'a> {
     pub broken_off: &'a dyn Fn() -> bool,
 }
 
+/// A slot that holds a snapshot, not hashed yet.
+struct Filled {
+    slot: Slot,
+    message: wire::Captured,
+    capture: Capture,
+    elements: usize,
+}
+
 enum Task {
-    Hash { slot: Slot, message: wire::Captured, capture: Capture, elements: usize },
+    Hash(Box<Filled>),
     Flush(std::sync::mpsc::Sender<()>),
 }
 
@@ -190,7 +202,8 @@ impl Capturer {
         std::thread::Builder::new().name("cairn-capture".into()).spawn(move || {
             while let Ok(task) = queue.recv() {
                 match task {
-                    Task::Hash { slot, mut message, mut capture, elements } => {
+                    Task::Hash(filled) => {
+                        let Filled { slot, mut message, mut capture, elements } = *filled;
                         let bytes = elements * 4;
                         let block = capture.space.block_elements();
                         // One state after the other lies in the slot, each hashed from its own start.
@@ -243,7 +256,7 @@ impl Capturer {
         let stall = began.elapsed();
         let mut message = snapshot.message;
         message.stall_seconds = stall.as_secs_f64();
-        let task = Task::Hash { slot, message, capture: snapshot.capture, elements };
+        let task = Task::Hash(Box::new(Filled { slot, message, capture: snapshot.capture, elements }));
         self.tasks.send(task).map_err(|_| CaptureError::Ended)?;
         Ok(Some(stall))
     }
@@ -252,7 +265,10 @@ impl Capturer {
     pub fn flush(&self, deadline: Duration) -> Result<(), CaptureError> {
         let (done, announced) = std::sync::mpsc::channel();
         self.tasks.send(Task::Flush(done)).map_err(|_| CaptureError::Ended)?;
-        announced.recv_timeout(deadline).map_err(|_| CaptureError::Ended)
+        announced.recv_timeout(deadline).map_err(|error| match error {
+            RecvTimeoutError::Timeout => CaptureError::Late(deadline),
+            RecvTimeoutError::Disconnected => CaptureError::Ended,
+        })
     }
 }
 

@@ -157,14 +157,17 @@ pub struct Finished {
     pub last: bool,
 }
 
-/// Takes steps from `from` on; `after` sees each one, and may capture the state. Returns the last step and its loss.
+/// Sees each finished step, and may capture the state.
+pub type After<'a, D, E> = &'a mut dyn FnMut(&Trainer<D>, &Member<D>, Finished) -> Result<(), E>;
+
+/// Takes steps from `from` on; `after` sees each one. Returns the last step and its loss.
 pub fn train<D: HostDevice, E: From<StepError>>(
     trainer: &mut Trainer<D>,
     member: &mut Member<D>,
     from: u64,
     stop_at: u64,
     control: &Control,
-    after: &mut dyn FnMut(&Trainer<D>, &Member<D>, Finished) -> Result<(), E>,
+    after: After<'_, D, E>,
 ) -> Result<(u64, Option<f64>), E> {
     let steps = trainer.spec.training.steps;
     let every = trainer.spec.training.validate_every;

@@ -97,7 +97,8 @@ pub fn take<D: HostDevice>(
         return Err(StepError::Fault { step, fault: "the gradient's norm is not finite".into() });
     }
 
-    let scalars = trainer.rule.scalars(step, rate(&trainer.spec, step), clip_scale(trainer.spec.optimizer.clip_norm, norm));
+    let scalars =
+        trainer.rule.scalars(step, rate(&trainer.spec, step), clip_scale(trainer.spec.optimizer.clip_norm, norm));
     trainer.rule.update(
         &trainer.device,
         &scalars,

@@ -80,6 +80,7 @@ impl From<CaptureError> for Failure {
     fn from(error: CaptureError) -> Self {
         let kind = match &error {
             CaptureError::Room { .. } => FailureKind::Input,
+            CaptureError::Late(_) => FailureKind::Transient,
             CaptureError::Ended => FailureKind::Fatal,
         };
         Self::new(kind, error)
@@ -209,7 +210,8 @@ struct Place {
 
 impl Place {
     fn read(run: &wire::WorkerRun, job: &JobName) -> Result<Self, Failure> {
-        let refuse = |what: &str| Failure::new(FailureKind::Transient, format!("the announcement cannot be used: {what}"));
+        let refuse =
+            |what: &str| Failure::new(FailureKind::Transient, format!("the announcement cannot be used: {what}"));
         let announced = run.announcement.as_ref().ok_or_else(|| refuse("it is empty"))?;
         let world = WorldSize::new(announced.world_size).ok_or_else(|| refuse("it has no workers"))?;
         let peers: Result<Vec<SocketAddr>, _> = announced.peers.iter().map(|peer| peer.parse()).collect();
@@ -248,7 +250,8 @@ impl Saver<'_> {
     /// How long the last snapshot may wait: for the user's patience if asked to stop, else for most of `fault.hang`.
     fn grace(&self, trainer: &Trainer<CpuDevice>) -> Duration {
         let fault = &trainer.spec.fault;
-        Duration::from_secs_f64(fault.grace.max(fault.hang * PATIENCE))
+        let seconds = if self.control.is_stopping() { fault.grace } else { fault.grace.max(fault.hang * PATIENCE) };
+        Duration::from_secs_f64(seconds)
     }
 
     /// Captures the state of `step`; without a free slot the `last` one waits, others are skipped and counted.

@@ -63,7 +63,10 @@ impl Word {
             .enumerate()
             .map(|(rank, bytes)| {
                 Self::decode(bytes).ok_or_else(|| {
-                    CollectiveError::Protocol(format!("rank {rank} sent {} bytes that are no step message", bytes.len()))
+                    CollectiveError::Protocol(format!(
+                        "rank {rank} sent {} bytes that are no step message",
+                        bytes.len()
+                    ))
                 })
             })
             .collect()

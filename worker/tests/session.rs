@@ -47,10 +47,17 @@ async fn weights_do_not_depend_on_workers_threads_or_interruptions() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_peer_is_an_exchange_failure_and_the_survivor_goes_on() {
-    let reference = whole(1, 1).await;
-    let mut agent = Agent::new(|spec| spec.training.steps = 10).await;
+    let change = |spec: &mut proto::spec::JobSpec| {
+        spec.training.steps = 100_000;
+        spec.checkpoint.every_steps = 100_000;
+    };
+    let mut undisturbed = Agent::new(change).await;
+    undisturbed.start(1, 1).await;
+    undisturbed.announce(1, None, 10, false).await;
+    let reference = undisturbed.finish(1, None).await.unwrap();
+    let mut agent = Agent::new(change).await;
     agent.start(2, 1).await;
-    agent.announce(1, None, 10, false).await;
+    agent.announce(1, None, 100_000, false).await;
     // Once the first step is done, rank 1 is lost.
     while !matches!(agent.hear().await.1, worker_message::Body::Step(_)) {}
     agent.drop_worker(1);
@@ -62,7 +69,6 @@ async fn a_lost_peer_is_an_exchange_failure_and_the_survivor_goes_on() {
             assert_eq!(state.failure.unwrap().kind(), FailureKind::Exchange);
             break;
         }
-        assert!(state.phase() != WorkerPhase::Stopped || worker != survivor, "too fast to be interrupted");
     }
     agent.hold(&survivor, 1).await;
     agent.announce(2, None, 10, false).await;

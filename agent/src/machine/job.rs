@@ -91,17 +91,14 @@ impl Job {
             ));
         }
         if let Some(live) = live.filter(|live| *live < desired.fenced) {
-            return Err(format!(
-                "job {}: run of generation {live} refused: {} is fenced",
-                self.name, desired.fenced
-            ));
+            return Err(format!("job {}: run of generation {live} refused: {} is fenced", self.name, desired.fenced));
         }
         // With all its processes told to end, nothing can act in an old generation: the job may come again from the start.
         self.highest = if desired.workers == 0 { 0 } else { generation };
         if desired == self.desired {
             return Ok(());
         }
-        let asked = serde_threads(&desired.spec);
+        let asked = asked_threads(&desired.spec);
         self.threads = if asked > 0 { asked } else { (cores / desired.workers.max(1) as usize).max(1) as u32 };
         // An ended worker stays in the report while the generation it was part of is the live one.
         self.exited.retain(|state| state.generation.is_some() && state.generation == live);
@@ -167,7 +164,8 @@ impl Job {
         let wanted = self.desired.workers as usize;
         while now >= self.start_after && self.counted() < wanted {
             let worker = fresh();
-            let mut state = wire::WorkerState { job: self.name.to_string(), worker: worker.to_string(), ..Default::default() };
+            let mut state =
+                wire::WorkerState { job: self.name.to_string(), worker: worker.to_string(), ..Default::default() };
             state.set_phase(WorkerPhase::Starting);
             let entry = Worker { state, attached: false, prepared: false, ran: None, held: 0, dying: false };
             self.live.insert(worker, entry);
@@ -202,7 +200,8 @@ impl Job {
             if let Some(worker) = self.live.get_mut(&id) {
                 worker.dying = true;
             }
-            let reason = if self.desired.workers == 0 { "the job has ended on this node" } else { "fewer workers are wanted" };
+            let reason =
+                if self.desired.workers == 0 { "the job has ended on this node" } else { "fewer workers are wanted" };
             actions.push(Action::Kill { worker: id, reason });
         }
     }
@@ -241,7 +240,7 @@ fn rank_of(desired: &wire::Desired, worker: WorkerId) -> Option<u32> {
 }
 
 /// `resources.threads` of a spec; 0 if it is not given or the spec cannot be read (the worker will say why).
-fn serde_threads(spec: &[u8]) -> u32 {
+fn asked_threads(spec: &[u8]) -> u32 {
     let spec: Option<proto::spec::JobSpec> = serde_json::from_slice(spec).ok();
     spec.map_or(0, |spec| u32::try_from(spec.resources.threads).unwrap_or(u32::MAX))
 }

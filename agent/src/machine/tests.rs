@@ -85,7 +85,11 @@ fn workers_are_started_prepared_and_run_each_told_once() {
     let told = sent(&bench.desire(1, run.clone()));
     let ranks: Vec<_> = told
         .iter()
-        .map(|(worker, command)| if let Command::Run(run) = command { (*worker, run.rank) } else { panic!("{command:?}") })
+        .map(
+            |(worker, command)| {
+                if let Command::Run(run) = command { (*worker, run.rank) } else { panic!("{command:?}") }
+            },
+        )
         .collect();
     assert_eq!(ranks, [(id(1), 1), (id(2), 0)]);
     assert!(sent(&bench.desire(1, run.clone())).is_empty(), "the same again is no news");
@@ -144,7 +148,8 @@ fn a_fence_holds_survivors_before_they_run_again() {
 fn lower_epochs_and_generations_are_refused() {
     let mut bench = Bench::new();
     bench.desire(3, desired(1, 4, None));
-    let refused = |actions: Vec<Action>| matches!(actions[..], [Action::Refused(_)] | [Action::Refused(_), Action::Report]);
+    let refused =
+        |actions: Vec<Action>| matches!(actions[..], [Action::Refused(_)] | [Action::Refused(_), Action::Report]);
     assert!(refused(bench.desire(2, desired(0, 9, None))));
     assert!(refused(bench.desire(3, desired(1, 3, None))));
     assert!(refused(bench.desire(4, desired(1, 3, Some((3, &[1]))))));
@@ -175,8 +180,12 @@ enum Any {
 fn any_event() -> impl Strategy<Value = Any> {
     let run = proptest::option::of((0..6u64, proptest::collection::vec(1..12u128, 0..4)));
     prop_oneof![
-        (0..4u64, 0..4u32, 0..5u64, run)
-            .prop_map(|(epoch, workers, fenced, run)| Any::Desire { epoch, workers, fenced, run }),
+        (0..4u64, 0..4u32, 0..5u64, run).prop_map(|(epoch, workers, fenced, run)| Any::Desire {
+            epoch,
+            workers,
+            fenced,
+            run
+        }),
         (1..12u128).prop_map(Any::Attach),
         (1..12u128, 1..7i32, proptest::option::of(0..6u64)).prop_map(|(w, p, g)| Any::State(w, p, g)),
         (1..12u128).prop_map(Any::Exit),

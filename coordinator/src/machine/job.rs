@@ -1,9 +1,9 @@
 //! One job's life.
 //!
 //! The state is what is persisted (the [`Ledger`]) and what is live. Every event only notes facts; then
-//! [`Job::advance`] looks at all of them and decides what comes next. At most one store operation is under way, and what depends on it
-//! is decided when it has succeeded: a generation is announced after its record, a job is finished after its last
-//! checkpoint's commit.
+//! [`Job::advance`] looks at all of them and decides what comes next. At most one store operation is under way, and
+//! what depends on it is decided when it has succeeded: a generation is announced after its record, a job is finished
+//! after its last checkpoint's commit.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -277,6 +277,10 @@ impl Job {
             if let Some((checkpoint, reason)) = self.suspect.take() {
                 return append(Entry::Quarantined { checkpoint, reason });
             }
+            // Before the job comes to rest, so that what it leaves behind is tidy.
+            if let Some(operation) = self.tidy() {
+                return Some((operation, None));
+            }
             if let Some(entry) = self.conclude(cx) {
                 return append(entry);
             }
@@ -288,8 +292,13 @@ impl Job {
                 self.reshape(cx);
             }
         }
+        self.tidy().map(|operation| (operation, None))
+    }
+
+    /// Retention, if a commit has made it due.
+    fn tidy(&mut self) -> Option<Operation> {
         let keep_last = self.ledger.spec.checkpoint.keep_last;
-        std::mem::take(&mut self.retain).then_some((Operation::Retain { keep_last }, None))
+        std::mem::take(&mut self.retain).then_some(Operation::Retain { keep_last })
     }
 
     fn commit(&mut self, cx: &mut Context<'_>) -> Option<Operation> {

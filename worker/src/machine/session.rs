@@ -311,7 +311,10 @@ mod tests {
         assert!(session.handle(Input::Run(run(3, true))).is_empty());
         session.handle(Input::Stopped { generation: 3, step: 9, loss: Some(0.5) });
         let state = session.state();
-        assert_eq!((state.phase(), state.step, state.loss, state.rank), (WorkerPhase::Stopped, Some(9), Some(0.5), Some(1)));
+        assert_eq!(
+            (state.phase(), state.step, state.loss, state.rank),
+            (WorkerPhase::Stopped, Some(9), Some(0.5), Some(1))
+        );
         assert_eq!(session.handle(Input::Hold(3)), [Action::Report]);
         assert_eq!(session.state().phase(), WorkerPhase::Ready);
         assert!(session.handle(Input::Run(run(3, false))).is_empty(), "held");

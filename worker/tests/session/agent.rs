@@ -22,7 +22,7 @@ use worker::data::{ElementType, IndexedWriter};
 type Commands = mpsc::Sender<Result<wire::AgentCommand, Status>>;
 type Heard = (String, worker_message::Body);
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 struct Service {
     heard: mpsc::Sender<Heard>,
@@ -176,7 +176,11 @@ impl Agent {
     }
 
     /// Sees a generation through until all workers have stopped and its last state is committed. Holds the workers.
-    pub(crate) async fn finish(&mut self, generation: u64, start: Option<&CheckpointRef>) -> Result<Outcome, wire::Failure> {
+    pub(crate) async fn finish(
+        &mut self,
+        generation: u64,
+        start: Option<&CheckpointRef>,
+    ) -> Result<Outcome, wire::Failure> {
         let world = self.workers.len();
         let formed = Event::Generation {
             generation: Generation::new(generation),
