@@ -1,8 +1,8 @@
 //! Snapshots on their way from the workers' slots to the store.
 //!
-//! The agent maps a slot the moment it hears of it, so the bytes stay even if the worker dies and its files are removed.
-//! Each upload is a task that tries until it succeeds, the generation is fenced, or the coordinator has settled the save
-//! otherwise. A failed try is logged and counted; it never ends the job (§7 of the design).
+//! The agent maps a slot the moment it hears of it, so the bytes stay even if the worker dies and its files are
+//! removed. Each upload is a task that tries until it succeeds, the generation is fenced, or the coordinator has
+//! settled the save otherwise. A failed try is logged and counted; it never ends the job (§7 of the design).
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -81,7 +81,7 @@ impl Uploads {
         let source = match open(slots, &captured, &key) {
             Ok(source) => source,
             Err(error) => {
-                tracing::error!(job = %key.job, step = key.step, rank = key.rank, %error, "a snapshot cannot be uploaded");
+                tracing::error!(job = %key.job, step = key.step, rank = key.rank, %error, "a snapshot is unusable");
                 return false;
             }
         };

@@ -1,10 +1,10 @@
 //! A job's history: the pure fold of its records.
 //!
-//! Whoever reads the same records has the same history, so every decision about a job (what to resume from, what to keep,
-//! who may write) is a function of the chain. The rules of fencing live here: a record with a lower epoch or generation
-//! than one before it is refused, as is a commit by any generation but the present one. When a generation starts from a
-//! step, checkpoints of earlier generations beyond it are *abandoned*: another future has begun, and they are never
-//! resumed from.
+//! Whoever reads the same records has the same history, so every decision about a job (what to resume from, what to
+//! keep, who may write) is a function of the chain. The rules of fencing live here: a record with a lower epoch or
+//! generation than one before it is refused, as is a commit by any generation but the present one. When a generation
+//! starts from a step, checkpoints of earlier generations beyond it are *abandoned*: another future has begun, and they
+//! are never resumed from.
 
 use proto::ids::{Epoch, Generation, Step, WorldSize};
 use serde::{Deserialize, Serialize};
@@ -127,7 +127,8 @@ impl Default for History {
 pub enum FoldError {
     /// The author has been superseded.
     #[error(
-        "epoch {epoch}, generation {generation} may not write: the chain is at epoch {at_epoch}, generation {at_generation}"
+        "epoch {epoch}, generation {generation} may not write: \
+         the chain is at epoch {at_epoch}, generation {at_generation}"
     )]
     Superseded {
         /// The author's epoch.

@@ -96,7 +96,8 @@ pub async fn read(store: &Store, epoch: Epoch) -> Result<Option<LeaderRecord>, S
     }
 }
 
-/// Bids for an epoch: the one after the newest observed, or 1. Whether the old leader is gone is for the caller to judge.
+/// Bids for an epoch: the one after the newest observed, or 1. Whether the old leader is gone is for the caller to
+/// judge.
 pub async fn take(store: &Store, epoch: Epoch, record: &LeaderRecord) -> Result<Take, StoreError> {
     if record.epoch != epoch || epoch == Epoch::ZERO {
         return Err(StoreError::Bug(format!("bid for epoch {epoch} with a record of epoch {}", record.epoch)));

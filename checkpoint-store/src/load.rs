@@ -95,8 +95,8 @@ pub(crate) async fn fetch(store: &Store, manifest: &Manifest, state: usize, read
     let Some(at) = wrong else { return Ok(bytes) };
     let element = read.elements.start + at as u64 * manifest.block_elements;
     Err(StoreError::Corrupt(format!(
-        "{path} is damaged: the block at byte {} (state {}, from tensor {} on, element {element} of the model) does not \
-         have its hash",
+        "{path} is damaged: the block at byte {} (state {}, from tensor {} on, element {element} of the model) \
+         does not have its hash",
         read.bytes.start + at as u64 * block_bytes,
         manifest.states[state].name,
         manifest.space.tensor_at(element),

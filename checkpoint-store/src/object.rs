@@ -1,9 +1,9 @@
 //! A rank's object: a plain safetensors file of one-dimensional slices.
 //!
-//! The entries are named `<state>/<tensor>@<first element>`, in canonical order state by state, so any safetensors reader
-//! can open an object and put tensors together from the names. `__metadata__` has the full shapes of its tensors and the
-//! format version. The header is built from the shard's range alone and the body is the shard's memory as it lies: the
-//! upload streams the one and then the other without a copy.
+//! The entries are named `<state>/<tensor>@<first element>`, in canonical order state by state, so any safetensors
+//! reader can open an object and put tensors together from the names. `__metadata__` has the full shapes of its tensors
+//! and the format version. The header is built from the shard's range alone and the body is the shard's memory as it
+//! lies: the upload streams the one and then the other without a copy.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

@@ -1,7 +1,7 @@
 //! The plan of a load: which bytes of which objects give a range of a state.
 //!
-//! A reader asks for elements; hashes are of blocks. So each read covers whole blocks, blocks that follow one another in
-//! an object are read together up to a bound, and no block is read twice.
+//! A reader asks for elements; hashes are of blocks. So each read covers whole blocks, blocks that follow one another
+//! in an object are read together up to a bound, and no block is read twice.
 
 use std::ops::Range;
 

@@ -1,9 +1,9 @@
 //! The probe: does this store create atomically?
 //!
-//! The chain is only as safe as the store's conditional create, and several S3-compatible servers accept the condition and
-//! then overwrite, or let two writers win a race. So before a store is trusted, many writers create the same few keys at
-//! once: each key must have exactly one winner, what is read back must be the winner's bytes, and a later create must be
-//! refused.
+//! The chain is only as safe as the store's conditional create, and several S3-compatible servers accept the condition
+//! and then overwrite, or let two writers win a race. So before a store is trusted, many writers create the same few
+//! keys at once: each key must have exactly one winner, what is read back must be the winner's bytes, and a later
+//! create must be refused.
 
 use bytes::Bytes;
 use futures::future::{join_all, try_join_all};
@@ -16,8 +16,8 @@ const KEYS: usize = 20;
 /// Writers that race for each.
 const WRITERS: usize = 16;
 /// How the operator accepts a store without atomic create.
-const WAY_OUT: &str = "use a store with atomic conditional writes (a local disk, Amazon S3, Google Cloud Storage, Azure, \
-                       Ceph), or accept one coordinator without fencing by --allow-single-coordinator";
+const WAY_OUT: &str = "use a store with atomic conditional writes (a local disk, Amazon S3, Google Cloud Storage, \
+                       Azure, Ceph), or accept one coordinator without fencing by --allow-single-coordinator";
 
 /// Races writers against each other and reports whether creation is atomic. Leaves nothing behind.
 pub async fn probe_atomic_create(store: &Store) -> Result<(), StoreError> {

@@ -1,10 +1,10 @@
 //! Retention: which checkpoints may go, and how they go without a clock.
 //!
 //! A checkpoint is condemned once `keep_last` good ones are newer than it; the newest good one never is. The `deleted`
-//! record comes first, then the bytes: a crash in between leaves files that no record names, and the sweep finds those by
-//! listing. The sweep deletes what no kept manifest reaches, unless a save that is still open may be about to name it:
-//! one of the present generation, at a step the caller lists. Only the leader collects, in the same queue in which it
-//! commits, so no commit can come in between.
+//! record comes first, then the bytes: a crash in between leaves files that no record names, and the sweep finds those
+//! by listing. The sweep deletes what no kept manifest reaches, unless a save that is still open may be about to name
+//! it: one of the present generation, at a step the caller lists. Only the leader collects, in the same queue in which
+//! it commits, so no commit can come in between.
 
 use std::collections::{BTreeSet, HashSet};
 
@@ -60,7 +60,8 @@ pub async fn delete(chain: &mut Chain, epoch: Epoch, checkpoints: &[CheckpointRe
 }
 
 /// Deletes the manifests and objects of the job that no checkpoint of its chain reaches and no open save may name; also
-/// what crashed writers left half-written. A kept manifest that cannot be read stops the sweep: what it reaches is unknown.
+/// what crashed writers left half-written. A kept manifest that cannot be read stops the sweep: what it reaches is
+/// unknown.
 pub async fn sweep(chain: &Chain, open: &BTreeSet<Step>) -> Result<usize, StoreError> {
     let (store, job, history) = (chain.store(), chain.job(), chain.history());
     let mut kept = HashSet::new();

@@ -6,8 +6,8 @@
 //!               commit         manifest object, then the chain's `committed` record with its hash
 //! ```
 //!
-//! A crash before the record leaves objects that nothing names, which collection removes; a crash after it leaves a whole
-//! checkpoint. There is no moment at which a part of one can be seen.
+//! A crash before the record leaves objects that nothing names, which collection removes; a crash after it leaves a
+//! whole checkpoint. There is no moment at which a part of one can be seen.
 
 use proto::ids::Epoch;
 use uuid::Uuid;

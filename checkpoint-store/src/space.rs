@@ -9,6 +9,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 
 use proto::ids::{Rank, WorldSize};
+use proto::spec::ModelSpec;
 use serde::{Deserialize, Serialize};
 
 /// Most tensors a space may declare.
@@ -107,6 +108,16 @@ impl From<Space> for Vec<TensorDecl> {
 }
 
 impl Space {
+    /// The space of a model's parameters, each float32.
+    pub fn of_model(model: &ModelSpec) -> Result<Self, SpaceError> {
+        let tensors = model.tensors().into_iter().map(|(name, shape)| TensorDecl {
+            name,
+            shape: shape.into_iter().map(|size| size as u64).collect(),
+            dtype: Dtype::F32,
+        });
+        Self::new(tensors.collect())
+    }
+
     /// Lays the tensors end to end in the given order.
     pub fn new(tensors: Vec<TensorDecl>) -> Result<Self, SpaceError> {
         if tensors.is_empty() || tensors.len() > MAX_TENSORS {

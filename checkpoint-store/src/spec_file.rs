@@ -1,7 +1,7 @@
 //! The stored specification: what was asked, by the hash of its bytes.
 //!
-//! The first one is `spec.json`. A resume may change a few keys; its specification gets a name with its hash, because no
-//! object is ever overwritten. The chain's records say by hash which one holds.
+//! The first one is `spec.json`. A resume may change a few keys; its specification gets a name with its hash, because
+//! no object is ever overwritten. The chain's records say by hash which one holds.
 
 use bytes::Bytes;
 use proto::ids::JobName;

@@ -1,7 +1,7 @@
 //! Store URLs: what a user may write, and what it means.
 //!
-//! A store is named by a URL of a known scheme or by a plain path, which is taken relative to a given folder (that of the
-//! job file) and made an absolute `file://` URL. Nothing here does I/O.
+//! A store is named by a URL of a known scheme or by a plain path, which is taken relative to a given folder (that of
+//! the job file) and made an absolute `file://` URL. Nothing here does I/O.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -23,8 +23,8 @@ pub(crate) enum Place {
     Bucket(&'static str, Url, String),
 }
 
-/// Makes a store's name a URL. Text without `://` is a path, relative to `base_dir`; a URL of a known scheme is returned
-/// as it is, without a trailing slash.
+/// Makes a store's name a URL. Text without `://` is a path, relative to `base_dir`; a URL of a known scheme is
+/// returned as it is, without a trailing slash.
 pub fn normalize_url(text: &str, base_dir: &Path) -> Result<String, StoreError> {
     if text.trim().is_empty() {
         return Err(StoreError::Input(

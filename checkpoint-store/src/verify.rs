@@ -1,7 +1,7 @@
 //! Verification: everything a checkpoint consists of is read again and proved.
 //!
-//! Unlike a load it does not stop at the first damage, and it also checks what no load reads: the objects' sizes and their
-//! safetensors headers, which other tools rely on.
+//! Unlike a load it does not stop at the first damage, and it also checks what no load reads: the objects' sizes and
+//! their safetensors headers, which other tools rely on.
 
 use futures::stream::{self, StreamExt, TryStreamExt};
 use proto::ids::JobName;
@@ -46,8 +46,8 @@ impl VerifyReport {
     }
 }
 
-/// Re-reads a checkpoint. A damaged or missing manifest is an error; damaged or missing objects are in the report. A store
-/// that does not answer is an error too: it proves nothing.
+/// Re-reads a checkpoint. A damaged or missing manifest is an error; damaged or missing objects are in the report. A
+/// store that does not answer is an error too: it proves nothing.
 pub async fn verify(store: &Store, job: &JobName, checkpoint: &CheckpointRef) -> Result<VerifyReport, StoreError> {
     let manifest = open_checkpoint(store, job, checkpoint).await?;
     let mut objects = Vec::with_capacity(manifest.objects.len());

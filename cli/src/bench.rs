@@ -76,7 +76,8 @@ fn spec(args: &BenchTrainArgs) -> Result<JobSpec, Failure> {
     }
     let text = format!(
         "name = \"bench\"\nmodel.preset = {:?}\ndata.train = \"synthetic\"\ntraining.steps = 1000000\n\
-         training.sequence_length = {}\ntraining.global_batch = {}\ntraining.micro_batch = {}\nresources.workers = {}\n",
+         training.sequence_length = {}\ntraining.global_batch = {}\ntraining.micro_batch = {}\n\
+         resources.workers = {}\n",
         args.preset, args.sequence_length, args.global_batch, args.micro_batch, args.workers
     );
     Ok(JobSpec::parse("bench", &text, std::path::Path::new("/"), &Overrides::new())?)

@@ -131,8 +131,7 @@ fn print_details(args: &CheckpointArgs, c: &Checkpoint, m: &Manifest) {
     println!("saved by    {} workers, {} in {} objects", m.world_size, table::bytes(m.bytes()), m.objects.len());
     println!("data        next sample {} of the seeded order, seed {}", m.scalar.cursor, m.scalar.seed);
     println!();
-    let rows: Vec<Vec<String>> =
-        m.objects.iter().map(|o| vec![table::bytes(o.bytes), o.path.clone()]).collect();
+    let rows: Vec<Vec<String>> = m.objects.iter().map(|o| vec![table::bytes(o.bytes), o.path.clone()]).collect();
     table::print(&["SIZE", "OBJECT"], &rows);
 }
 

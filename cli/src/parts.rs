@@ -14,10 +14,7 @@ use crate::failure::{Failure, chain};
 
 pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<u8, Failure> {
     let path = token_path(args.token_file.as_deref())?;
-    let mut random = [0; 32];
-    random[..16].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
-    random[16..].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
-    let token = Token::read_or_create(&path, random).map_err(|error| Failure::request(chain(&error)))?;
+    let token = Token::read_or_create(&path, crate::train::random_bytes()).map_err(|error| Failure::request(chain(&error)))?;
     let here = std::env::current_dir().map_err(Failure::job)?;
     let options = coordinator::Options {
         store_url: checkpoint_store::normalize_url(&args.store, &here)?,

@@ -1,7 +1,8 @@
 //! Child processes of `cairn train`: started, restarted when they die, and stopped with it.
 //!
-//! A child holds a pipe from its parent on standard input and stops when that closes, so none outlives a parent that was
-//! killed. It has a process group of its own, so that a terminal's Ctrl-C reaches only the parent, which saves first.
+//! A child holds a pipe from its parent on standard input and stops when that closes, so none outlives a parent that
+//! was killed. It has a process group of its own, so that a terminal's Ctrl-C reaches only the parent, which saves
+//! first.
 
 use std::path::PathBuf;
 use std::process::Stdio;

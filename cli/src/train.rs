@@ -114,7 +114,7 @@ struct Local {
 impl Local {
     fn start(spec: &JobSpec, folder: &Path, refused: mpsc::Sender<Refused>) -> Result<Self, Failure> {
         let token_file = folder.join("token");
-        let token = Token::read_or_create(&token_file, *uuid_pair()).map_err(|error| Failure::job(chain(&error)))?;
+        let token = Token::read_or_create(&token_file, random_bytes()).map_err(|error| Failure::job(chain(&error)))?;
         let token_file = token_file.display().to_string();
         let address = format!("127.0.0.1:{}", free_port()?);
         let words = |words: &[&str]| words.iter().map(ToString::to_string).collect::<Vec<_>>();
@@ -280,10 +280,10 @@ fn memory_folder() -> String {
     if shared.is_dir() { shared.display().to_string() } else { std::env::temp_dir().display().to_string() }
 }
 
-/// A port for the coordinator, outside the range the system hands out for outgoing connections, so that it is still free
-/// when a coordinator that died is started again.
+/// A port for the coordinator, outside the range the system hands out for outgoing connections, so that it is still
+/// free when a coordinator that died is started again.
 fn free_port() -> Result<u16, Failure> {
-    let start = uuid_pair()[0] as u16 * 32;
+    let start = u16::from(random_bytes()[0]) * 32;
     for offset in 0..8000 {
         let port = 20_000 + (start + offset) % 12_000;
         if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
@@ -294,8 +294,8 @@ fn free_port() -> Result<u16, Failure> {
 }
 
 /// 32 random bytes.
-fn uuid_pair() -> Box<[u8; 32]> {
-    let mut bytes = Box::new([0; 32]);
+pub(crate) fn random_bytes() -> [u8; 32] {
+    let mut bytes = [0; 32];
     bytes[..16].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
     bytes[16..].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
     bytes

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use checkpoint_store::error::{Kind, StoreError};
 use checkpoint_store::{
-    Chain, ChainError, CheckpointRef, Digest, Event, History, Manifest, Member as StoredMember, Receipt, Record,
+    Chain, ChainError, CheckpointRef, Digest, Event, History, Manifest, Member as StoredMember, Receipt, Record, Space,
     Status, Store, collect, commit, list_jobs, read_spec, write_spec,
 };
 use proto::ids::{Epoch, JobName, Rank, Step, WorldSize};
@@ -17,7 +17,6 @@ use proto::spec::{JobSpec, SPEC_FORMAT};
 use tokio::sync::Mutex;
 
 use crate::machine::{Checkpoint, End, Entry, Ledger, Member, Membership, Operation, Outcome};
-use crate::space::space;
 
 /// Steps after the newest committed one whose objects a collection leaves alone: their save may be open.
 const OPEN_STEPS: u64 = 100_000;
@@ -213,7 +212,7 @@ fn assemble(spec: &JobSpec, receipts: &[Arc<[u8]>]) -> Result<Manifest, String> 
     let read = |receipt: &Arc<[u8]>| Receipt::from_json(receipt).map_err(|error| error.to_string());
     let receipts: Vec<Receipt> = receipts.iter().map(read).collect::<Result<_, _>>()?;
     let scalar = receipts.first().map(|first| first.scalar.clone()).ok_or("no receipts")?;
-    let space = space(&spec.model).map_err(|error| error.to_string())?;
+    let space = Space::of_model(&spec.model).map_err(|error| error.to_string())?;
     Manifest::assemble(&space, scalar, receipts).map_err(|error| error.to_string())
 }
 

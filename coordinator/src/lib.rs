@@ -12,7 +12,6 @@ mod journal;
 mod lead;
 pub mod machine;
 mod service;
-mod space;
 mod watch;
 
 use std::net::SocketAddr;

@@ -88,7 +88,7 @@ impl WorldSize {
     }
 
     /// The number of workers as a length.
-    pub const fn len(self) -> usize {
+    pub const fn count(self) -> usize {
         self.0.get() as usize
     }
 
@@ -107,7 +107,8 @@ impl fmt::Display for WorldSize {
 /// Why a name was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{kind} {value:?} is not usable: 1 to 63 characters of a-z, A-Z, 0-9, '-', '_' and '.', starting with a letter or digit"
+    "{kind} {value:?} is not usable: 1 to 63 characters of a-z, A-Z, 0-9, '-', '_' and '.', \
+     starting with a letter or digit"
 )]
 pub struct NameError {
     kind: &'static str,

@@ -1,4 +1,5 @@
-//! One `cairn` process: its JSON events as they come, its exit code, its standard error for the report of a failed test.
+//! One `cairn` process: its JSON events as they come, its exit code, its standard error for the report of a failed
+//! test.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};

@@ -69,7 +69,9 @@ fn data_files() {
     refused(&job, &["--set", &set], 2, &["d."]);
     copy("bin");
     let index = std::fs::read(place("idx")).expect("read");
-    for (what, bytes) in [("empty", &b""[..]), ("truncated", &index[..30]), ("foreign", &b"PK\x03\x04 not an index"[..])] {
+    for (what, bytes) in
+        [("empty", &b""[..]), ("truncated", &index[..30]), ("foreign", &b"PK\x03\x04 not an index"[..])]
+    {
         std::fs::write(place("idx"), bytes).expect("written");
         let outcome = Run::train(&job, &["--set", &set]).finish();
         expect(&outcome, 2, &["d.idx"], what);

@@ -42,8 +42,7 @@ impl Cluster {
     }
 
     fn coordinator(&self) -> Part {
-        let words =
-            ["coordinator", "--store", &self.store, "--listen", &self.address, "--token-file", &self.token];
+        let words = ["coordinator", "--store", &self.store, "--listen", &self.address, "--token-file", &self.token];
         let part = Part::start(&words);
         let deadline = Instant::now() + LIMIT;
         while self.call(&["jobs"]).code != Some(0) {
@@ -164,9 +163,8 @@ fn a_second_coordinator_is_refused_while_the_first_lives() {
     let job = Job::new();
     let cluster = Cluster::new(&job);
     let _first = cluster.coordinator();
-    let second = cairn(&[
-        "coordinator", "--store", &cluster.store, "--listen", "127.0.0.1:0", "--token-file", &cluster.token,
-    ]);
+    let second =
+        cairn(&["coordinator", "--store", &cluster.store, "--listen", "127.0.0.1:0", "--token-file", &cluster.token]);
     assert_eq!(second.code, Some(2), "{}", second.stderr);
     assert!(second.stderr.contains(&cluster.address), "{}", second.stderr);
     let train = Run::train(&job, &[]).finish();

@@ -121,7 +121,9 @@ fn python() -> Option<String> {
 #[test]
 fn objects_open_with_pythons_safetensors_and_make_up_the_parameters() {
     let Some(python) = python() else {
-        println!("skipped: no Python with safetensors and numpy (run ./test, which installs them, or set CAIRN_PYTHON)");
+        println!(
+            "skipped: no Python with safetensors and numpy (run ./test, which installs them, or set CAIRN_PYTHON)"
+        );
         return;
     };
     let job = Job::new();

@@ -48,8 +48,8 @@ fn measure(listener: &RingListener, membership: RingMembership, bytes: usize, st
     let mut ring = Ring::connect(listener, membership, RingTimeouts { connect: limit, operation: limit })?;
     let mut floats = vec![1.0_f32; bytes / 4];
     let mut integers = vec![1_i64; bytes / 8];
-    let of_floats = parts(floats.len(), ring.world_size().len());
-    let of_integers = parts(integers.len(), ring.world_size().len());
+    let of_floats = parts(floats.len(), ring.world_size().count());
+    let of_integers = parts(integers.len(), ring.world_size().count());
     let mut report = |name: &str, operation: &mut dyn FnMut(&mut Ring) -> worker::collective::Result<()>| {
         operation(&mut ring)?;
         start.wait();

@@ -10,11 +10,13 @@ use std::time::{Duration, Instant};
 use proto::ids::{Generation, Rank};
 use proto::spec::JobSpec;
 
+use checkpoint_store::Space;
+
 use crate::collective::{Collective, CollectiveError, RingListener, RingMembership, RingTimeouts, connect};
 use crate::device::cpu::CpuDevice;
 use crate::device::{Device, DeviceError};
 use crate::feed::{Source, Synthetic};
-use crate::generation::{Finished, Member, Moments, Trainer, space_of, train};
+use crate::generation::{Finished, Member, Moments, Trainer, train};
 use crate::init::initialize;
 use crate::model::ModelError;
 use crate::session::Control;
@@ -67,8 +69,8 @@ pub enum BenchError {
     Panic,
 }
 
-/// Trains a job for about `seconds` on `workers` workers of `threads` threads each, on its own data if `real_data`, else
-/// on synthetic sequences.
+/// Trains a job for about `seconds` on `workers` workers of `threads` threads each, on its own data if `real_data`,
+/// else on synthetic sequences.
 pub fn bench_train(
     spec: &JobSpec,
     threads: usize,
@@ -121,7 +123,7 @@ fn work(
     seconds: f64,
     real_data: bool,
 ) -> Result<Report, BenchError> {
-    let space = space_of(spec).map_err(|error| BenchError::Input(error.to_string()))?;
+    let space = Space::of_model(&spec.model).map_err(|error| BenchError::Input(error.to_string()))?;
     let source: Box<dyn Source> = if real_data {
         crate::dataset::open(spec).map_err(|error| BenchError::Input(error.to_string()))?
     } else {

@@ -238,8 +238,8 @@ impl Capturer {
         &self.slots
     }
 
-    /// Copies a snapshot into a free slot and has it hashed and announced. Returns how long the copy held the caller, or
-    /// nothing if no slot was free.
+    /// Copies a snapshot into a free slot and has it hashed and announced. Returns how long the copy held the caller,
+    /// or nothing if no slot was free.
     pub fn capture(&self, snapshot: Snapshot<'_>, patience: &Patience<'_>) -> Result<Option<Duration>, CaptureError> {
         let Some(mut slot) = self.slots.take(Instant::now() + patience.wait, patience.broken_off)? else {
             return Ok(None);

@@ -64,7 +64,8 @@ impl<D: Device> ExactGradient<D> {
         self.started = false;
     }
 
-    /// Adds one micro-batch's gradient; `Some` names the first element that does not fit, and the step must not be used.
+    /// Adds one micro-batch's gradient; `Some` names the first element that does not fit, and the step must not be
+    /// used.
     pub fn add(&mut self, device: &D, gradient: &D::Buffer) -> DeviceResult<Option<GradientFault>> {
         let write = if self.started { Write::Add } else { Write::Replace };
         self.started = true;

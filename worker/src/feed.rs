@@ -1,7 +1,7 @@
 //! Where the trainer's micro-batches come from.
 //!
-//! A [`Source`] fills token and target rows as a pure function of (step, micro-batch); [`Feed`] owns the rows, so that a
-//! step allocates nothing. [`Synthetic`] is a source without files, for measuring and for tests.
+//! A [`Source`] fills token and target rows as a pure function of (step, micro-batch); [`Feed`] owns the rows, so that
+//! a step allocates nothing. [`Synthetic`] is a source without files, for measuring and for tests.
 
 use crate::rng::philox;
 

@@ -7,7 +7,7 @@
 use std::ops::{DerefMut, Range};
 use std::time::{Duration, Instant};
 
-use checkpoint_store::{Dtype, Space, SpaceError, TensorDecl};
+use checkpoint_store::Space;
 use proto::ids::{Rank, WorldSize};
 use proto::spec::JobSpec;
 
@@ -51,16 +51,6 @@ pub struct Trainer<D: HostDevice> {
     pub gradient: D::Buffer,
     /// Gradient of the step so far.
     pub gradient_sum: GradientSum<D>,
-}
-
-/// The canonical space of a job's model.
-pub fn space_of(spec: &JobSpec) -> Result<Space, SpaceError> {
-    let tensors = parameters(&spec.model).into_iter().map(|tensor| TensorDecl {
-        shape: tensor.shape.iter().map(|size| *size as u64).collect(),
-        name: tensor.name,
-        dtype: Dtype::F32,
-    });
-    Space::new(tensors.collect())
 }
 
 impl<D: HostDevice> Trainer<D> {
@@ -133,7 +123,7 @@ impl<D: HostDevice> Member<D> {
 
     /// The run of `units` that this rank computes.
     pub fn own(&self, units: usize) -> Range<usize> {
-        step::share(units, self.ring.rank().index(), self.ring.world_size().len())
+        step::share(units, self.ring.rank().index(), self.ring.world_size().count())
     }
 
     /// Whether this rank speaks for all.

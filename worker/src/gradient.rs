@@ -1,7 +1,7 @@
 //! The sum of a step's micro-batch gradients, over micro-batches and ranks.
 //!
-//! Exact: integers on a grid, the same bits at any world size (see [`crate::exact`]). Fast: float32, half the bytes on the
-//! wire, but bits that depend on how many ranks added in which order; the job asked for it.
+//! Exact: integers on a grid, the same bits at any world size (see [`crate::exact`]). Fast: float32, half the bytes on
+//! the wire, but bits that depend on how many ranks added in which order; the job asked for it.
 
 use crate::collective::CollectiveError;
 use crate::device::{DeviceResult, Part, PartMut};

@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use checkpoint_store::{CAPTURE_FORMAT, Capture, Kind, StateDecl};
+use checkpoint_store::{CAPTURE_FORMAT, Capture, Kind, Space, StateDecl};
 use proto::ids::{Generation, JobName, Rank, WorldSize};
 use proto::spec::JobSpec;
 use proto::wire::{self, FailureKind};
@@ -17,7 +17,7 @@ use crate::capture::{CaptureError, Capturer, Patience, Snapshot};
 use crate::collective::{RingListener, RingMembership, RingTimeouts, connect};
 use crate::device::Device;
 use crate::device::cpu::CpuDevice;
-use crate::generation::{Finished, Member, Moments, Trainer, space_of, train};
+use crate::generation::{Finished, Member, Moments, Trainer, train};
 use crate::load::{LoadError, Shard, Start, gather_parameters, load_shard, scalar_state};
 use crate::machine::session::{Identity, Input};
 use crate::session::{Control, News};
@@ -116,7 +116,7 @@ impl Prepared {
             Failure::input(format!("ring host {:?} is not usable; give the agent an IP address", prepare.ring_host))
         })?;
         let source = crate::dataset::open(&spec).map_err(Failure::input)?;
-        let space = space_of(&spec).map_err(Failure::input)?;
+        let space = Space::of_model(&spec.model).map_err(Failure::input)?;
         let device = CpuDevice::new(prepare.threads as usize).map_err(Failure::input)?;
         let trainer = Trainer::new(spec, device, space, source).map_err(Failure::input)?;
         let (listener, address) =
@@ -216,7 +216,7 @@ impl Place {
         let world = WorldSize::new(announced.world_size).ok_or_else(|| refuse("it has no workers"))?;
         let peers: Result<Vec<SocketAddr>, _> = announced.peers.iter().map(|peer| peer.parse()).collect();
         let peers = peers.map_err(|_| refuse("a peer's address is none"))?;
-        if peers.len() != world.len() || run.rank >= world.get() {
+        if peers.len() != world.count() || run.rank >= world.get() {
             return Err(refuse("its rank or its peers do not fit its world size"));
         }
         let key = announced.key.as_slice().try_into().map_err(|_| refuse("its key does not have 32 bytes"))?;

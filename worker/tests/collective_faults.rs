@@ -57,7 +57,7 @@ fn halves(len: usize, count: usize) -> Vec<std::ops::Range<usize>> {
 /// Reduces a large buffer until it fails.
 fn reduce_until_failure(ring: &mut Ring) -> CollectiveError {
     let mut data = vec![1_i64; 8 << 20];
-    let ranges = halves(data.len(), ring.world_size().len());
+    let ranges = halves(data.len(), ring.world_size().count());
     loop {
         if let Err(error) = ring.reduce_scatter_i64(&mut data, &ranges) {
             return error;

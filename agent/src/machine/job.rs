@@ -1,9 +1,10 @@
 //! One job on this node: the processes it has, and the ones it should have.
 //!
-//! A worker goes through *spawned → attached → prepared* and then follows what the coordinator desires. Every command is
-//! remembered with the worker it was sent to, so each is sent once however often the desire is repeated. A process that
-//! ends while it is wanted is replaced at once by a fresh one (after a wait that doubles, should it keep ending before
-//! it is ready), without asking the coordinator first: by the time a new generation forms, the replacement is ready.
+//! A worker goes through *spawned → attached → prepared* and then follows what the coordinator desires. Every command
+//! is remembered with the worker it was sent to, so each is sent once however often the desire is repeated. A process
+//! that ends while it is wanted is replaced at once by a fresh one (after a wait that doubles, should it keep ending
+//! before it is ready), without asking the coordinator first: by the time a new generation forms, the replacement is
+//! ready.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -93,7 +94,8 @@ impl Job {
         if let Some(live) = live.filter(|live| *live < desired.fenced) {
             return Err(format!("job {}: run of generation {live} refused: {} is fenced", self.name, desired.fenced));
         }
-        // With all its processes told to end, nothing can act in an old generation: the job may come again from the start.
+        // With all its processes told to end, nothing can act in an old generation: the job may come again from the
+        // start.
         self.highest = if desired.workers == 0 { 0 } else { generation };
         if desired == self.desired {
             return Ok(());

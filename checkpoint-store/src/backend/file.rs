@@ -1,9 +1,9 @@
 //! A store in a folder, durable at every success.
 //!
-//! An object is written to a temporary file in its own folder, synced, and given its name by a hard link: the link either
-//! appears whole or fails because the name is taken, which makes create atomic across processes. Then the folder is
-//! synced, and so is, once per process, every folder above it up to the store's root: a folder made by a process that
-//! crashed before its own sync would otherwise be lost with everything in it.
+//! An object is written to a temporary file in its own folder, synced, and given its name by a hard link: the link
+//! either appears whole or fails because the name is taken, which makes create atomic across processes. Then the folder
+//! is synced, and so is, once per process, every folder above it up to the store's root: a folder made by a process
+//! that crashed before its own sync would otherwise be lost with everything in it.
 //!
 //! Folders are entered one by one without following symbolic links, so nothing in the store can lead outside its root.
 //! A writer holds a lock on its temporary file; one that nobody locks is a crash's leftover.
@@ -394,7 +394,8 @@ impl From<Failure> for StoreError {
         let what = failure.what;
         match (failure.errno, failure.source) {
             (Some(Errno::LOOP | Errno::NOTDIR), _) => StoreError::Input(format!(
-                "{what}: a symbolic link or a file stands where the store has a folder or an object; links are not followed"
+                "{what}: a symbolic link or a file stands where the store has a folder or an object; \
+                 links are not followed"
             )),
             (Some(e @ (Errno::IO | Errno::NOSPC | Errno::DQUOT | Errno::MFILE | Errno::NFILE | Errno::AGAIN)), _) => {
                 Self::unavailable(what, std::io::Error::from(e))

@@ -122,8 +122,8 @@ impl Store {
         format!("{}-{}", self.0.writer.simple(), self.0.counter.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Puts the object if there is none of that name. The bytes should hold a [`Store::token`] or the name a fresh UUID:
-    /// after an unclear answer "my bytes are there" is how the caller's own success is told.
+    /// Puts the object if there is none of that name. The bytes should hold a [`Store::token`] or the name a fresh
+    /// UUID: after an unclear answer "my bytes are there" is how the caller's own success is told.
     pub async fn create(&self, path: &str, bytes: Bytes) -> Result<Create, StoreError> {
         self.check(path)?;
         match &self.0.backend {

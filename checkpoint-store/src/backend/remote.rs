@@ -1,8 +1,8 @@
 //! A store in a bucket, or in memory, through the `object_store` crate.
 //!
-//! Requests are retried with backoff and bounded in time. The conditional create needs more care than a retry: the answer
-//! to a request that took effect may be lost, and its repetition then says "already exists". So every answer but a plain
-//! success is settled by reading the object back.
+//! Requests are retried with backoff and bounded in time. The conditional create needs more care than a retry: the
+//! answer to a request that took effect may be lost, and its repetition then says "already exists". So every answer but
+//! a plain success is settled by reading the object back.
 
 use std::ops::Range;
 use std::sync::Arc;

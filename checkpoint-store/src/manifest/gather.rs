@@ -67,7 +67,7 @@ impl Manifest {
             }
             objects.extend(receipt.object.clone());
         }
-        if receipts.len() != world_size.len() {
+        if receipts.len() != world_size.count() {
             return Err(incomplete(&first, receipts.len(), Rank::new(receipts.len() as u32)));
         }
         let digest = state_digest(&scalar, space, &first.states, &hashes);

@@ -1,8 +1,8 @@
 //! The manifest: everything there is to know about one checkpoint.
 //!
 //! It holds the scalar state, the canonical space, where each state's elements lie, all block hashes and the digest. A
-//! manifest in the store is not yet a checkpoint; a record of the chain that names it with its hash makes it one. Manifests
-//! come from disk, so reading one checks everything it claims before anyone relies on it (`check`).
+//! manifest in the store is not yet a checkpoint; a record of the chain that names it with its hash makes it one.
+//! Manifests come from disk, so reading one checks everything it claims before anyone relies on it (`check`).
 
 mod check;
 mod gather;

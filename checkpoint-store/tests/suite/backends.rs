@@ -61,7 +61,8 @@ async fn links_out_of_the_store_are_not_followed() {
     assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 1);
 }
 
-/// A crash may leave a half-written temporary file. It is never seen, stops no one, and is cleared when no writer holds it.
+/// A crash may leave a half-written temporary file. It is never seen, stops no one, and is cleared when no writer holds
+/// it.
 #[tokio::test]
 async fn leftovers_of_a_crash_are_invisible_and_cleared() {
     let folder = tempfile::tempdir().unwrap();

@@ -99,7 +99,7 @@ impl Gathering {
     /// The oldest complete step, with its receipts in rank order.
     pub(super) fn complete(&self) -> Option<(Generation, Step, Vec<ReceiptEntry>)> {
         let world = self.world?;
-        let (step, set) = self.sets.iter().find(|(_, set)| set.len() == world.len())?;
+        let (step, set) = self.sets.iter().find(|(_, set)| set.len() == world.count())?;
         Some((self.generation, *step, set.values().cloned().collect()))
     }
 

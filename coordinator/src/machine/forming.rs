@@ -190,7 +190,7 @@ impl Job {
         };
         let why = if world > most {
             format!("shrinking from {world} to {most} workers")
-        } else if wanted > world && cx.members.stable_for(cx.now) >= STABLE && spares_ready() {
+        } else if wanted > world && (self.asked_to_scale || cx.members.stable_for(cx.now) >= STABLE) && spares_ready() {
             format!("growing from {world} to {wanted} workers")
         } else {
             return;

@@ -116,6 +116,8 @@ pub(super) struct Job {
     pub(super) broken: Option<Duration>,
     pub(super) refused: BTreeMap<NodeName, String>,
     pub(super) excused: BTreeSet<WorkerId>,
+    /// Whether an operator has changed the size: growing then waits for no stable membership.
+    pub(super) asked_to_scale: bool,
     /// The newest step and its loss.
     pub(super) newest: (Step, Option<f64>),
     pub(super) skipped: u64,
@@ -152,6 +154,7 @@ impl Job {
             broken: None,
             refused: BTreeMap::new(),
             excused: BTreeSet::new(),
+            asked_to_scale: false,
             newest: (step, None),
             skipped: 0,
             reason: String::new(),

@@ -188,9 +188,12 @@ impl Job {
             )));
         }
         if self.ledger.had_checkpoint && self.ledger.newest().is_none() {
-            return Err(Refusal::DataLoss(format!(
-                "job {name} has no good checkpoint left: restore the store's files, or start over with --fresh"
-            )));
+            // Where the job failed for this, its reason names the damage.
+            let why = match &self.ledger.end {
+                Some(End::Failed { reason, code: 4 }) => format!(": {reason}"),
+                _ => "; start over with --fresh".to_string(),
+            };
+            return Err(Refusal::DataLoss(format!("job {name} has no good checkpoint to resume from{why}")));
         }
         self.queue.push_back((entry, waiting));
         Ok(None)

@@ -95,7 +95,10 @@ impl Job {
         match entry {
             Entry::Led => self.led = true,
             Entry::Submitted { .. } | Entry::Resumed { .. } | Entry::Restarted { .. } => self.begin(cx),
-            Entry::Scaled { workers } => cx.log(&self.name, format!("scaled to at most {workers} workers")),
+            Entry::Scaled { workers } => {
+                self.asked_to_scale = true;
+                cx.log(&self.name, format!("scaled to at most {workers} workers"));
+            }
             Entry::Generation(membership) => self.announce(cx, *membership),
             Entry::Quarantined { checkpoint, reason } => self.quarantined(cx, &checkpoint, reason),
             Entry::Ended(end) => self.rest(cx, end),
@@ -142,6 +145,7 @@ impl Job {
         cx.publish(&self.name, JobEvent::Generation { generation: generation.get(), world_size });
         self.newest = (start.unwrap_or(Step::ZERO), None);
         self.excused.clear();
+        self.asked_to_scale = false;
         self.reason = String::new();
         self.live = Some(Live::announced(cx.now, membership));
     }

@@ -70,3 +70,37 @@ impl ModelSpec {
         })
     }
 }
+
+impl ModelSpec {
+    /// All parameters in canonical order: name and row-major shape (`[out, in]` for a matrix).
+    ///
+    /// Names and shapes are those of Hugging Face's `LlamaForCausalLM`. Laid end to end in this order, with no padding,
+    /// they are the canonical space: a function of the model alone, the same for training, sharding and checkpoints.
+    /// The order makes neighbours of matrices that multiply the same input: `[q; k; v]` and `[gate; up]` are each one
+    /// taller matrix, and one product.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let mut list = Vec::with_capacity(3 + 9 * self.num_hidden_layers);
+        let (d, f) = (self.hidden_size, self.intermediate_size);
+        let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
+        list.push(("model.embed_tokens.weight".to_string(), vec![self.vocab_size, d]));
+        for layer in 0..self.num_hidden_layers {
+            let mut add = |part: &str, shape: Vec<usize>| {
+                list.push((format!("model.layers.{layer}.{part}.weight"), shape));
+            };
+            add("input_layernorm", vec![d]);
+            add("self_attn.q_proj", vec![q, d]);
+            add("self_attn.k_proj", vec![kv, d]);
+            add("self_attn.v_proj", vec![kv, d]);
+            add("self_attn.o_proj", vec![d, q]);
+            add("post_attention_layernorm", vec![d]);
+            add("mlp.gate_proj", vec![f, d]);
+            add("mlp.up_proj", vec![f, d]);
+            add("mlp.down_proj", vec![d, f]);
+        }
+        list.push(("model.norm.weight".to_string(), vec![d]));
+        if !self.tie_word_embeddings {
+            list.push(("lm_head.weight".to_string(), vec![self.vocab_size, d]));
+        }
+        list
+    }
+}

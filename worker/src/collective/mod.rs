@@ -109,7 +109,7 @@ pub trait Collective: Send {
 
 /// Refuses ranges that are not one ascending range per rank inside the buffer.
 fn check_ranges(len: usize, ranges: &[Range<usize>], world: WorldSize) -> Result<()> {
-    if ranges.len() != world.len() {
+    if ranges.len() != world.count() {
         let problem = format!("{} ranges for {world} ranks; one each is right", ranges.len());
         return Err(CollectiveError::Request(problem));
     }

@@ -174,8 +174,8 @@ pub trait Device: Send + Sync + Sized {
     ) -> DeviceResult;
 
     /// Residual addition and RMSNorm (Zhang and Sennrich, 2019) in one pass:
-    /// `sum = x + delta` (or `x` itself where `delta` is absent: then `sum` is not written), `scale = 1/√(mean(sum²)+ε)`
-    /// per row, `normed = sum·scale·weight`.
+    /// `sum = x + delta` (or `x` itself where `delta` is absent: then `sum` is not written), `scale =
+    /// 1/√(mean(sum²)+ε)` per row, `normed = sum·scale·weight`.
     #[allow(clippy::too_many_arguments)]
     fn rmsnorm_forward(
         &self,

@@ -1,9 +1,9 @@
 //! Where a worker stands between its agent's commands and its trainer's events.
 //!
 //! The agent says which generation the worker should act in; the trainer thread says how far it is. Commands are
-//! level-triggered: the same again changes nothing, one of a lower or a held generation is refused. The trainer does one
-//! thing at a time, so a new generation waits for the old one to be broken off; [`Session`] keeps track of that and of
-//! what the agent should be told ([`Session::state`]).
+//! level-triggered: the same again changes nothing, one of a lower or a held generation is refused. The trainer does
+//! one thing at a time, so a new generation waits for the old one to be broken off; [`Session`] keeps track of that and
+//! of what the agent should be told ([`Session::state`]).
 
 use proto::wire::{self, FailureKind, WorkerPhase};
 

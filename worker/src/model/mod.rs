@@ -1,8 +1,8 @@
 //! The Llama model: forward and backward written by hand over a [`Device`].
 //!
 //! One [`Model`] serves micro-batches of one shape. Everything it needs is allocated by [`Model::new`] (see
-//! `activations`), and [`Model::loss_and_gradient`] runs `forward`, then `backward`, which reads the saved activations in
-//! reverse. Both read the parameters as views at offsets of one flat buffer in canonical order (see `parameters`).
+//! `activations`), and [`Model::loss_and_gradient`] runs `forward`, then `backward`, which reads the saved activations
+//! in reverse. Both read the parameters as views at offsets of one flat buffer in canonical order (see `parameters`).
 
 mod activations;
 mod backward;

@@ -1,9 +1,7 @@
-//! The parameters of a Llama model: names, shapes and order.
+//! Where the parameters of a Llama model lie in the canonical space.
 //!
-//! Names and shapes are those of Hugging Face's `LlamaForCausalLM`. Laid end to end in this order, with no padding, the
-//! tensors form the canonical space: a function of the model alone, shared by training, sharding and checkpoints. The
-//! order is chosen so that matrices that multiply the same input are neighbours: `[q; k; v]` and `[gate; up]` are each
-//! one taller matrix, and one product.
+//! [`ModelSpec::tensors`] declares them; here are the offsets the model computes with. Matrices that multiply the same
+//! input are neighbours, so `[q; k; v]` and `[gate; up]` are each one taller matrix, and one product.
 
 use proto::spec::ModelSpec;
 
@@ -25,28 +23,7 @@ impl ParamDecl {
 
 /// All tensors in canonical order.
 pub fn parameters(spec: &ModelSpec) -> Vec<ParamDecl> {
-    let mut list = Vec::new();
-    let mut add = |name: String, shape: &[usize]| list.push(ParamDecl { name, shape: shape.to_vec() });
-    let (d, f) = (spec.hidden_size, spec.intermediate_size);
-    let (q, kv) = (spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim);
-    add("model.embed_tokens.weight".into(), &[spec.vocab_size, d]);
-    for n in 0..spec.num_hidden_layers {
-        let at = |part: &str| format!("model.layers.{n}.{part}.weight");
-        add(at("input_layernorm"), &[d]);
-        add(at("self_attn.q_proj"), &[q, d]);
-        add(at("self_attn.k_proj"), &[kv, d]);
-        add(at("self_attn.v_proj"), &[kv, d]);
-        add(at("self_attn.o_proj"), &[d, q]);
-        add(at("post_attention_layernorm"), &[d]);
-        add(at("mlp.gate_proj"), &[f, d]);
-        add(at("mlp.up_proj"), &[f, d]);
-        add(at("mlp.down_proj"), &[d, f]);
-    }
-    add("model.norm.weight".into(), &[d]);
-    if !spec.tie_word_embeddings {
-        add("lm_head.weight".into(), &[spec.vocab_size, d]);
-    }
-    list
+    spec.tensors().into_iter().map(|(name, shape)| ParamDecl { name, shape }).collect()
 }
 
 /// Number of elements of the canonical space.

@@ -215,7 +215,8 @@ impl Agent {
         assert!(stopped.iter().all(|state| state.step == Some(step)), "all stop after the same step");
         receipts.retain(|receipt| receipt.step().get() == step);
         assert_eq!(receipts.len(), world, "every rank captured the last step before it said so");
-        let (space, scalar) = (worker::generation::space_of(&self.spec).unwrap(), receipts[0].scalar.clone());
+        let (space, scalar) =
+            (checkpoint_store::Space::of_model(&self.spec.model).unwrap(), receipts[0].scalar.clone());
         let manifest = Manifest::assemble(&space, scalar, receipts).unwrap();
         let checkpoint = commit(&mut self.chain, &manifest, Epoch::new(1), uuid::Uuid::new_v4()).await.unwrap();
         for worker in self.workers.clone() {

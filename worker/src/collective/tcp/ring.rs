@@ -124,7 +124,7 @@ impl Ring {
         place: impl Fn(&mut Receiving<'_>, &mut [T]) -> Result<()>,
     ) -> Result<()> {
         check_ranges(data.len(), ranges, self.world)?;
-        let world = self.world.len();
+        let world = self.world.count();
         let mut chunks = cut(data, ranges);
         self.operate(kind, |receiving, pieces| {
             let mut index = first;
@@ -162,7 +162,7 @@ impl Ring {
         ranges: &[Range<usize>],
         add: impl Fn(T, T) -> T,
     ) -> Result<()> {
-        let first = (self.rank.index() + self.world.len() - 1) % self.world.len();
+        let first = (self.rank.index() + self.world.count() - 1) % self.world.count();
         self.circulate(kind, data, ranges, first, |receiving, mine| {
             let words = size_of_val(mine).div_ceil(8);
             let buffer: &mut [u8] = bytemuck::cast_slice_mut(&mut receiving.segment[..words]);
@@ -177,7 +177,7 @@ impl Ring {
 
     /// Passes one message of each rank around.
     fn gather_messages(&mut self, kind: Kind, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
-        let world = self.world.len();
+        let world = self.world.count();
         let mut messages = vec![Vec::new(); world];
         messages[self.rank.index()].extend_from_slice(mine);
         let mut index = self.rank.index();

@@ -1,8 +1,8 @@
 //! The CPU device: faer's matrix products, and vectorised kernels on a pool of threads.
 //!
-//! `lanes` and `x86` are the vector types, `pool` the threads, `gemm` the products, `attention*` with `micro` attention,
-//! `elementwise` and `loss` the rest of the model, `state` the update. A kernel's bits depend on its shape: not on
-//! threads, and, but for matrix products, not on the instruction set either.
+//! `lanes` and `x86` are the vector types, `pool` the threads, `gemm` the products, `attention*` with `micro`
+//! attention, `elementwise` and `loss` the rest of the model, `state` the update. A kernel's bits depend on its shape:
+//! not on threads, and, but for matrix products, not on the instruction set either.
 
 // Vector code must inline into the function that enables its instruction set; see `lanes`.
 #![allow(clippy::inline_always)]
