@@ -74,7 +74,12 @@ pub(crate) async fn run(endpoint: Endpoint, token: Token, inputs: mpsc::Sender<I
             }
             Ended::Lost(reason) => {
                 if reason != last {
-                    tracing::warn!(reason, "no coordinator; workers go on, trying again");
+                    // An agent may well be up before its coordinator; only a loss is worth a warning.
+                    if welcomed {
+                        tracing::warn!(reason, "no coordinator; workers go on, trying again");
+                    } else {
+                        tracing::info!(reason, "no coordinator yet, trying again");
+                    }
                     last = reason;
                 }
             }

@@ -144,6 +144,12 @@ pub(crate) struct CoordinatorArgs {
     /// Trust a store without atomic conditional create; safe only while this is the one coordinator.
     #[arg(long)]
     pub(crate) allow_single_coordinator: bool,
+    /// Lead this one job of the store and leave others as they are.
+    #[arg(long, value_name = "JOB")]
+    pub(crate) only: Option<JobName>,
+    /// Take the job of --only, if it is unfinished, for interrupted: wait until it is submitted again.
+    #[arg(long, requires = "only")]
+    pub(crate) held: bool,
     /// Stop when standard input closes.
     #[arg(long, hide = true)]
     pub(crate) supervised: bool,

@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::path::PathBuf;
 
+use coordinator::Scope;
 use proto::auth::Token;
 use proto::ids::NodeName;
 use tokio::signal::unix::{SignalKind, signal};
@@ -11,16 +12,21 @@ use tokio::sync::oneshot;
 use crate::args::{AgentArgs, CoordinatorArgs, WorkerArgs};
 use crate::client::token_path;
 use crate::failure::{Failure, chain};
+use crate::train::random_bytes;
 
 pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<u8, Failure> {
     let path = token_path(args.token_file.as_deref())?;
-    let token = Token::read_or_create(&path, crate::train::random_bytes()).map_err(|error| Failure::request(chain(&error)))?;
+    let token = Token::read_or_create(&path, random_bytes()).map_err(|error| Failure::request(chain(&error)))?;
     let here = std::env::current_dir().map_err(Failure::job)?;
     let options = coordinator::Options {
         store_url: checkpoint_store::normalize_url(&args.store, &here)?,
         listen: args.listen,
         token,
         host: host_identity(),
+        scope: match args.only {
+            Some(name) => Scope::Job { name, held: args.held },
+            None => Scope::All,
+        },
         standby: args.standby,
         allow_single_coordinator: args.allow_single_coordinator,
     };

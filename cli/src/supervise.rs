@@ -36,17 +36,20 @@ pub(crate) struct Part {
 }
 
 impl Part {
-    /// Starts `cairn <arguments>` and keeps it running until [`Part::stop`].
+    /// Starts `cairn <arguments> <first>` and keeps `cairn <arguments>` running until [`Part::stop`]: what is in
+    /// `first` holds for the first start only.
     ///
     /// A death by signal, or exit code 3, is met with a restart; any other exit is final and told to `refused`.
     pub(crate) fn start(
         name: &'static str,
         arguments: Vec<String>,
+        first: &[&str],
         refused: mpsc::Sender<Refused>,
     ) -> Result<Self, Failure> {
         let program = std::env::current_exe()
             .map_err(|error| Failure::job(format!("cannot find this program's own file: {error}")))?;
-        let first = spawn(&program, &arguments)
+        let once: Vec<String> = arguments.iter().cloned().chain(first.iter().map(ToString::to_string)).collect();
+        let first = spawn(&program, &once)
             .map_err(|error| Failure::job(format!("cannot start the {name} process: {error}")))?;
         let (stop, stopped) = watch::channel(false);
         let task = tokio::spawn(keep(name, program, arguments, first, stopped, refused));

@@ -129,7 +129,12 @@ impl Local {
                 &address,
                 "--token-file",
                 &token_file,
+                "--only",
+                spec.name.as_str(),
             ]),
+            // What an earlier command left unfinished waits for what this one asks; after that, a coordinator that is
+            // started again carries on.
+            &["--held"],
             refused.clone(),
         )?;
         // CPU workers are processes that share the cores, so a job may be scaled beyond their number.
@@ -151,6 +156,7 @@ impl Local {
                 "--memory",
                 &memory_folder(),
             ]),
+            &[],
             refused,
         )?;
         Ok(Self { agent, coordinator, address, token })
@@ -283,7 +289,8 @@ fn memory_folder() -> String {
 /// A port for the coordinator, outside the range the system hands out for outgoing connections, so that it is still
 /// free when a coordinator that died is started again.
 fn free_port() -> Result<u16, Failure> {
-    let start = u16::from(random_bytes()[0]) * 32;
+    let bytes = random_bytes();
+    let start = u16::from_le_bytes([bytes[0], bytes[1]]) % 12_000;
     for offset in 0..8000 {
         let port = 20_000 + (start + offset) % 12_000;
         if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {

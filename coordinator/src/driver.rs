@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tonic::Status;
 
+use crate::Scope;
 use crate::error::CoordinatorError;
 use crate::journal::Journal;
 use crate::machine::{Action, Answer, Ask, Cluster, Connection, Event, Outcome, Refusal, RequestId};
@@ -41,6 +42,7 @@ pub(crate) struct Driver {
     epoch: u64,
     journal: Journal,
     hub: Hub,
+    scope: Scope,
     began: Instant,
     outboxes: BTreeMap<Connection, Outbox>,
     replies: BTreeMap<RequestId, oneshot::Sender<Result<Answer, Refusal>>>,
@@ -49,12 +51,13 @@ pub(crate) struct Driver {
 }
 
 impl Driver {
-    pub(crate) fn new(cluster: Cluster, epoch: u64, journal: Journal, hub: Hub) -> Self {
+    pub(crate) fn new(cluster: Cluster, epoch: u64, journal: Journal, hub: Hub, scope: Scope) -> Self {
         Self {
             cluster,
             epoch,
             journal,
             hub,
+            scope,
             began: Instant::now(),
             outboxes: BTreeMap::new(),
             replies: BTreeMap::new(),
@@ -65,7 +68,14 @@ impl Driver {
 
     /// Reads the jobs in the store. Nothing may be asked before: an unread job would seem not to exist.
     pub(crate) async fn load(&mut self) -> Result<(), CoordinatorError> {
-        for (job, found) in self.journal.load().await? {
+        let (only, held) = match &self.scope {
+            Scope::All => (None, false),
+            Scope::Job { name, held } => (Some(name), *held),
+        };
+        for (job, mut found) in self.journal.load(only).await? {
+            if let (true, Ok(ledger)) = (held, &mut found) {
+                ledger.interrupt();
+            }
             self.handle(match found {
                 Ok(ledger) => Event::Loaded { job, ledger: Box::new(ledger) },
                 Err(reason) => Event::Unreadable { job, reason },

@@ -55,10 +55,14 @@ impl Journal {
         Arc::clone(pages.entry(job.clone()).or_default())
     }
 
-    /// Reads all jobs of the store. Damage to one job is told with it; a store out of reach is an error.
-    pub(crate) async fn load(&self) -> Result<Vec<Found>, StoreError> {
+    /// Reads all jobs of the store, or only one. Damage to one job is told with it; a store out of reach is an error.
+    pub(crate) async fn load(&self, only: Option<&JobName>) -> Result<Vec<Found>, StoreError> {
         let mut found = Vec::new();
-        for job in list_jobs(&self.store).await? {
+        let jobs = match only {
+            Some(job) => vec![job.clone()],
+            None => list_jobs(&self.store).await?,
+        };
+        for job in jobs {
             match self.load_job(&job).await {
                 Ok(Some(ledger)) => found.push((job, Ok(ledger))),
                 Ok(None) => {}

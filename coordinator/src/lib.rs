@@ -22,6 +22,7 @@ use std::time::Duration;
 use checkpoint_store::error::{Kind, StoreError};
 use checkpoint_store::{Create, Store, layout, probe_atomic_create};
 use proto::auth::Token;
+use proto::ids::JobName;
 use proto::wire::MOST_MESSAGE_BYTES;
 use proto::wire::cluster_server::ClusterServer;
 use proto::wire::jobs_server::JobsServer;
@@ -54,6 +55,21 @@ const RELEASE: Duration = Duration::from_secs(5);
 /// Says that a store has passed the probe.
 const PROBED: &str = "probe/passed.json";
 
+/// Which jobs a coordinator leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Scope {
+    /// All the store holds: unfinished ones are carried on with at once.
+    All,
+    /// One job; others are left as they are.
+    Job {
+        /// Its name.
+        name: JobName,
+        /// If it is found unfinished, it is taken for interrupted and waits to be submitted again, instead of being
+        /// carried on with.
+        held: bool,
+    },
+}
+
 /// What a coordinator is started with.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -67,6 +83,8 @@ pub struct Options {
     pub host: String,
     /// Wait while another coordinator leads, instead of refusing to start.
     pub standby: bool,
+    /// Which of the store's jobs to lead.
+    pub scope: Scope,
     /// Accept a store without atomic create; there must never be a second coordinator then.
     pub allow_single_coordinator: bool,
 }
@@ -137,7 +155,7 @@ fn parts(
     };
     let hub = Hub::new(epoch.get());
     let journal = Journal::new(store.clone(), epoch, format!("{address} on {}", options.host));
-    let driver = Driver::new(Cluster::new(settings), epoch.get(), journal, hub.clone());
+    let driver = Driver::new(Cluster::new(settings), epoch.get(), journal, hub.clone(), options.scope.clone());
     let (sender, inputs) = mpsc::channel(WAITING);
     let edge = Edge { inputs: sender, hub, epoch: epoch.get(), connections: Arc::new(AtomicU64::new(1)) };
     (driver, edge, inputs)

@@ -51,6 +51,7 @@ fn free_port() -> SocketAddr {
 fn options(folder: &Path, listen: SocketAddr) -> Options {
     let token = Token::read_or_create(&folder.join("token"), [3; 32]).unwrap();
     Options {
+        scope: coordinator::Scope::All,
         store_url: format!("file://{}", folder.join("store").display()),
         listen,
         token,

@@ -47,9 +47,15 @@ impl Run {
 
     /// Starts any `cairn` command that prints JSON lines.
     pub fn start(words: &[&str]) -> Self {
+        Self::start_in(words, &[])
+    }
+
+    /// As [`Run::start`], with further environment variables.
+    pub fn start_in(words: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut child = Command::new(crate::cairn())
             .args(words)
             .env("CAIRN_LOG", "info")
+            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -110,9 +116,11 @@ impl Run {
     }
 
     /// Kills one process of a part with SIGKILL, waiting for one to exist; `pick` chooses among them.
-    pub fn kill(&self, part: &str, pick: usize) -> u32 {
+    pub fn kill(&mut self, part: &str, pick: usize) -> u32 {
         let deadline = Instant::now() + LIMIT;
         loop {
+            let ended = self.child.try_wait().expect("a child can be waited for");
+            assert!(ended.is_none(), "ended before its {part} could be killed{}", self.report());
             let parts = self.parts(part);
             if !parts.is_empty() && process::signal(parts[pick % parts.len()].id, "KILL") {
                 return parts[pick % parts.len()].id;

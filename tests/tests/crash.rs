@@ -5,7 +5,16 @@ use std::time::Duration;
 
 use proptest::prelude::Rng;
 use tests::job::Job;
-use tests::run::{Run, undisturbed};
+use tests::run::Run;
+
+/// Long enough to be struck: a second or two.
+const LONG: [&str; 2] = ["training.steps=150", "checkpoint.every_steps=10"];
+const STEPS: u64 = 150;
+
+/// The digest of the undisturbed run.
+fn undisturbed() -> String {
+    Run::train(&Job::with(&LONG), &["--workers", "1"]).finish().digest()
+}
 
 /// Moments to strike: a step to wait for, then some milliseconds, and which process.
 struct Moments(proptest::test_runner::TestRng);
@@ -18,13 +27,14 @@ impl Moments {
 
     fn next(&mut self) -> (u64, Duration, usize) {
         let draw = self.0.next_u64();
-        (draw % (Job::STEPS - 2), Duration::from_millis(draw >> 8 & 63), (draw >> 20) as usize)
+        (draw % (STEPS - 20), Duration::from_millis(draw >> 8 & 63), (draw >> 20) as usize)
     }
 }
 
 /// Trains with three workers, kills one process of a part at each given moment, and returns the outcome's digest.
 fn struck(part: &str, moments: &mut Moments, strikes: usize) -> (String, usize) {
-    let mut run = Run::train(&Job::new(), &["--workers", "3"]);
+    let job = Job::with(&LONG);
+    let mut run = Run::train(&job, &["--workers", "3"]);
     let mut last = 0;
     for _ in 0..strikes {
         let (step, pause, pick) = moments.next();
@@ -71,7 +81,8 @@ fn a_killed_coordinator_changes_nothing_and_stops_no_training() {
     let expected = undisturbed();
     let mut moments = Moments::new(3);
     for round in 0..3 {
-        let mut run = Run::train(&Job::new(), &["--workers", "3"]);
+        let job = Job::with(&LONG);
+        let mut run = Run::train(&job, &["--workers", "3"]);
         let (step, pause, _) = moments.next();
         run.wait_for_step(step.max(1));
         sleep(pause);
@@ -88,8 +99,9 @@ fn a_killed_coordinator_changes_nothing_and_stops_no_training() {
 fn several_strikes_on_all_parts_change_nothing() {
     let expected = undisturbed();
     let mut moments = Moments::new(4);
-    let mut run = Run::train(&Job::new(), &["--workers", "3"]);
-    for (step, part) in [(4, "worker"), (9, "coordinator"), (14, "agent"), (21, "worker")] {
+    let job = Job::with(&LONG);
+    let mut run = Run::train(&job, &["--workers", "3"]);
+    for (step, part) in [(10, "worker"), (40, "coordinator"), (70, "agent"), (100, "worker")] {
         run.wait_for_step(step);
         let (_, pause, pick) = moments.next();
         sleep(pause);
@@ -116,7 +128,7 @@ fn a_job_that_never_gets_anywhere_is_given_up_with_the_reason() {
 #[test]
 fn a_killed_command_leaves_no_process_and_a_job_that_resumes() {
     let expected = undisturbed();
-    let job = Job::new();
+    let job = Job::with(&LONG);
     let mut run = Run::train(&job, &["--workers", "2"]);
     run.wait_for("checkpoint", |event| event["step"].as_u64() >= Some(10));
     let below: Vec<u32> = tests::process::descendants(run.id()).iter().map(|process| process.id).collect();

@@ -157,7 +157,12 @@ async fn hostile_records_are_refused() {
     let (store, chain, _) = saved().await;
     let number = chain.history().records;
     let path = layout::record(&job(), number);
-    let record = |event: Value| json!({"format": 1, "number": number, "epoch": 1, "generation": 1, "author": "x", "event": event});
+    let record = |event: Value| {
+        let mut record = json!({"format": 1, "epoch": 1, "generation": 1, "author": "x"});
+        record["number"] = json!(number);
+        record["event"] = event;
+        record
+    };
     let mut misnumbered = record(json!({"kind": "cancelled"}));
     misnumbered["number"] = json!(0);
     let mut superseded = record(json!({"kind": "cancelled"}));

@@ -185,6 +185,17 @@ impl Ledger {
         self.checkpoints.push(checkpoint);
     }
 
+    /// Takes an unfinished job for one at rest: whoever ran it is gone, and it is to be submitted again.
+    pub fn interrupt(&mut self) {
+        if self.end.is_none() {
+            let newest = self.newest();
+            let step = newest.map_or(Step::ZERO, |checkpoint| checkpoint.step);
+            let digest = newest.map(|checkpoint| checkpoint.digest.clone());
+            self.end = Some(End::Paused { step, loss: None, digest });
+            self.membership = None;
+        }
+    }
+
     /// Enters a stored record.
     pub fn apply(&mut self, entry: &Entry) {
         match entry {
