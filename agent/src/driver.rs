@@ -83,7 +83,11 @@ struct Driver {
 }
 
 /// Runs the agent; see [`crate::run`].
-pub(crate) async fn run(options: Options, shutdown: impl Future<Output = ()> + Send) -> Result<(), AgentError> {
+pub(crate) async fn run(
+    options: Options,
+    drain: impl Future<Output = ()> + Send,
+    stop: impl Future<Output = ()> + Send,
+) -> Result<(), AgentError> {
     let endpoint = link::endpoint(&options.coordinator)?;
     let incarnation = uuid::Uuid::new_v4().to_string();
     let folder = Folder::create(&options.memory_dir, &incarnation)?;
@@ -109,11 +113,19 @@ pub(crate) async fn run(options: Options, shutdown: impl Future<Output = ()> + S
     };
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut shutdown = std::pin::pin!(shutdown);
+    let (mut drain, mut stop) = (std::pin::pin!(drain), std::pin::pin!(stop));
+    // Once it drains: when it leaves even if a job is still here.
+    let mut leaving: Option<Instant> = None;
     let result = loop {
         tokio::select! {
-            () = &mut shutdown => break Ok(()),
-            _ = tick.tick() => driver.tick(),
+            () = &mut stop => break Ok(()),
+            () = &mut drain, if leaving.is_none() => leaving = Some(driver.drain()),
+            _ = tick.tick() => {
+                driver.tick();
+                if leaving.is_some_and(|at| driver.machine.is_idle() || Instant::now() >= at) {
+                    break Ok(());
+                }
+            }
             input = inputs.recv() => match input {
                 None => break Ok(()),
                 Some(Input::LinkFailed(error)) => break Err(error),
@@ -128,6 +140,14 @@ pub(crate) async fn run(options: Options, shutdown: impl Future<Output = ()> + S
 }
 
 impl Driver {
+    /// Tells the coordinator that the node is leaving; until when it waits to be freed of its jobs.
+    fn drain(&mut self) -> Instant {
+        let grace = self.machine.drain().unwrap_or_default();
+        tracing::info!(grace = grace.as_secs_f64(), "leaving; a second signal leaves at once");
+        self.event(Event::Tick);
+        Instant::now() + grace
+    }
+
     fn take(&mut self, input: Input) {
         match input {
             Input::LinkUp(link) => self.link_up(link),

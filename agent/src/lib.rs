@@ -47,7 +47,7 @@ pub struct Options {
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
     /// The folder for snapshots cannot be used.
-    #[error("memory folder {path}: {source}; give a writable folder on a memory file system with --memory-dir")]
+    #[error("memory folder {path}: {source}; give a writable folder on a memory file system with --memory")]
     Folder {
         /// The folder, or the file in it.
         path: PathBuf,
@@ -84,9 +84,14 @@ impl AgentError {
     }
 }
 
-/// Runs the node's agent until `shutdown` is ready or the agent cannot go on; ends its workers before it returns.
+/// Runs the node's agent until it is told to stop or cannot go on; ends its workers before it returns.
 ///
-/// Needs a tokio runtime with I/O and time.
-pub async fn run(options: Options, shutdown: impl Future<Output = ()> + Send) -> Result<(), AgentError> {
-    driver::run(options, shutdown).await
+/// When `drain` is ready the node leaves in order: its jobs save and go elsewhere, within their `fault.grace`. When
+/// `stop` is ready it leaves at once. Needs a tokio runtime with I/O and time.
+pub async fn run(
+    options: Options,
+    drain: impl Future<Output = ()> + Send,
+    stop: impl Future<Output = ()> + Send,
+) -> Result<(), AgentError> {
+    driver::run(options, drain, stop).await
 }

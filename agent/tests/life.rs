@@ -154,7 +154,7 @@ async fn whole_life() {
     store.create("leader/nonce", b"stones".as_slice().into()).await.unwrap();
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let (stop, stopped) = oneshot::channel::<()>();
-    let running = tokio::spawn(agent::run(options(folder.path(), &free, &token), async {
+    let running = tokio::spawn(agent::run(options(folder.path(), &free, &token), std::future::pending(), async {
         let _ = stopped.await;
     }));
 
@@ -209,7 +209,8 @@ async fn a_worker_that_cannot_start_is_tried_again() {
     let url = job.checkpoint.store.clone();
     Store::open(&url).unwrap().create("leader/nonce", b"stones".as_slice().into()).await.unwrap();
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-    let running = tokio::spawn(agent::run(options(folder.path(), &free, &token), std::future::pending()));
+    let running =
+        tokio::spawn(agent::run(options(folder.path(), &free, &token), std::future::pending(), std::future::pending()));
     let (mut coordinator, _) = Coordinator::meet(&free, &token, &url, 1, "stones").await;
     coordinator.desire(&job, 1, 0, None).await;
     let exited = |workers: &[wire::WorkerState]| phases(workers).iter().filter(|p| **p == WorkerPhase::Exited).count();
@@ -224,7 +225,8 @@ async fn another_store_is_refused() {
     let url = spec("save", folder.path()).checkpoint.store;
     Store::open(&url).unwrap().create("leader/nonce", b"pebbles".as_slice().into()).await.unwrap();
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-    let running = tokio::spawn(agent::run(options(folder.path(), &free, &token), std::future::pending()));
+    let running =
+        tokio::spawn(agent::run(options(folder.path(), &free, &token), std::future::pending(), std::future::pending()));
     let _coordinator = Coordinator::meet(&free, &token, &url, 1, "stones").await;
     let error = tokio::time::timeout(PATIENCE, running).await.unwrap().unwrap().unwrap_err();
     assert!(matches!(error, agent::AgentError::ForeignStore(_)), "{error}");

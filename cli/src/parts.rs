@@ -57,7 +57,8 @@ pub(crate) async fn agent(args: AgentArgs) -> Result<u8, Failure> {
         executable,
         ring_host: args.ring_host,
     };
-    let outcome = agent::run(options, stop_asked(args.supervised)?).await;
+    let (drain, stop) = leave_asked(args.supervised)?;
+    let outcome = agent::run(options, drain, stop).await;
     outcome.map(|()| 0).map_err(|error| Failure::new(error.exit_code(), chain(&error)))
 }
 
@@ -72,21 +73,51 @@ fn stop_asked(supervised: bool) -> Result<impl Future<Output = ()> + Send + 'sta
     let listen = |kind| signal(kind).map_err(|error| Failure::job(format!("cannot listen for signals: {error}")));
     let mut interrupt = listen(SignalKind::interrupt())?;
     let mut terminate = listen(SignalKind::terminate())?;
-    let parent = supervised.then(parent_gone);
     Ok(async move {
-        let parent_gone = async {
-            match parent {
-                // The thread that holds the sender ends with the parent's pipe.
-                Some(gone) => drop(gone.await),
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
-            () = parent_gone => {}
+            () = lifeline(supervised) => {}
         }
     })
+}
+
+/// For an agent: the first signal asks it to leave in order, the second, or a closed standard input, at once.
+fn leave_asked(
+    supervised: bool,
+) -> Result<(impl Future<Output = ()> + Send, impl Future<Output = ()> + Send), Failure> {
+    let first = stop_asked(false)?;
+    let (asked, again) = oneshot::channel();
+    let drain = async move {
+        first.await;
+        // The other half may have been dropped: then the agent is ending already.
+        let _ = asked.send(());
+    };
+    let stop = async move {
+        let second = async {
+            match again.await {
+                Ok(()) => match stop_asked(false) {
+                    Ok(second) => second.await,
+                    Err(_) => std::future::pending().await,
+                },
+                Err(_) => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = second => {}
+            () = lifeline(supervised) => {}
+        }
+    };
+    Ok((drain, stop))
+}
+
+/// Completes when the parent of a supervised part is gone; never for one started by hand.
+async fn lifeline(supervised: bool) {
+    match supervised.then(parent_gone) {
+        // The thread that holds the sender ends with the parent's pipe.
+        Some(gone) => drop(gone.await),
+        None => std::future::pending().await,
+    }
 }
 
 /// Completes when standard input closes, which the parent holds open for as long as it lives. Reading standard input

@@ -72,7 +72,7 @@ impl Cluster for Edge {
             }
         };
         let report = message.report.unwrap_or_default();
-        let epoch = report.epoch;
+        let (epoch, draining) = (report.epoch, report.draining);
         let workers = check::report(report).map_err(Status::invalid_argument)?;
         let connection = self.connections.fetch_add(1, Ordering::Relaxed);
         let node = hello.node.clone();
@@ -83,6 +83,7 @@ impl Cluster for Edge {
             slots: hello.slots,
             workers,
             epoch,
+            draining,
         };
         let outbox: Outbox = sender;
         self.inputs.send(Input::Attach { connection, outbox: outbox.clone(), event }).await.map_err(stopping)?;
@@ -124,8 +125,8 @@ async fn listen(
 fn event(node: &NodeName, connection: u64, message: AgentMessage) -> Result<Event, check::Fault> {
     Ok(match message.body {
         Some(FromAgent::Report(report)) => {
-            let epoch = report.epoch;
-            Event::Report { node: node.clone(), connection, workers: check::report(report)?, epoch }
+            let (epoch, draining) = (report.epoch, report.draining);
+            Event::Report { node: node.clone(), connection, workers: check::report(report)?, epoch, draining }
         }
         Some(FromAgent::Step(report)) => Event::Stepped { job: check::step(&report)?, report },
         Some(FromAgent::Receipt(receipt)) => {

@@ -123,7 +123,7 @@ impl Agent {
     }
 
     async fn report(&self) {
-        self.say(Say::Report(NodeReport { workers: self.workers.clone(), epoch: self.epoch })).await;
+        self.say(Say::Report(NodeReport { workers: self.workers.clone(), epoch: self.epoch, draining: false })).await;
     }
 
     async fn hear(&mut self) -> Hear {

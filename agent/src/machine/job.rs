@@ -76,6 +76,13 @@ impl Job {
         self.live.contains_key(&worker)
     }
 
+    /// How long it may take to save and leave.
+    pub(super) fn grace(&self) -> Duration {
+        let spec: Option<proto::spec::JobSpec> = serde_json::from_slice(&self.desired.spec).ok();
+        let asked = spec.and_then(|spec| Duration::try_from_secs_f64(spec.fault.grace).ok());
+        asked.unwrap_or(GRACE)
+    }
+
     /// Nothing is wanted and nothing is left.
     pub(super) fn is_over(&self) -> bool {
         self.desired.workers == 0 && self.live.is_empty()
@@ -240,6 +247,9 @@ fn rank_of(desired: &wire::Desired, worker: WorkerId) -> Option<u32> {
     let run = desired.run.as_ref()?;
     run.placements.iter().find(|placement| placement.worker == name).map(|placement| placement.rank)
 }
+
+/// Grace of a job whose spec cannot be read.
+const GRACE: Duration = Duration::from_secs(30);
 
 /// `resources.threads` of a spec; 0 if it is not given or the spec cannot be read (the worker will say why).
 fn asked_threads(spec: &[u8]) -> u32 {

@@ -123,6 +123,8 @@ pub type Fresh<'a> = &'a mut dyn FnMut() -> WorkerId;
 pub struct Machine {
     cores: usize,
     epoch: Epoch,
+    /// The node is about to leave, and says so in every report.
+    draining: bool,
     jobs: BTreeMap<JobName, Job>,
     /// The last report without its step counts, to notice changes worth telling at once.
     told: wire::NodeReport,
@@ -131,7 +133,13 @@ pub struct Machine {
 impl Machine {
     /// A node without jobs, whose workers share `cores` CPU cores.
     pub fn new(cores: usize) -> Self {
-        Self { cores: cores.max(1), epoch: Epoch::ZERO, jobs: BTreeMap::new(), told: wire::NodeReport::default() }
+        Self {
+            cores: cores.max(1),
+            epoch: Epoch::ZERO,
+            draining: false,
+            jobs: BTreeMap::new(),
+            told: wire::NodeReport::default(),
+        }
     }
 
     /// Takes an event at `now` (time since any fixed moment) and returns what must be done, in order.
@@ -171,7 +179,19 @@ impl Machine {
     /// Everything the node's workers are doing.
     pub fn report(&self) -> wire::NodeReport {
         let workers = self.jobs.values().flat_map(Job::states).collect();
-        wire::NodeReport { workers, epoch: self.epoch.get() }
+        wire::NodeReport { workers, epoch: self.epoch.get(), draining: self.draining }
+    }
+
+    /// The node is to leave: the coordinator moves its jobs away, each with a checkpoint. Returns the longest grace one
+    /// of them asks for; `None` if there is none to wait for.
+    pub fn drain(&mut self) -> Option<Duration> {
+        self.draining = true;
+        self.jobs.values().map(Job::grace).max()
+    }
+
+    /// No job has work on this node.
+    pub fn is_idle(&self) -> bool {
+        self.jobs.is_empty()
     }
 
     /// The job a live worker belongs to, and whether it is there at all.

@@ -48,6 +48,8 @@ pub enum Event {
         workers: Vec<Worker>,
         /// The highest epoch it has obeyed.
         epoch: u64,
+        /// Whether the node is about to leave.
+        draining: bool,
     },
     /// An agent reported.
     Report {
@@ -59,6 +61,8 @@ pub enum Event {
         workers: Vec<Worker>,
         /// The highest epoch it has obeyed.
         epoch: u64,
+        /// Whether the node is about to leave.
+        draining: bool,
     },
     /// An agent's stream closed.
     Detached {

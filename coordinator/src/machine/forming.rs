@@ -188,7 +188,10 @@ impl Job {
                 spares as u32 + live.members_on(node) >= wanted
             })
         };
-        let why = if world > most {
+        let leaves = |member: &Member| cx.members.get(&member.node).is_some_and(|agent| agent.draining);
+        let why = if let Some(member) = live.membership.members.iter().find(|member| leaves(member)) {
+            format!("node {} is about to leave", member.node)
+        } else if world > most {
             format!("shrinking from {world} to {most} workers")
         } else if wanted > world && (self.asked_to_scale || cx.members.stable_for(cx.now) >= STABLE) && spares_ready() {
             format!("growing from {world} to {wanted} workers")

@@ -63,6 +63,8 @@ pub(super) struct Agent {
     pub connection: Option<Connection>,
     /// How many workers it can run.
     pub slots: u32,
+    /// Whether the node is about to leave: nothing is placed on it any more.
+    pub draining: bool,
     /// All its workers.
     pub workers: Vec<Worker>,
     /// What it was last told, by job, so that nothing is said twice.
@@ -110,6 +112,7 @@ impl Members {
             incarnation,
             connection: Some(connection),
             slots,
+            draining: false,
             workers,
             told: BTreeMap::new(),
             heard: now,
@@ -126,12 +129,14 @@ impl Members {
         node: &NodeName,
         connection: Connection,
         workers: Vec<Worker>,
+        draining: bool,
     ) -> bool {
         let Some(agent) = self.agents.get_mut(node).filter(|agent| agent.connection == Some(connection)) else {
             return false;
         };
         agent.heard = now;
         agent.workers = workers;
+        agent.draining = draining;
         true
     }
 
@@ -187,9 +192,13 @@ impl Members {
         !self.agents.is_empty()
     }
 
-    /// Slots by node.
+    /// Slots by node, those of nodes that are about to leave left out.
     pub(super) fn slots(&self) -> BTreeMap<NodeName, u32> {
-        self.agents.iter().map(|(node, agent)| (node.clone(), agent.slots)).collect()
+        self.agents
+            .iter()
+            .filter(|(_, agent)| !agent.draining)
+            .map(|(node, agent)| (node.clone(), agent.slots))
+            .collect()
     }
 
     /// How long no agent has come or gone.

@@ -132,18 +132,18 @@ impl Cluster {
                     .push(Action::Log { job: Some(job.clone()), text: format!("its history is damaged: {reason}") });
                 self.unreadable.insert(job, reason);
             }
-            Event::Attached { node, incarnation, connection, slots, workers, epoch } => {
+            Event::Attached { node, incarnation, connection, slots, workers, epoch, draining } => {
                 if self.obeys_another(&node, epoch) {
                     return;
                 }
                 self.displace(&node, &incarnation);
                 self.members.attach(now, &node, incarnation, connection, slots);
-                self.members.report(now, &node, connection, workers);
+                self.members.report(now, &node, connection, workers, draining);
                 self.welcome(node, connection);
             }
-            Event::Report { node, connection, workers, epoch } => {
+            Event::Report { node, connection, workers, epoch, draining } => {
                 if !self.obeys_another(&node, epoch) {
-                    self.members.report(now, &node, connection, workers);
+                    self.members.report(now, &node, connection, workers, draining);
                 }
             }
             Event::Detached { node, connection } => self.members.detach(now, &node, connection),

@@ -183,7 +183,15 @@ fn a_restarted_coordinator_adopts_a_living_generation() {
     for (name, fake) in nodes {
         let (connection, slots, workers) = (fake.connection, fake.slots, fake.workers.clone());
         next.nodes.insert(name.clone(), fake);
-        next.handle(Event::Attached { node: name, incarnation: "same".into(), connection, slots, workers, epoch: 1 });
+        next.handle(Event::Attached {
+            node: name,
+            incarnation: "same".into(),
+            connection,
+            slots,
+            workers,
+            epoch: 1,
+            draining: false,
+        });
     }
     next.pass(Duration::from_secs(7));
     assert_eq!(next.kinds(), Vec::<&str>::new(), "training was not interrupted");

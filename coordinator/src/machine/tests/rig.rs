@@ -164,7 +164,15 @@ impl Rig {
         };
         self.nodes.insert(node(name), fake);
         let incarnation = connection.to_string();
-        self.handle(Event::Attached { node: node(name), incarnation, connection, slots, workers: vec![], epoch: 0 });
+        self.handle(Event::Attached {
+            node: node(name),
+            incarnation,
+            connection,
+            slots,
+            workers: vec![],
+            epoch: 0,
+            draining: false,
+        });
     }
 
     /// The agent and its workers are gone.
@@ -177,7 +185,7 @@ impl Rig {
     pub(super) fn report(&mut self, name: &NodeName) {
         let Some(fake) = self.nodes.get(name) else { return };
         let (connection, workers) = (fake.connection, fake.workers.clone());
-        self.handle(Event::Report { node: name.clone(), connection, workers, epoch: 1 });
+        self.handle(Event::Report { node: name.clone(), connection, workers, epoch: 1, draining: false });
     }
 
     /// Answers the oldest store operation with success.
