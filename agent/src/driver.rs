@@ -179,7 +179,8 @@ impl Driver {
     fn tick(&mut self) {
         self.event(Event::Tick);
         let now = Instant::now();
-        if now - self.reported >= self.heartbeat {
+        let heartbeat = self.machine.heartbeat().unwrap_or(self.heartbeat).max(TICK);
+        if now - self.reported >= heartbeat {
             self.report();
         }
         if now - self.resent >= RESEND {

@@ -40,12 +40,22 @@ enum Ended {
     Fatal(AgentError),
 }
 
+/// Whether a host as written in an address is this machine itself.
+fn is_loopback(host: &str) -> bool {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    bare == "localhost" || bare.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
 /// Checks the coordinator's address before anything is started.
 pub(crate) fn endpoint(address: &str) -> Result<Endpoint, AgentError> {
     let refuse = |reason: String| AgentError::Address { address: address.into(), reason };
     let (host, port) = address.rsplit_once(':').ok_or_else(|| refuse("there is no port".into()))?;
     if host.is_empty() || port.parse::<u16>().is_err() {
         return Err(refuse("host or port is not one".into()));
+    }
+    if !is_loopback(host) {
+        let reason = "the token would cross a network in clear: only loopback addresses are taken in this release";
+        return Err(refuse(reason.into()));
     }
     let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| refuse(error.to_string()))?;
     Ok(endpoint

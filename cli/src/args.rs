@@ -15,7 +15,7 @@ use proto::ids::{JobName, NodeName, WorkerId};
     after_help = "\
 Start here:
   cairn train examples/tiny.toml                 train the shipped example on this machine
-  cairn checkpoint list --store ./cairn-store tiny   what it left behind
+  cairn checkpoint list --store examples/cairn-store tiny   what it left behind
 
 Exit codes: 0 done; 2 the request is wrong; 3 the job failed; 4 data is corrupt or missing; 130 interrupted."
 )]
@@ -119,6 +119,9 @@ Ctrl-C saves a checkpoint and stops; a second one stops at once. --resume goes o
 pub(crate) struct TrainArgs {
     #[command(flatten)]
     pub(crate) job: JobFileArgs,
+    /// Folder on a memory file system for snapshots.
+    #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
+    pub(crate) memory: PathBuf,
     /// What standard output carries.
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) output: Output,
@@ -270,7 +273,7 @@ pub(crate) struct CheckpointListArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  cairn checkpoint show --store ./cairn-store tiny          the newest
+  cairn checkpoint show --store examples/cairn-store tiny   the newest
   cairn checkpoint verify --store s3://bucket/prefix tiny 150")]
 pub(crate) struct CheckpointArgs {
     #[command(flatten)]

@@ -19,6 +19,13 @@ pub(crate) fn run(command: BenchCommand) -> Result<u8, Failure> {
 
 fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
     let spec = spec(args)?;
+    let shape = (args.preset.as_str(), args.sequence_length, args.global_batch);
+    if args.peer && shape != ("small", 256, 16) {
+        return Err(Failure::request(
+            "--peer trains preset small, 16 sequences of 256 tokens a step: leave --preset, --sequence-length and \
+             --global-batch at their defaults",
+        ));
+    }
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let threads = if args.threads == 0 { (cores / args.workers as usize).max(1) } else { args.threads };
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());

@@ -1,5 +1,6 @@
 //! The way to a coordinator: address, token, deadlines, and a watch that survives the coordinator's restart.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use tonic::{Code, Request, Status};
 
 use crate::args::OperatorArgs;
 use crate::failure::{Failure, chain};
+use crate::parts::wait_for_token;
 
 /// A call that takes longer is given up; pausing, which waits for a checkpoint, has its own limit.
 const CALL: Duration = Duration::from_secs(30);
@@ -54,9 +56,17 @@ pub(crate) fn connect(address: &str, token: Token) -> Result<Client, Failure> {
 }
 
 /// The client an operator's command asked for.
-pub(crate) fn operator(args: &OperatorArgs) -> Result<Client, Failure> {
+pub(crate) async fn operator(args: &OperatorArgs) -> Result<Client, Failure> {
+    let host = args.coordinator.rsplit_once(':').map_or("", |(host, _)| host);
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    if bare != "localhost" && !bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback()) {
+        return Err(Failure::request(format!(
+            "--coordinator {:?} must be a loopback address and a port in this release, such as 127.0.0.1:7070",
+            args.coordinator
+        )));
+    }
     let path = token_path(args.token_file.as_deref())?;
-    let token = Token::read(&path).map_err(|error| Failure::request(chain(&error)))?;
+    let token = wait_for_token(&path).await?;
     connect(&args.coordinator, token)
 }
 

@@ -15,26 +15,28 @@ use crate::train;
 
 /// A checkpoint of a large job may take this long before a pause is complete.
 const PAUSE: Duration = Duration::from_secs(600);
+/// A coordinator that is just being started is waited for this long.
+const SUBMIT: Duration = Duration::from_secs(10);
 /// A watcher waits this long for a coordinator that is away.
 const PATIENCE: Duration = Duration::from_secs(300);
 
 pub(crate) async fn submit(args: SubmitArgs) -> Result<u8, Failure> {
     let spec = train::read_job(&args.job)?;
     let request = train::submit_request(&args.job, &spec)?;
-    let mut client = client::operator(&args.operator)?;
+    let mut client = client::operator(&args.operator).await?;
     let address = &args.operator.coordinator;
-    let reply = client.submit(client::timed(request)).await.map_err(|status| client::explain(status, address))?;
-    let reply = reply.into_inner();
+    let finished = train::submit(&mut client, request, SUBMIT).await.map_err(|s| client::explain(s, address))?;
+    let name = &spec.name;
     match args.operator.output {
-        Output::Json => println!("{}", json!({"event": "submitted", "job": reply.job, "finished": reply.finished})),
-        Output::Text if reply.finished => println!("job {} had already finished; nothing was started", reply.job),
-        Output::Text => println!("job {} submitted; follow it with: cairn watch {}", reply.job, reply.job),
+        Output::Json => println!("{}", json!({"event": "submitted", "job": name, "finished": finished})),
+        Output::Text if finished => println!("job {name} had already finished; nothing was started"),
+        Output::Text => println!("job {name} submitted; follow it with: cairn watch {name}"),
     }
     Ok(0)
 }
 
 pub(crate) async fn list(args: OperatorArgs) -> Result<u8, Failure> {
-    let mut client = client::operator(&args)?;
+    let mut client = client::operator(&args).await?;
     let reply = client.list(client::timed(ListRequest {})).await;
     let jobs = reply.map_err(|status| client::explain(status, &args.coordinator))?.into_inner().jobs;
     if args.output == Output::Json {
@@ -66,38 +68,38 @@ pub(crate) async fn list(args: OperatorArgs) -> Result<u8, Failure> {
 }
 
 pub(crate) async fn status(args: JobArgs) -> Result<u8, Failure> {
-    let mut client = client::operator(&args.operator)?;
+    let mut client = client::operator(&args.operator).await?;
     let reply = client.status(client::timed(JobRequest { job: args.name.to_string() })).await;
     show(&args.operator, reply)
 }
 
 pub(crate) async fn scale(args: ScaleArgs) -> Result<u8, Failure> {
-    let mut client = client::operator(&args.operator)?;
+    let mut client = client::operator(&args.operator).await?;
     let request = ScaleRequest { job: args.name.to_string(), workers: args.workers };
     let reply = client.scale(client::timed(request)).await;
     show(&args.operator, reply)
 }
 
 pub(crate) async fn pause(args: JobArgs) -> Result<u8, Failure> {
-    let mut client = client::operator(&args.operator)?;
+    let mut client = client::operator(&args.operator).await?;
     let reply = client.pause(client::timed_for(JobRequest { job: args.name.to_string() }, PAUSE)).await;
     show(&args.operator, reply)
 }
 
 pub(crate) async fn resume(args: JobArgs) -> Result<u8, Failure> {
-    let mut client = client::operator(&args.operator)?;
+    let mut client = client::operator(&args.operator).await?;
     let reply = client.resume(client::timed(JobRequest { job: args.name.to_string() })).await;
     show(&args.operator, reply)
 }
 
 pub(crate) async fn cancel(args: JobArgs) -> Result<u8, Failure> {
-    let mut client = client::operator(&args.operator)?;
+    let mut client = client::operator(&args.operator).await?;
     let reply = client.cancel(client::timed(JobRequest { job: args.name.to_string() })).await;
     show(&args.operator, reply)
 }
 
 pub(crate) async fn watch(args: JobArgs) -> Result<u8, Failure> {
-    let mut client = client::operator(&args.operator)?;
+    let mut client = client::operator(&args.operator).await?;
     let address = &args.operator.coordinator;
     let status = client
         .status(client::timed(JobRequest { job: args.name.to_string() }))
@@ -183,7 +185,7 @@ fn status_json(job: &JobStatus) -> serde_json::Value {
         })
         .collect();
     json!({
-        "job": job.job, "state": job.state, "reason": job.reason, "generation": job.generation,
+        "event": "job", "job": job.job, "state": job.state, "reason": job.reason, "generation": job.generation,
         "world_size": job.world_size, "step": job.step, "steps": job.steps, "loss": job.loss,
         "checkpoint_step": job.checkpoint_step, "digest": job.digest,
         "restarts_without_progress": job.restarts_without_progress, "min_workers": job.min_workers,

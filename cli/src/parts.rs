@@ -1,18 +1,23 @@
 //! The parts of a cluster as commands: `coordinator`, `agent` and `worker`.
 
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use coordinator::Scope;
 use proto::auth::Token;
 use proto::ids::NodeName;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep};
 
 use crate::args::{AgentArgs, CoordinatorArgs, WorkerArgs};
 use crate::client::token_path;
 use crate::failure::{Failure, chain};
 use crate::train::random_bytes;
+
+/// An agent or a command started together with its coordinator waits this long for the token.
+const TOKEN_WITHIN: Duration = Duration::from_secs(5);
 
 pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<u8, Failure> {
     let path = token_path(args.token_file.as_deref())?;
@@ -39,7 +44,13 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<u8, Failure> {
 
 pub(crate) async fn agent(args: AgentArgs) -> Result<u8, Failure> {
     let path = token_path(args.token_file.as_deref())?;
-    let token = Token::read(&path).map_err(|error| Failure::request(chain(&error)))?;
+    let token = wait_for_token(&path).await?;
+    if !args.ring_host.is_loopback() {
+        return Err(Failure::request(format!(
+            "--ring-host {} must be a loopback address in this release, such as 127.0.0.1",
+            args.ring_host
+        )));
+    }
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let node = match args.node {
         Some(node) => node,
@@ -80,6 +91,18 @@ fn stop_asked(supervised: bool) -> Result<impl Future<Output = ()> + Send + 'sta
             () = lifeline(supervised) => {}
         }
     })
+}
+
+/// Reads the token, waiting a while for a coordinator that is just being started to make it.
+pub(crate) async fn wait_for_token(path: &Path) -> Result<Token, Failure> {
+    let deadline = Instant::now() + TOKEN_WITHIN;
+    loop {
+        match Token::read(path) {
+            Ok(token) => return Ok(token),
+            Err(_) if !path.exists() && Instant::now() < deadline => sleep(Duration::from_millis(100)).await,
+            Err(error) => return Err(Failure::request(chain(&error))),
+        }
+    }
 }
 
 /// For an agent: the first signal asks it to leave in order, the second, or a closed standard input, at once.

@@ -5,7 +5,6 @@
 //! second stops at once.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use proto::auth::Token;
@@ -15,7 +14,7 @@ use proto::wire::{JobRequest, SubmitMode, SubmitRequest};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
-use worker::data::{BatchShape, Batches, DataError, IndexedDataset, ValidationBatches};
+use tonic::Status;
 
 use crate::args::{JobFileArgs, Output, TrainArgs};
 use crate::client::{self, Client};
@@ -36,7 +35,8 @@ pub(crate) fn read_job(args: &JobFileArgs) -> Result<JobSpec, Failure> {
     }
     if let Some(store) = &args.store {
         let here = std::env::current_dir().map_err(Failure::job)?;
-        let url = checkpoint_store::normalize_url(store, &here).map_err(Failure::from)?;
+        let url = checkpoint_store::normalize_url(store, &here)
+            .map_err(|error| Failure::request(format!("--store: {}", chain(&error))))?;
         overrides.insert("checkpoint.store".into(), format!("{url:?}"));
     }
     let spec = JobSpec::load(&args.file, &overrides)?;
@@ -63,35 +63,34 @@ pub(crate) fn submit_request(args: &JobFileArgs, spec: &JobSpec) -> Result<Submi
 
 /// Checks the datasets before anything is started; the workers check them again, for they may be elsewhere.
 fn check_data(spec: &JobSpec) -> Result<(), Failure> {
-    let wrong = |error: DataError| Failure::request(chain(&error));
-    let t = &spec.training;
-    let shape = BatchShape {
-        sequence_length: t.sequence_length,
-        global_batch: t.global_batch,
-        micro_batch: t.micro_batch,
-        vocabulary: u32::try_from(spec.model.vocab_size).unwrap_or(u32::MAX),
-    };
-    let open = |prefix: &str| {
-        let data = IndexedDataset::open(Path::new(prefix)).map_err(wrong)?;
-        data.check_vocabulary(shape.vocabulary).map_err(wrong)?;
-        Ok::<_, Failure>(Arc::new(data))
-    };
-    Batches::new(open(&spec.data.train)?, shape, t.seed).map_err(wrong)?;
-    if let Some(prefix) = spec.data.validation.as_deref().filter(|_| t.validate_every > 0) {
-        ValidationBatches::new(open(prefix)?, shape, t.validate_sequences).map_err(wrong)?;
+    worker::dataset::open(spec).map(drop).map_err(|error| Failure::request(chain(&error)))
+}
+
+/// Checks that the store can be used, before any process is started.
+fn check_store(spec: &JobSpec) -> Result<(), Failure> {
+    let url = &spec.checkpoint.store;
+    if url.starts_with("memory:") {
+        let message = "checkpoint.store (or --store): memory:// ends with its process; give a path, or file://, s3://, \
+                       gs:// or az://";
+        return Err(Failure::request(message));
     }
-    Ok(())
+    match checkpoint_store::Store::open(url) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let failure = Failure::from(error);
+            Err(Failure::new(failure.code(), format!("checkpoint.store (or --store): {failure}")))
+        }
+    }
 }
 
 pub(crate) async fn run(args: TrainArgs) -> Result<u8, Failure> {
     let spec = read_job(&args.job)?;
     tokio::task::block_in_place(|| check_data(&spec))?;
-    // An unusable store is found here, before any process is started.
-    checkpoint_store::Store::open(&spec.checkpoint.store)?;
+    check_store(&spec)?;
     let mut signals = Signals::new()?;
     let folder = runtime_folder()?;
     let (refused, mut refusals) = mpsc::channel(4);
-    let local = Local::start(&spec, folder.path(), refused)?;
+    let local = Local::start(&spec, &args.memory, folder.path(), refused)?;
     let outcome = tokio::select! {
         outcome = follow(&args, &spec, &local, &mut signals) => outcome,
         Some(Refused { part, code }) = refusals.recv() => {
@@ -112,7 +111,7 @@ struct Local {
 }
 
 impl Local {
-    fn start(spec: &JobSpec, folder: &Path, refused: mpsc::Sender<Refused>) -> Result<Self, Failure> {
+    fn start(spec: &JobSpec, memory: &Path, folder: &Path, refused: mpsc::Sender<Refused>) -> Result<Self, Failure> {
         let token_file = folder.join("token");
         let token = Token::read_or_create(&token_file, random_bytes()).map_err(|error| Failure::job(chain(&error)))?;
         let token_file = token_file.display().to_string();
@@ -154,7 +153,7 @@ impl Local {
                 "--slots",
                 &slots,
                 "--memory",
-                &memory_folder(),
+                &memory.display().to_string(),
             ]),
             &[],
             refused,
@@ -171,10 +170,11 @@ impl Local {
 
 async fn follow(args: &TrainArgs, spec: &JobSpec, local: &Local, signals: &mut Signals) -> Result<u8, Failure> {
     let mut client = client::connect(&local.address, local.token.clone())?;
-    let mut renderer = Renderer::new(args.output, spec.training.steps, spec.training.tokens_per_step());
+    let last = args.job.steps.unwrap_or(spec.training.steps);
+    let mut renderer = Renderer::new(args.output, last, spec.training.tokens_per_step());
     let request = submit_request(&args.job, spec)?;
     let finished = tokio::select! {
-        outcome = submit(&mut client, request) => outcome?,
+        outcome = submit(&mut client, request, START_WITHIN) => outcome?,
         () = signals.next() => return Ok(INTERRUPTED),
     };
     if args.output == Output::Text && !finished {
@@ -185,6 +185,12 @@ async fn follow(args: &TrainArgs, spec: &JobSpec, local: &Local, signals: &mut S
             spec.training.tokens_per_step(),
             local.address,
             spec.checkpoint.store
+        ));
+        let f = &spec.fault;
+        renderer.note(&format!(
+            "a dead process is noticed at once, a silent node within {} s, a stuck exchange within {} s, a stuck step \
+             within {} s; a new generation forms within {} s",
+            f.suspicion, f.collective, f.hang, f.restart
         ));
     }
     let mut events = client::follow(client.clone(), spec.name.to_string(), PATIENCE);
@@ -223,15 +229,15 @@ async fn follow(args: &TrainArgs, spec: &JobSpec, local: &Local, signals: &mut S
 }
 
 /// Submits once the coordinator is up; `true` if the job had already finished.
-async fn submit(client: &mut Client, request: SubmitRequest) -> Result<bool, Failure> {
-    let deadline = Instant::now() + START_WITHIN;
+pub(crate) async fn submit(client: &mut Client, request: SubmitRequest, within: Duration) -> Result<bool, Status> {
+    let deadline = Instant::now() + within;
     loop {
         match client.submit(client::timed(request.clone())).await {
             Ok(reply) => return Ok(reply.into_inner().finished),
             Err(status) if client::is_passing(&status) && Instant::now() < deadline => {
                 sleep(Duration::from_millis(50)).await;
             }
-            Err(status) => return Err(status.into()),
+            Err(status) => return Err(status),
         }
     }
 }
@@ -278,12 +284,6 @@ fn runtime_folder() -> Result<tempfile::TempDir, Failure> {
         .prefix("cairn-")
         .tempdir()
         .map_err(|error| Failure::job(format!("cannot make a temporary folder: {error}")))
-}
-
-/// Where snapshots live: a memory file system if there is one.
-fn memory_folder() -> String {
-    let shared = Path::new("/dev/shm");
-    if shared.is_dir() { shared.display().to_string() } else { std::env::temp_dir().display().to_string() }
 }
 
 /// A port for the coordinator, outside the range the system hands out for outgoing connections, so that it is still

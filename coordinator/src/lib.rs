@@ -163,8 +163,11 @@ fn parts(
 
 /// Probes a store once; what it found is remembered in the store.
 async fn trust(store: &Store, allow_single: bool) -> Result<(), StoreError> {
+    // Bound to the URL: a store copied to another server is probed again.
+    let passed = format!("{{\"format\":1,\"atomic_create\":{:?}}}", store.url());
     match store.get(PROBED, 4096).await {
-        Ok(_) => return Ok(()),
+        Ok(found) if found == passed.as_bytes() => return Ok(()),
+        Ok(_) => {}
         Err(error) if error.is_not_found() => {}
         Err(error) => return Err(error),
     }
@@ -176,7 +179,7 @@ async fn trust(store: &Store, allow_single: bool) -> Result<(), StoreError> {
         }
         Err(error) => return Err(error),
     }
-    match store.create(PROBED, br#"{"format":1,"atomic_create":true}"#.to_vec().into()).await? {
+    match store.create(PROBED, passed.into_bytes().into()).await? {
         Create::Created | Create::AlreadyExists => Ok(()),
     }
 }

@@ -25,7 +25,7 @@ def main() -> None:
     for path in sorted(files):
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata()
-            shapes.update(json.loads(metadata["shapes"]))
+            shapes.update(json.loads(metadata["cairn.shapes"]))
             for key in file.keys():
                 name, first = key.rsplit("@", 1)
                 pieces.setdefault(name, {})[int(first)] = file.get_tensor(key)

@@ -32,7 +32,7 @@ const POLL: Duration = Duration::from_millis(50);
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
     /// A slot file could not be made.
-    #[error("cannot set aside {bytes} bytes for a snapshot in {path}: {source}; give the agent a larger --memory-dir")]
+    #[error("cannot set aside {bytes} bytes for a snapshot in {path}: {source}; give the agent a larger --memory")]
     Room {
         /// The slot file.
         path: PathBuf,

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use proto::ids::{JobName, WorkerId};
+use proto::spec::{FaultSpec, JobSpec};
 use proto::wire::{self, FailureKind, WorkerPhase};
 
 use super::{Action, Command, Fresh};
@@ -48,6 +49,7 @@ impl Worker {
 pub(super) struct Job {
     name: JobName,
     desired: wire::Desired,
+    spec: Option<JobSpec>,
     threads: u32,
     /// The highest generation named so far, fenced or live.
     highest: u64,
@@ -63,6 +65,7 @@ impl Job {
         Self {
             name,
             desired: wire::Desired::default(),
+            spec: None,
             threads: 1,
             highest: 0,
             live: BTreeMap::new(),
@@ -78,9 +81,17 @@ impl Job {
 
     /// How long it may take to save and leave.
     pub(super) fn grace(&self) -> Duration {
-        let spec: Option<proto::spec::JobSpec> = serde_json::from_slice(&self.desired.spec).ok();
-        let asked = spec.and_then(|spec| Duration::try_from_secs_f64(spec.fault.grace).ok());
-        asked.unwrap_or(GRACE)
+        self.fault(|fault| fault.grace).unwrap_or(Duration::from_secs(30))
+    }
+
+    /// How often it wants to hear of this node, if it can be read.
+    pub(super) fn heartbeat(&self) -> Option<Duration> {
+        self.fault(|fault| fault.heartbeat)
+    }
+
+    fn fault(&self, pick: fn(&FaultSpec) -> f64) -> Option<Duration> {
+        let seconds = self.spec.as_ref().map(|spec| pick(&spec.fault))?;
+        Duration::try_from_secs_f64(seconds).ok()
     }
 
     /// Nothing is wanted and nothing is left.
@@ -107,7 +118,9 @@ impl Job {
         if desired == self.desired {
             return Ok(());
         }
-        let asked = asked_threads(&desired.spec);
+        // A spec that cannot be read is the worker's to refuse: it says why.
+        self.spec = serde_json::from_slice(&desired.spec).ok();
+        let asked = self.spec.as_ref().map_or(0, |spec| u32::try_from(spec.resources.threads).unwrap_or(u32::MAX));
         self.threads = if asked > 0 { asked } else { (cores / desired.workers.max(1) as usize).max(1) as u32 };
         // An ended worker stays in the report while the generation it was part of is the live one.
         self.exited.retain(|state| state.generation.is_some() && state.generation == live);
@@ -246,13 +259,4 @@ fn rank_of(desired: &wire::Desired, worker: WorkerId) -> Option<u32> {
     let name = worker.to_string();
     let run = desired.run.as_ref()?;
     run.placements.iter().find(|placement| placement.worker == name).map(|placement| placement.rank)
-}
-
-/// Grace of a job whose spec cannot be read.
-const GRACE: Duration = Duration::from_secs(30);
-
-/// `resources.threads` of a spec; 0 if it is not given or the spec cannot be read (the worker will say why).
-fn asked_threads(spec: &[u8]) -> u32 {
-    let spec: Option<proto::spec::JobSpec> = serde_json::from_slice(spec).ok();
-    spec.map_or(0, |spec| u32::try_from(spec.resources.threads).unwrap_or(u32::MAX))
 }

@@ -189,6 +189,11 @@ impl Machine {
         self.jobs.values().map(Job::grace).max()
     }
 
+    /// The shortest heartbeat a job on this node asks for.
+    pub fn heartbeat(&self) -> Option<Duration> {
+        self.jobs.values().filter_map(Job::heartbeat).min()
+    }
+
     /// No job has work on this node.
     pub fn is_idle(&self) -> bool {
         self.jobs.is_empty()

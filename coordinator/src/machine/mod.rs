@@ -100,11 +100,11 @@ impl Cluster {
         std::mem::take(&mut self.out)
     }
 
-    /// The shortest suspicion any running job asks for, but never so short that one late heartbeat is a loss.
+    /// The shortest suspicion any job at work asks for; every job's is longer than the heartbeat it asks for.
     fn suspicion(&self) -> Duration {
         let asked = self.jobs.values().filter(|job| job.active()).map(|job| job.ledger.spec.fault.suspicion);
-        let shortest = asked.fold(self.settings.suspicion.as_secs_f64(), f64::min);
-        Duration::from_secs_f64(shortest.max(0.0)).max(self.settings.heartbeat.mul_f64(2.5))
+        let shortest = asked.min_by(f64::total_cmp).and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        shortest.unwrap_or(self.settings.suspicion)
     }
 
     /// Lets a job act with its surroundings in view.
