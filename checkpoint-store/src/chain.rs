@@ -15,6 +15,8 @@ use crate::history::{FoldError, History};
 use crate::layout;
 use crate::record::{FOLD_EVERY, MAX_RECORD, Record};
 
+/// Names listed at once when looking for the newest record.
+const PAGE: usize = 8;
 /// Records read at once.
 const READS_IN_FLIGHT: usize = 16;
 
@@ -66,19 +68,29 @@ pub struct Chain {
 
 impl Chain {
     /// Starts a job's chain with its first record, a `submitted`. [`ChainError::Lost`] if the job exists.
+    ///
+    /// A create without a clear answer leaves no chain to refresh: the caller repeats this call with the same record.
+    /// If the first try took effect after all, the repetition finds its own record and succeeds.
     pub async fn create(store: &Store, job: &JobName, first: Record) -> Result<Self, ChainError> {
         let history = History::default();
         let mut chain = Self { store: store.clone(), job: job.clone(), history, unclear: false };
-        chain.append(first).await?;
-        Ok(chain)
+        match chain.append(first.clone()).await {
+            Ok(_) => Ok(chain),
+            Err(ChainError::Lost { .. }) if chain.is_begun_with(&first).await? => Ok(chain),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Whether the stored chain is one record, of this opening of the store, that says the same as `first`; reads it.
+    async fn is_begun_with(&mut self, first: &Record) -> Result<bool, StoreError> {
+        let Some(found) = read(&self.store, &self.job, 0).await? else { return Ok(false) };
+        let same = (found.epoch, found.generation, &found.event) == (first.epoch, first.generation, &first.event);
+        Ok(same && self.store.made(&found.author) && self.refresh().await? == 1)
     }
 
     /// Reads a job's chain; `None` if the store does not hold the job.
     pub async fn load(store: &Store, job: &JobName) -> Result<Option<Self>, StoreError> {
-        let newest = store.list(&layout::records(job), None, 8).await?;
-        let Some(newest) = newest.iter().find_map(|l| layout::record_number(job, &l.path)) else {
-            return Ok(None);
-        };
+        let Some(newest) = newest(store, job).await? else { return Ok(None) };
         let base = newest - newest % FOLD_EVERY;
         let mut records = stream::iter(base..=newest).map(|number| read(store, job, number)).buffered(READS_IN_FLIGHT);
         let mut history = History::default();
@@ -169,6 +181,23 @@ fn encode(path: &str, record: &Record) -> Result<Bytes, StoreError> {
         return Err(StoreError::Bug(format!("{path} would have {} bytes, more than {MAX_RECORD}", bytes.len())));
     }
     Ok(bytes.into())
+}
+
+/// The number of the newest record. Names that are no records may come before it, but cannot hide it.
+async fn newest(store: &Store, job: &JobName) -> Result<Option<u64>, StoreError> {
+    let mut after = None;
+    loop {
+        // Mostly the first name is the newest record; only a folder with strange names is read in large pages.
+        let limit = if after.is_none() { PAGE } else { 1_000 };
+        let page = store.list(&layout::records(job), after.as_deref(), limit).await?;
+        if let Some(number) = page.iter().find_map(|l| layout::record_number(job, &l.path)) {
+            return Ok(Some(number));
+        }
+        match page.last() {
+            Some(last) if page.len() == limit => after = Some(last.path.clone()),
+            _ => return Ok(None),
+        }
+    }
 }
 
 async fn read(store: &Store, job: &JobName, number: u64) -> Result<Option<Record>, StoreError> {

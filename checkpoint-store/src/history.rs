@@ -213,7 +213,8 @@ impl History {
         }
         self.epoch = record.epoch;
         self.generation = record.generation;
-        self.records += 1;
+        // The check has seen that there is a next number.
+        self.records = self.records.saturating_add(1);
         Ok(())
     }
 
@@ -243,6 +244,9 @@ impl History {
     /// The rules of order.
     fn check(&self, record: &Record) -> Result<(), FoldError> {
         let out = |what, why: String| Err(FoldError::OutOfPlace { number: self.records, what, why });
+        if self.records == u64::MAX {
+            return out("order", "the chain is at the end of its numbers".into());
+        }
         let first = self.records == 0;
         if first != matches!(record.event, Event::Submitted { .. }) {
             let why = if first { "a chain starts with submitted" } else { "submitted comes first, and once" };

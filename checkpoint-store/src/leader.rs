@@ -116,7 +116,8 @@ pub async fn take(store: &Store, epoch: Epoch, record: &LeaderRecord) -> Result<
                 store.delete(&beat.path).await?;
             }
         }
-        if old.get() + KEEP < epoch.get() {
+        // Cannot overflow, whatever the names say: `old` is lower.
+        if epoch.get() - old.get() > KEEP {
             store.delete(&layout::leader(old)).await?;
         }
     }

@@ -17,7 +17,8 @@ const KEYS: usize = 20;
 const WRITERS: usize = 16;
 /// How the operator accepts a store without atomic create.
 const WAY_OUT: &str = "use a store with atomic conditional writes (a local disk, Amazon S3, Google Cloud Storage, \
-                       Azure, Ceph), or accept one coordinator without fencing by --allow-single-coordinator";
+                       Azure, Ceph), or accept one coordinator without fencing by \
+                       `cairn coordinator --allow-single-coordinator`";
 
 /// Races writers against each other and reports whether creation is atomic. Leaves nothing behind.
 pub async fn probe_atomic_create(store: &Store) -> Result<(), StoreError> {

@@ -73,7 +73,8 @@ async fn list(args: CheckpointListArgs) -> Result<u8, Failure> {
 
 fn summary(c: &Checkpoint) -> Value {
     json!({
-        "event": "checkpoint", "step": c.checkpoint.step, "generation": c.checkpoint.generation, "digest": c.checkpoint.digest,
+        "event": "checkpoint",
+        "step": c.checkpoint.step, "generation": c.checkpoint.generation, "digest": c.checkpoint.digest,
         "bytes": c.checkpoint.bytes, "state": state(c), "reason": c.quarantined, "manifest": c.checkpoint.manifest,
     })
 }
@@ -114,7 +115,8 @@ fn details(c: &Checkpoint, m: &Manifest) -> Value {
         m.space.tensors().iter().map(|t| json!({"name": t.name, "shape": t.shape, "dtype": t.dtype})).collect();
     let objects: Vec<Value> = m.objects.iter().map(|o| json!({"path": o.path, "bytes": o.bytes})).collect();
     json!({
-        "event": "checkpoint", "job": m.job, "step": m.step, "generation": m.generation, "digest": m.digest, "parameters": m.parameters(),
+        "event": "checkpoint",
+        "job": m.job, "step": m.step, "generation": m.generation, "digest": m.digest, "parameters": m.parameters(),
         "world_size": m.world_size, "bytes": m.bytes(), "state": state(c), "scalar": m.scalar,
         "block_elements": m.block_elements, "states": m.states, "tensors": tensors, "objects": objects,
         "manifest": c.checkpoint.manifest,

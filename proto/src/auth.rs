@@ -65,17 +65,25 @@ impl Token {
     }
 
     /// Reads a token file, making it with the given random bytes if there is none.
+    ///
+    /// It is written under another name and linked into place, which fails if the name is taken: of several makers one
+    /// wins, all have the winner's token, and no reader ever sees a file that is empty or half written.
     pub fn read_or_create(path: &Path, random: [u8; 32]) -> Result<Self, TokenError> {
         let io = |source| TokenError::Io { path: path.into(), source };
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
             std::fs::create_dir_all(folder).map_err(io)?;
         }
-        match std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
-            Ok(mut file) => {
-                let hex: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
-                file.write_all(format!("{hex}\n").as_bytes()).and_then(|()| file.sync_all()).map_err(io)?;
-                Self::from_hex(&hex).ok_or_else(|| TokenError::Malformed { path: path.into() })
-            }
+        if std::fs::symlink_metadata(path).is_ok() {
+            return Self::read(path);
+        }
+        let hex: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+        // A name no other maker has, from which the token cannot be told.
+        let mark = u64::from_le_bytes(*blake3::hash(&random).as_bytes().first_chunk().unwrap_or(&[0; 8]));
+        let temporary = path.with_file_name(format!(".token-{}-{mark:016x}.tmp", std::process::id()));
+        let linked = write_new(&temporary, &hex).and_then(|()| std::fs::hard_link(&temporary, path));
+        let removed = std::fs::remove_file(&temporary);
+        match linked.and(removed) {
+            Ok(()) => Self::from_hex(&hex).ok_or_else(|| TokenError::Malformed { path: path.into() }),
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Self::read(path),
             Err(error) => Err(io(error)),
         }
@@ -102,6 +110,13 @@ impl Token {
     }
 }
 
+/// Writes a new file that only its owner can read.
+fn write_new(path: &Path, hex: &str) -> std::io::Result<()> {
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(format!("{hex}\n").as_bytes())?;
+    file.sync_all()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -116,6 +131,25 @@ mod tests {
         assert!(token.check(Request::new(())).is_err());
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
         assert!(matches!(Token::read(&path), Err(TokenError::Open { .. })));
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn of_many_makers_one_wins_and_all_have_its_token() {
+        let folder = std::env::temp_dir().join(format!("cairn-token-race-{}", std::process::id()));
+        let path = folder.join("token");
+        let make = |seed: u8| {
+            let path = path.clone();
+            std::thread::spawn(move || Token::read_or_create(&path, [seed; 32]).unwrap())
+        };
+        let makers: Vec<_> = (0..8).map(make).collect();
+        let tokens: Vec<_> = makers.into_iter().map(|maker| maker.join().unwrap()).collect();
+        for token in &tokens {
+            assert_eq!(token.0, tokens[0].0);
+        }
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let files: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(files, ["token"], "no temporary file is left");
         std::fs::remove_dir_all(folder).unwrap();
     }
 }

@@ -141,6 +141,30 @@ fn pause_resume_and_cancel() {
 }
 
 #[test]
+fn an_agent_asked_to_stop_leaves_in_order() {
+    let long = ["training.steps=400", "checkpoint.every_steps=1000"];
+    let expected = Run::train(&Job::with(&long), &["--workers", "1"]).finish().digest();
+    let job = Job::with(&long);
+    let cluster = Cluster::new(&job);
+    let _coordinator = cluster.coordinator();
+    let (_a, mut b) = (cluster.agent("a"), cluster.agent("b"));
+    let file = job.file().display().to_string();
+    assert_eq!(cluster.call(&["submit", &file, "--set", "resources.workers={ min = 2, max = 4 }"]).code, Some(0));
+    let mut watch = Run::start(&cluster.words(&["watch", "t"]));
+    watch.wait_for("generation", |event| event["world_size"] == 4);
+    watch.wait_for_step(20);
+    assert!(tests::process::signal(b.0.id(), "TERM"));
+    let status = b.0.wait().expect("a child can be waited for");
+    assert!(status.success(), "{status:?}");
+    let outcome = watch.finish();
+    assert_eq!(outcome.digest(), expected);
+    assert!(outcome.of("failure").is_empty(), "leaving is no failure: {:?}", outcome.of("failure"));
+    // There was a checkpoint before the move, so no step was taken twice.
+    let steps = outcome.of("step").iter().filter_map(|event| event["step"].as_u64()).collect::<Vec<_>>();
+    assert!(steps.windows(2).all(|pair| pair[0] < pair[1]), "{steps:?}");
+}
+
+#[test]
 fn nobody_gets_in_without_the_token() {
     let job = Job::new();
     let cluster = Cluster::new(&job);

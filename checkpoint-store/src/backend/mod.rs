@@ -122,6 +122,11 @@ impl Store {
         format!("{}-{}", self.0.writer.simple(), self.0.counter.fetch_add(1, Ordering::Relaxed))
     }
 
+    /// Whether a mark was made by [`Store::token`] of this opening of the store, or of a clone of it.
+    pub(crate) fn made(&self, token: &str) -> bool {
+        token.rsplit_once('-').is_some_and(|(writer, _)| writer == self.0.writer.simple().to_string())
+    }
+
     /// Puts the object if there is none of that name. The bytes should hold a [`Store::token`] or the name a fresh
     /// UUID: after an unclear answer "my bytes are there" is how the caller's own success is told.
     pub async fn create(&self, path: &str, bytes: Bytes) -> Result<Create, StoreError> {

@@ -10,6 +10,9 @@ use crate::digest::{StateDecl, state_digest};
 use crate::layout;
 use crate::object::ObjectEntry;
 
+/// Most bytes of one object: beyond what any store takes.
+const MAX_OBJECT: u64 = 1 << 50;
+
 impl Manifest {
     /// Checks all claims and builds the index; the error says what is wrong.
     pub(super) fn check(&mut self) -> Result<(), String> {
@@ -44,6 +47,7 @@ impl Manifest {
     fn build_index(&self) -> Result<Vec<Vec<Located>>, String> {
         let mut index = vec![vec![]; self.states.len()];
         let mut paths = HashSet::with_capacity(self.objects.len());
+        let mut bytes = 0u64;
         for (number, object) in self.objects.iter().enumerate() {
             if !layout::is_object_of(&self.job, &object.path) {
                 let shown: String = object.path.chars().take(120).collect();
@@ -52,6 +56,10 @@ impl Manifest {
             if !paths.insert(object.path.as_str()) {
                 return Err(format!("{} is listed twice", object.path));
             }
+            if object.bytes > MAX_OBJECT {
+                return Err(format!("{} would have {} bytes, more than {MAX_OBJECT}", object.path, object.bytes));
+            }
+            bytes = bytes.checked_add(object.bytes).ok_or("its objects would have more than 2^64 bytes")?;
             self.index_object(number, object, &mut index)?;
         }
         for (state, extents) in self.states.iter().zip(&mut index) {

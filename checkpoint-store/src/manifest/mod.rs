@@ -94,7 +94,7 @@ impl Manifest {
 
     /// Bytes of all objects.
     pub fn bytes(&self) -> u64 {
-        self.objects.iter().map(|o| o.bytes).sum()
+        self.objects.iter().fold(0, |sum, o| sum.saturating_add(o.bytes))
     }
 
     /// Elements of one state, which for the parameters is the model's size.

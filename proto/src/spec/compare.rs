@@ -42,7 +42,6 @@ impl JobSpec {
         let mut training = serde_json::to_value(&self.training).unwrap_or_default();
         if let Some(fields) = training.as_object_mut() {
             fields.remove("validate_every");
-            fields.remove("validate_sequences");
         }
         serde_json::json!({
             "model": self.model,

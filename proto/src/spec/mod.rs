@@ -26,6 +26,11 @@ use crate::ids::JobName;
 /// The version of the specification's JSON form.
 pub const SPEC_FORMAT: u32 = 1;
 
+/// The largest seed: TOML's largest integer, so that every seed can be written in a job file.
+const MOST_SEED: u64 = i64::MAX as u64;
+/// The most CPU threads of one worker.
+const MOST_THREADS: u64 = 1024;
+
 /// Everything that defines a job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct JobSpec {

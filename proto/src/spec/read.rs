@@ -4,15 +4,18 @@ use std::path::Path;
 
 use toml::{Table, Value};
 
-use super::reader::{Reader, SpecError};
+use super::reader::{Reader, SpecError, set_place};
 use super::{
     Architecture, CheckpointSpec, DataSpec, DeviceKind, FaultSpec, JobSpec, ModelSpec, OptimizerKind, OptimizerSpec,
     Overrides, PRESETS, Reduction, ResourcesSpec, SPEC_FORMAT, ScheduleKind, ScheduleSpec, TrainingSpec, Workers,
 };
+use super::{MOST_SEED, MOST_THREADS};
 use crate::ids::JobName;
 
 /// Job files are small; a larger one is a mistake.
 const MOST_BYTES: u64 = 1 << 20;
+/// The bound of keys that are kept in 32 bits.
+const MOST_U32: u64 = u32::MAX as u64;
 
 impl JobSpec {
     /// Reads a job file, applies `--set` overrides, fills in defaults and checks the whole.
@@ -38,6 +41,10 @@ impl JobSpec {
         for (key, value) in overrides {
             apply(&mut table, key, value)?;
         }
+        Self::build(place, table, folder).map_err(|error| error.blame(overrides))
+    }
+
+    fn build(place: &str, table: Table, folder: &Path) -> Result<Self, SpecError> {
         let mut top = Reader::new(place, table);
         let name = top.text("name")?.ok_or_else(|| top.missing("name", "the job's name, such as name = \"tiny\""))?;
         let name = JobName::new(&name)
@@ -62,16 +69,16 @@ impl JobSpec {
 }
 
 /// Puts one `--set section.key=value` into the table. A value that is not TOML is taken as a string.
-fn apply(table: &mut Table, key: &str, value: &str) -> Result<(), SpecError> {
-    let parsed = format!("v = {value}").parse::<Table>().ok().and_then(|mut t| t.remove("v"));
-    let value = parsed.unwrap_or_else(|| Value::String(value.to_string()));
+fn apply(table: &mut Table, key: &str, text: &str) -> Result<(), SpecError> {
+    let parsed = format!("v = {text}").parse::<Table>().ok().and_then(|mut t| t.remove("v"));
+    let value = parsed.unwrap_or_else(|| Value::String(text.to_string()));
     let mut parts: Vec<&str> = key.split('.').collect();
     let last = parts.pop().unwrap_or_default();
     let mut at = table;
     for part in parts {
         let next = at.entry(part.to_string()).or_insert_with(|| Value::Table(Table::new()));
         at = next.as_table_mut().ok_or_else(|| SpecError::UnknownKey {
-            place: format!("--set {key}"),
+            place: set_place(key, text),
             key: key.to_string(),
             hint: format!(" (`{part}` is a value, not a section)"),
         })?;
@@ -143,7 +150,7 @@ fn training(mut r: Reader) -> Result<TrainingSpec, SpecError> {
         sequence_length: r.size("sequence_length", 256)?,
         global_batch: r.size("global_batch", 16)?,
         micro_batch: r.size("micro_batch", 1)?,
-        seed: r.whole("seed", 0, 1)?,
+        seed: r.whole_in("seed", 0..=MOST_SEED, 1)?,
         reduction: r.choice(
             "reduction",
             &[("exact", Reduction::Exact), ("fast", Reduction::Fast)],
@@ -233,22 +240,19 @@ fn resources(mut r: Reader) -> Result<ResourcesSpec, SpecError> {
     let workers = match r.take("workers") {
         None => Workers { min: 1, max: 1 },
         Some(Value::Table(table)) => {
-            let mut range = Reader::new("resources.workers", table);
-            let min = range.whole("min", 1, 1)?;
-            let max = range.whole("max", min, min)?;
+            let mut range = r.within("workers", table);
+            let min = range.whole_in("min", 1..=MOST_U32, 1)?;
+            let max = range.whole_in("max", min..=MOST_U32, min)?;
             range.finish()?;
-            Workers { min: min as u32, max: u32::try_from(max).unwrap_or(u32::MAX) }
+            Workers { min: min as u32, max: max as u32 }
         }
-        Some(value) => {
-            let max = r.as_whole("workers", &value, 1)?;
-            Workers { min: 1, max: u32::try_from(max).unwrap_or(u32::MAX) }
-        }
+        Some(value) => Workers { min: 1, max: r.as_whole("workers", &value, 1..=MOST_U32)? as u32 },
     };
     let devices = [("auto", DeviceKind::Auto), ("cpu", DeviceKind::Cpu), ("cuda", DeviceKind::Cuda)];
     let spec = ResourcesSpec {
         workers,
         device: r.choice("device", &devices, DeviceKind::Auto)?,
-        threads: r.whole("threads", 0, 0)? as usize,
+        threads: r.whole_in("threads", 0..=MOST_THREADS, 0)? as usize,
     };
     r.finish()?;
     Ok(spec)
@@ -263,7 +267,7 @@ fn fault(mut r: Reader) -> Result<FaultSpec, SpecError> {
         hang: seconds("hang", 120.0)?,
         restart: seconds("restart", 300.0)?,
         grace: seconds("grace", 30.0)?,
-        restarts_without_progress: r.whole("restarts_without_progress", 0, 5)? as u32,
+        restarts_without_progress: r.whole_in("restarts_without_progress", 0..=MOST_U32, 5)? as u32,
     };
     r.finish()?;
     Ok(spec)

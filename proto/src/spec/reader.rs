@@ -4,8 +4,15 @@
 //! for is refused with the nearest known one, so a misspelling can never fall back to a default in silence.
 
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 
 use toml::{Table, Value};
+
+use super::Overrides;
+
+/// The largest whole number, where a key has no bound of its own. 2^48 is beyond any sensible count and keeps products
+/// of two of them inside u128, of one and a small number in u64.
+pub(super) const MOST: u64 = 1 << 48;
 
 /// What is wrong with a job file, and what would be right.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +69,47 @@ pub enum SpecError {
     },
 }
 
+impl SpecError {
+    /// Puts the blame on the `--set` that gave the key its value, if there is one: the job file may be right.
+    pub(super) fn blame(mut self, overrides: &Overrides) -> Self {
+        if let Self::UnknownKey { place, key, .. } | Self::Value { place, key, .. } = &mut self {
+            let within = |inner: &str, outer: &str| {
+                inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+            };
+            // `--set a.b=…` gives `a.b`, everything within it and, if nothing else does, the section `a`.
+            let related = overrides.iter().filter(|(set, _)| within(key, set) || within(set, key));
+            if let Some((set, value)) = related.min_by_key(|(set, _)| set.len().abs_diff(key.len())) {
+                *place = set_place(set, value);
+            }
+        }
+        self
+    }
+}
+
+/// The name of a `--set` argument in messages, cut short if it is long.
+pub(super) fn set_place(key: &str, value: &str) -> String {
+    format!("--set {key}={value}").chars().take(200).collect()
+}
+
+/// What a whole number should have been. The upper bound is left out where it is plainly not what was violated.
+pub(super) fn whole_wanted(low: bool, range: &RangeInclusive<u64>) -> String {
+    let (least, most) = (range.start(), range.end());
+    if low && *most == MOST {
+        format!("a whole number of at least {least}")
+    } else {
+        format!("a whole number from {least} to {most}")
+    }
+}
+
+/// What a number should have been; `f64::MAX` stands for no upper bound and the smallest positive number for "above 0".
+pub(super) fn number_wanted(low: f64, high: f64) -> String {
+    match (low, high) {
+        (low, f64::MAX) if low == f64::MIN_POSITIVE => "a number greater than 0".to_string(),
+        (low, f64::MAX) => format!("a number of at least {low}"),
+        (low, high) => format!("a number from {low} to {high}"),
+    }
+}
+
 /// Reads one table; see the module header.
 pub(super) struct Reader<'a> {
     place: &'a str,
@@ -82,7 +130,12 @@ impl<'a> Reader<'a> {
             Some(Value::Table(table)) => table,
             Some(other) => return Err(self.wrong(key, &other, format!("a table, written [{key}]"))),
         };
-        Ok(Reader { place: self.place, prefix: format!("{}{key}.", self.prefix), table, asked: BTreeSet::new() })
+        Ok(self.within(key, table))
+    }
+
+    /// A reader of the table that is the value of `key`.
+    pub(super) fn within(&self, key: &str, table: Table) -> Reader<'a> {
+        Reader { place: self.place, prefix: format!("{}{key}.", self.prefix), table, asked: BTreeSet::new() }
     }
 
     /// Takes a value out, noting that the key is known.
@@ -113,21 +166,26 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn whole_if(&mut self, key: &'static str, least: u64) -> Result<Option<u64>, SpecError> {
-        match self.take(key) {
-            None => Ok(None),
-            Some(value) => self.as_whole(key, &value, least).map(Some),
-        }
+        self.take(key).map(|value| self.as_whole(key, &value, least..=MOST)).transpose()
     }
 
-    pub(super) fn as_whole(&self, key: &str, value: &Value, least: u64) -> Result<u64, SpecError> {
-        // 2^48 is beyond any sensible count and keeps products of two of them inside u128, of one and a size in u64.
-        const MOST: u64 = 1 << 48;
-        match value {
-            Value::Integer(number) if u64::try_from(*number).is_ok_and(|n| n >= least && n <= MOST) => {
-                Ok(number.unsigned_abs())
-            }
-            other => Err(self.wrong(key, other, format!("a whole number of at least {least}"))),
+    /// A whole number in `range`.
+    pub(super) fn whole_in(
+        &mut self,
+        key: &'static str,
+        range: RangeInclusive<u64>,
+        default: u64,
+    ) -> Result<u64, SpecError> {
+        self.take(key).map_or(Ok(default), |value| self.as_whole(key, &value, range))
+    }
+
+    pub(super) fn as_whole(&self, key: &str, value: &Value, range: RangeInclusive<u64>) -> Result<u64, SpecError> {
+        let number = value.as_integer();
+        if let Some(number) = number.and_then(|n| u64::try_from(n).ok()).filter(|n| range.contains(n)) {
+            return Ok(number);
         }
+        let low = number.is_some_and(|n| i128::from(n) < i128::from(*range.start()));
+        Err(self.wrong(key, value, whole_wanted(low, &range)))
     }
 
     pub(super) fn size(&mut self, key: &'static str, default: usize) -> Result<usize, SpecError> {
@@ -151,12 +209,7 @@ impl<'a> Reader<'a> {
         if number >= low && number <= high {
             return Ok(number);
         }
-        let wanted = match (low, high) {
-            (low, f64::MAX) if low == f64::MIN_POSITIVE => "a number greater than 0".to_string(),
-            (low, f64::MAX) => format!("a number of at least {low}"),
-            (low, high) => format!("a number from {low} to {high}"),
-        };
-        Err(self.wrong(key, value, wanted))
+        Err(self.wrong(key, value, number_wanted(low, high)))
     }
 
     /// One of a fixed set of words.

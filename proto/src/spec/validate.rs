@@ -1,7 +1,18 @@
-//! Rules that span several keys. Each message names the key, its value, and what would be right.
+//! The rules of a complete spec. Each message names the key, its value, and what would be right.
+//!
+//! A spec may also come from the wire or the store, where no reader of a job file has looked at its numbers. So each
+//! range the reader has is repeated here, and only then come the rules that span several keys: what they divide by is
+//! known not to be zero, and what they multiply is small.
 
-use super::reader::SpecError;
-use super::{DeviceKind, JobSpec, ModelSpec};
+use super::reader::{MOST, SpecError, number_wanted, whole_wanted};
+use super::{DeviceKind, JobSpec, MOST_SEED, MOST_THREADS, ModelSpec};
+
+/// Most micro-batches of one update: their losses travel in one small message, and their sum must fit the exact grid.
+const MOST_MICRO_BATCHES: usize = 1 << 20;
+/// The smallest and largest time of `[fault]`, in seconds.
+const SECONDS: (f64, f64) = (0.01, 86_400.0);
+/// A number greater than 0; see [`number_wanted`].
+const POSITIVE: (f64, f64) = (f64::MIN_POSITIVE, f64::MAX);
 
 impl JobSpec {
     /// Checks a complete spec, whether it came from a job file or from the wire.
@@ -10,24 +21,10 @@ impl JobSpec {
             Err(SpecError::Value { place: place.into(), key: key.into(), found, wanted })
         };
         self.model.validate(place)?;
+        self.validate_whole_numbers(place)?;
+        self.validate_numbers(place)?;
+        self.validate_batch(place)?;
         let t = &self.training;
-        let sizes = [
-            ("training.sequence_length", t.sequence_length),
-            ("training.global_batch", t.global_batch),
-            ("training.micro_batch", t.micro_batch),
-            ("checkpoint.keep_last", self.checkpoint.keep_last),
-        ];
-        for (key, value) in sizes {
-            if value == 0 {
-                return refuse(key, "0".into(), "at least 1".into());
-            }
-        }
-        if !t.global_batch.is_multiple_of(t.micro_batch) {
-            let down = t.global_batch - t.global_batch % t.micro_batch;
-            let near = if down == 0 { t.micro_batch } else { down };
-            let wanted = format!("a multiple of training.micro_batch = {} (such as {near})", t.micro_batch);
-            return refuse("training.global_batch", t.global_batch.to_string(), wanted);
-        }
         let workers = self.resources.workers;
         if workers.min == 0 || workers.min > workers.max {
             return refuse("resources.workers", format!("{workers:?}"), "1 <= min <= max".into());
@@ -39,14 +36,6 @@ impl JobSpec {
             );
             return refuse("resources.workers", workers.max.to_string(), wanted);
         }
-        // The widest activation of one micro-batch must be addressable with room to spare.
-        let wide = t.micro_batch as u128
-            * t.sequence_length as u128
-            * self.model.intermediate_size.max(self.model.vocab_size) as u128;
-        if wide > 1 << 40 {
-            let wanted = "smaller: micro_batch × sequence_length × width is beyond 2^40 elements".into();
-            return refuse("training.micro_batch", t.micro_batch.to_string(), wanted);
-        }
         if self.resources.device == DeviceKind::Cuda {
             return refuse(
                 "resources.device",
@@ -55,6 +44,91 @@ impl JobSpec {
             );
         }
         self.validate_timeouts(place)
+    }
+
+    fn validate_whole_numbers(&self, place: &str) -> Result<(), SpecError> {
+        let (t, s, c) = (&self.training, &self.schedule, &self.checkpoint);
+        let ranges = [
+            ("training.steps", t.steps, 1..=MOST),
+            ("training.sequence_length", t.sequence_length as u64, 1..=MOST),
+            ("training.global_batch", t.global_batch as u64, 1..=MOST),
+            ("training.micro_batch", t.micro_batch as u64, 1..=MOST),
+            ("training.seed", t.seed, 0..=MOST_SEED),
+            ("training.validate_every", t.validate_every, 0..=MOST),
+            ("training.validate_sequences", t.validate_sequences as u64, 1..=MOST),
+            ("schedule.warmup_steps", s.warmup_steps, 0..=MOST),
+            ("schedule.decay_steps", s.decay_steps, 1..=MOST),
+            ("checkpoint.every_steps", c.every_steps, 1..=MOST),
+            ("checkpoint.keep_last", c.keep_last as u64, 1..=MOST),
+            ("resources.threads", self.resources.threads as u64, 0..=MOST_THREADS),
+        ];
+        match ranges.into_iter().find(|(_, value, range)| !range.contains(value)) {
+            None => Ok(()),
+            Some((key, value, range)) => Err(SpecError::Value {
+                place: place.into(),
+                key: key.into(),
+                found: value.to_string(),
+                wanted: whole_wanted(value < *range.start(), &range),
+            }),
+        }
+    }
+
+    fn validate_numbers(&self, place: &str) -> Result<(), SpecError> {
+        let (o, f) = (&self.optimizer, &self.fault);
+        // The same bound as the reader's: the largest number below 1 that is not taken for 1.
+        let below_one = (0.0, 1.0 - f64::EPSILON);
+        let ranges = [
+            ("optimizer.learning_rate", o.learning_rate, POSITIVE),
+            ("optimizer.betas", o.betas[0], below_one),
+            ("optimizer.betas", o.betas[1], below_one),
+            ("optimizer.epsilon", o.epsilon, POSITIVE),
+            ("optimizer.weight_decay", o.weight_decay, (0.0, f64::MAX)),
+            ("optimizer.clip_norm", o.clip_norm.unwrap_or(1.0), POSITIVE),
+            ("schedule.minimum_ratio", self.schedule.minimum_ratio, (0.0, 1.0)),
+            ("fault.heartbeat", f.heartbeat, SECONDS),
+            ("fault.suspicion", f.suspicion, SECONDS),
+            ("fault.collective", f.collective, SECONDS),
+            ("fault.hang", f.hang, SECONDS),
+            ("fault.restart", f.restart, SECONDS),
+            ("fault.grace", f.grace, SECONDS),
+        ];
+        check_numbers(place, &ranges)
+    }
+
+    /// The sizes of one update, which are known to be at least 1.
+    fn validate_batch(&self, place: &str) -> Result<(), SpecError> {
+        let refuse = |key: &str, found: String, wanted: String| {
+            Err(SpecError::Value { place: place.into(), key: key.into(), found, wanted })
+        };
+        let t = &self.training;
+        if !t.global_batch.is_multiple_of(t.micro_batch) {
+            let down = t.global_batch - t.global_batch % t.micro_batch;
+            let near = if down == 0 { t.micro_batch } else { down };
+            let wanted = format!("a multiple of training.micro_batch = {} (such as {near})", t.micro_batch);
+            return refuse("training.global_batch", t.global_batch.to_string(), wanted);
+        }
+        if t.micro_batches() > MOST_MICRO_BATCHES {
+            let wanted = format!("at most {MOST_MICRO_BATCHES} times training.micro_batch = {}", t.micro_batch);
+            return refuse("training.global_batch", t.global_batch.to_string(), wanted);
+        }
+        // The widest activation of one micro-batch must be addressable with room to spare.
+        let wide = t.micro_batch as u128
+            * t.sequence_length as u128
+            * self.model.intermediate_size.max(self.model.vocab_size) as u128;
+        if wide > 1 << 40 {
+            let wanted = "smaller: micro_batch × sequence_length × width is beyond 2^40 elements".into();
+            return refuse("training.micro_batch", t.micro_batch.to_string(), wanted);
+        }
+        // Tokens are counted in 64 bits, those of one update and those of the whole job.
+        let Some(tokens) = (t.global_batch as u64).checked_mul(t.sequence_length as u64) else {
+            let wanted = "smaller: global_batch × sequence_length is beyond 2^64 tokens".into();
+            return refuse("training.global_batch", t.global_batch.to_string(), wanted);
+        };
+        if t.steps.checked_mul(tokens).is_none() {
+            let wanted = format!("at most {}, or the job would read more than 2^64 tokens", u64::MAX / tokens);
+            return refuse("training.steps", t.steps.to_string(), wanted);
+        }
+        Ok(())
     }
 
     fn validate_timeouts(&self, place: &str) -> Result<(), SpecError> {
@@ -114,6 +188,24 @@ impl ModelSpec {
         if self.num_hidden_layers > 4096 {
             return refuse("num_hidden_layers", self.num_hidden_layers, "at most 4096".into());
         }
-        Ok(())
+        let ranges = [
+            ("model.rope_theta", self.rope_theta, (1.0, f64::MAX)),
+            ("model.rms_norm_eps", self.rms_norm_eps, (f64::MIN_POSITIVE, 1.0)),
+            ("model.initializer_range", self.initializer_range, (0.0, 10.0)),
+        ];
+        check_numbers(place, &ranges)
+    }
+}
+
+/// Refuses the first number outside its range; not-a-number is outside every range.
+fn check_numbers(place: &str, ranges: &[(&str, f64, (f64, f64))]) -> Result<(), SpecError> {
+    match ranges.iter().find(|(_, value, (low, high))| !(value >= low && value <= high)) {
+        None => Ok(()),
+        Some((key, value, (low, high))) => Err(SpecError::Value {
+            place: place.into(),
+            key: (*key).into(),
+            found: value.to_string(),
+            wanted: number_wanted(*low, *high),
+        }),
     }
 }
