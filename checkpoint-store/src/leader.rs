@@ -206,4 +206,14 @@ mod tests {
         assert_eq!((view.epoch, view.newest_beat), (Epoch::new(79), None));
         assert_eq!(epochs(&store).await.unwrap().len(), 65);
     }
+
+    #[tokio::test]
+    async fn epochs_at_the_end_of_their_numbers_do_not_overflow() {
+        let store = Store::memory();
+        for epoch in [u64::MAX - 100, u64::MAX - 10, u64::MAX] {
+            assert_eq!(take(&store, Epoch::new(epoch), &record(&store, epoch)).await.unwrap(), Take::Won);
+        }
+        assert_eq!(epochs(&store).await.unwrap(), [Epoch::new(u64::MAX - 10), Epoch::new(u64::MAX)]);
+        assert_eq!(take(&store, Epoch::new(5), &record(&store, 5)).await.unwrap(), Take::Lost);
+    }
 }

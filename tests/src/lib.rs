@@ -21,6 +21,12 @@ pub fn root() -> &'static Path {
     })
 }
 
+/// Says that a test is skipped for want of a tool; where tools are required (`CAIRN_REQUIRE_TOOLS`), fails instead.
+pub fn skip(what: &str) {
+    assert!(std::env::var_os("CAIRN_REQUIRE_TOOLS").is_none(), "{what}");
+    println!("skipped: {what}");
+}
+
 /// The `cairn` binary of the profile the tests are built with, brought up to date first.
 pub fn cairn() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();

@@ -106,6 +106,15 @@ fn is_checkpoint(file: &Path) -> bool {
 }
 
 #[test]
+fn resume_with_another_model() {
+    let job = stored();
+    let before = job.stored("");
+    refused(&job, &["--resume", "--set", "model.intermediate_size=128"], 2, &["model.intermediate_size", "128", "256"]);
+    refused(&job, &["--resume", "--set", "training.validate_sequences=4"], 2, &["training.validate_sequences"]);
+    assert!(before.iter().filter(|file| is_checkpoint(file)).all(|file| file.exists()));
+}
+
+#[test]
 fn a_flipped_byte() {
     let job = stored();
     let object = &job.stored(".safetensors")[0];

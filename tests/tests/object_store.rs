@@ -53,7 +53,7 @@ impl Drop for Server {
 #[test]
 fn a_job_on_s3_has_the_same_digest() {
     let Some(server) = Server::start() else {
-        println!("skipped: no S3 server (run ./test, which installs moto, or set CAIRN_MOTO)");
+        tests::skip("no S3 server (run ./test, which installs moto, or set CAIRN_MOTO)");
         return;
     };
     server.make_bucket("bucket");

@@ -121,9 +121,7 @@ fn python() -> Option<String> {
 #[test]
 fn objects_open_with_pythons_safetensors_and_make_up_the_parameters() {
     let Some(python) = python() else {
-        println!(
-            "skipped: no Python with safetensors and numpy (run ./test, which installs them, or set CAIRN_PYTHON)"
-        );
+        tests::skip("no Python with safetensors and numpy (run ./test, which installs them, or set CAIRN_PYTHON)");
         return;
     };
     let job = Job::new();

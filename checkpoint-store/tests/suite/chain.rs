@@ -97,6 +97,47 @@ async fn of_two_appenders_one_loses_and_reads_again() {
 }
 
 #[tokio::test]
+async fn a_repeated_create_finds_its_own_record_and_no_one_elses() {
+    let memory = std::sync::Arc::new(object_store::memory::InMemory::new());
+    let store = Store::from_object_store("memory://", memory.clone());
+    // As after a first try whose answer was lost although it took effect.
+    Chain::create(&store, &job(), submitted()).await.unwrap();
+    let mut chain = Chain::create(&store, &job(), submitted()).await.unwrap();
+    assert_eq!(chain.history(), Chain::load(&store, &job()).await.unwrap().unwrap().history());
+    let event = Event::Submitted { spec_hash: BlockHash::of(b"another"), stop_at: None };
+    let different = Chain::create(&store, &job(), by(0, event)).await.unwrap_err();
+    assert!(matches!(different, ChainError::Lost { number: 0, .. }), "{different}");
+    let other = Store::from_object_store("memory://", memory);
+    let elsewhere = Chain::create(&other, &job(), submitted()).await.unwrap_err();
+    assert!(matches!(elsewhere, ChainError::Lost { number: 0, .. }), "{elsewhere}");
+    chain.append(formed(1, 1, None)).await.unwrap();
+    let late = Chain::create(&store, &job(), submitted()).await.unwrap_err();
+    assert!(matches!(late, ChainError::Lost { number: 0, .. }), "{late}");
+}
+
+#[tokio::test]
+async fn strange_names_do_not_hide_the_newest_record() {
+    let store = Store::memory();
+    for i in 0..1_100 {
+        let path = format!("{}/0-strange-{i:04}", layout::records(&job()));
+        store.create(&path, "x".into()).await.unwrap();
+    }
+    assert!(Chain::load(&store, &job()).await.unwrap().is_none());
+    let chain = running(&store, 2).await;
+    assert_eq!(Chain::load(&store, &job()).await.unwrap().unwrap().history(), chain.history());
+}
+
+#[tokio::test]
+async fn the_last_number_is_an_error_and_no_overflow() {
+    let store = Store::memory();
+    running(&store, 1).await;
+    store.create(&layout::record(&job(), u64::MAX), "{}".into()).await.unwrap();
+    assert_eq!(Chain::load(&store, &job()).await.unwrap_err().kind(), Kind::Corrupt);
+    let mut history = History { records: u64::MAX, ..History::default() };
+    assert!(matches!(history.apply(&by(0, Event::Cancelled)), Err(FoldError::OutOfPlace { .. })));
+}
+
+#[tokio::test]
 async fn racing_writers_make_one_chain() {
     let store = Store::memory();
     running(&store, 1).await;

@@ -137,6 +137,62 @@ async fn hostile_manifests_are_refused() {
     assert!(error.to_string().contains("lie twice"), "{error}");
 }
 
+/// Puts a manifest in the store under a record that has the right hash of it: only the parser stands in the way.
+async fn open_hostile(store: &Store, checkpoint: &CheckpointRef, bytes: Vec<u8>) -> StoreError {
+    let hash = BlockHash::of(&bytes);
+    replace(store, &layout::manifest(&job(), &checkpoint.manifest), bytes).await;
+    let named = CheckpointRef { hash, ..checkpoint.clone() };
+    let error = open_checkpoint(store, &job(), &named).await.expect_err("a hostile manifest");
+    assert_eq!(error.kind(), Kind::Corrupt, "{error}");
+    assert!(error.to_string().contains(&checkpoint.manifest), "{error}");
+    error
+}
+
+#[tokio::test]
+async fn a_right_hash_does_not_make_a_manifest_right() {
+    let (store, _, checkpoint) = saved().await;
+    let manifest = open_checkpoint(&store, &job(), &checkpoint).await.unwrap();
+    let good: Value = serde_json::to_value(&manifest).unwrap();
+    let (extents, block) = ("/objects/0/extents", manifest.block_elements);
+    let first = &manifest.objects[0].extents;
+    assert!(first[0].elements > block, "the first rank has several blocks");
+    let changes: Vec<(String, Value, &str)> = vec![
+        (format!("{extents}/1/offset"), json!(first[0].offset), "overlap"),
+        (format!("{extents}/1/state"), json!("param"), "lie twice"),
+        (format!("{extents}/0/elements"), json!(block), "are missing"),
+        ("/objects".into(), json!([]), "are missing"),
+        (format!("{extents}/0/elements"), json!(u64::MAX), "outside the space"),
+        (format!("{extents}/0/offset"), json!(u64::MAX), "outside the object"),
+        ("/objects/0/bytes".into(), json!((1u64 << 50) + 1), "more than"),
+        ("/objects/0/bytes".into(), json!(u64::MAX), "more than"),
+        ("/space/0/shape".into(), json!([1u64 << 40, 1u64 << 40]), "shape"),
+        ("/states".into(), json!(vec![json!({"name": "s", "dtype": "F32"}); 1_000]), "1000 states"),
+        ("/hashes".into(), json!(vec![""; 100_000]), "100000 lists"),
+        ("/scalar/samples_left_out".into(), json!(vec![7; 100_000]), "digest"),
+    ];
+    for (place, value, wanted) in changes {
+        let mut changed = good.clone();
+        *changed.pointer_mut(&place).unwrap() = value;
+        let error = open_hostile(&store, &checkpoint, serde_json::to_vec(&changed).unwrap()).await;
+        assert!(error.to_string().contains(wanted), "{place}: {error}");
+    }
+    // Each object is small enough, but together they are not.
+    let mut many = good.clone();
+    let twin = |i: usize| {
+        let mut object = good["objects"][0].clone();
+        object["path"] = json!(format!("jobs/tiny/objects/00/{i}.safetensors"));
+        object["bytes"] = json!(1u64 << 50);
+        object
+    };
+    many["objects"] = (0..1 << 14).map(twin).collect();
+    let error = open_hostile(&store, &checkpoint, serde_json::to_vec(&many).unwrap()).await;
+    assert!(error.to_string().contains("2^64"), "{error}");
+    let nested = |open: &str| format!(r#"{{"format":1,"job":{}"#, open.repeat(1 << 20)).into_bytes();
+    for bytes in [nested("["), nested(r#"{"a":"#), b"[".repeat(1 << 20)] {
+        open_hostile(&store, &checkpoint, bytes).await;
+    }
+}
+
 #[tokio::test]
 async fn a_newer_format_is_refused_naming_both() {
     let (store, chain, checkpoint) = saved().await;

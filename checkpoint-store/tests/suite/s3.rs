@@ -92,7 +92,7 @@ async fn a_server_whose_create_races_conforms_otherwise_but_is_refused() {
     expect_loads(&store, &checkpoint, &medium(), 2).await;
     let error = probe_atomic_create(&store).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Input, "{error}");
-    assert!(error.to_string().contains("--allow-single-coordinator"), "{error}");
+    assert!(error.to_string().contains("`cairn coordinator --allow-single-coordinator`"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -100,7 +100,7 @@ async fn a_server_that_overwrites_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (store, _) = s3s(folder.path(), Trouble::Overwrites).await;
     let error = probe_atomic_create(&store).await.unwrap_err();
-    assert!(error.to_string().contains("--allow-single-coordinator"), "{error}");
+    assert!(error.to_string().contains("`cairn coordinator --allow-single-coordinator`"), "{error}");
 }
 
 #[tokio::test]

@@ -6,10 +6,10 @@ use toml::{Table, Value};
 
 use super::reader::{Reader, SpecError, set_place};
 use super::{
-    Architecture, CheckpointSpec, DataSpec, DeviceKind, FaultSpec, JobSpec, ModelSpec, OptimizerKind, OptimizerSpec,
-    Overrides, PRESETS, Reduction, ResourcesSpec, SPEC_FORMAT, ScheduleKind, ScheduleSpec, TrainingSpec, Workers,
+    Architecture, CheckpointSpec, DataSpec, DeviceKind, FaultSpec, JobSpec, MOST_SEED, MOST_THREADS, ModelSpec,
+    OptimizerKind, OptimizerSpec, Overrides, PRESETS, Reduction, ResourcesSpec, SPEC_FORMAT, ScheduleKind,
+    ScheduleSpec, TrainingSpec, Workers,
 };
-use super::{MOST_SEED, MOST_THREADS};
 use crate::ids::JobName;
 
 /// Job files are small; a larger one is a mistake.

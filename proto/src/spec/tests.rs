@@ -69,7 +69,15 @@ fn each_mistake_names_its_place_and_what_would_be_right() {
         ("training.reduction", "true", &["training.reduction", "\"exact\""]),
         ("name", "\"a/b\"", &["name", "a-z"]),
         ("data", "3", &["data", "[data]"]),
-        ("name.x", "3", &["--set name.x", "not a section"]),
+        ("name.x", "3", &["--set name.x=3", "not a section"]),
+        ("training.steps", "281474976710657", &["training.steps", "from 1 to 281474976710656"]),
+        ("training.seed", "-1", &["training.seed", "from 0 to 9223372036854775807"]),
+        ("resources.workers", "4294967297", &["resources.workers", "from 1 to 4294967295"]),
+        ("resources.workers", "{ min = 4294967297 }", &["`resources.workers.min` is", "from 1 to 4294967295"]),
+        ("resources.workers", "{ max = 4294967297 }", &["`resources.workers.max` is", "from 1 to 4294967295"]),
+        ("resources.workers", "{ mix = 1 }", &["unknown key `resources.workers.mix`", "`resources.workers.min`"]),
+        ("fault.restarts_without_progress", "4294967296", &["restarts_without_progress", "from 0 to 4294967295"]),
+        ("resources.threads", "1025", &["resources.threads", "from 0 to 1024"]),
     ];
     for (key, value, wanted) in cases {
         let message = parse(GOOD, &[(key, value)]).expect_err(key);
@@ -87,6 +95,79 @@ fn only_what_cannot_reach_the_weights_may_change() {
     let changed = parse(GOOD, &[("model.intermediate_size", "64"), ("optimizer.learning_rate", "1")]).unwrap();
     let keys: Vec<String> = changed.forbidden_changes(&stored).into_iter().map(|d| d.key).collect();
     assert_eq!(keys, ["model.intermediate_size", "optimizer.learning_rate"]);
+    let fewer = parse(GOOD, &[("training.validate_sequences", "3")]).unwrap().forbidden_changes(&stored);
+    assert_eq!(fewer.iter().map(|d| d.key.as_str()).collect::<Vec<_>>(), ["training.validate_sequences"]);
+}
+
+#[test]
+fn the_place_is_where_the_wrong_value_was_given() {
+    let set = [("training.steps", "0")];
+    assert!(parse(GOOD, &set).unwrap_err().starts_with("--set training.steps=0: `training.steps`"));
+    assert!(parse(GOOD, &[("trainin.x", "1")]).unwrap_err().starts_with("--set trainin.x=1: unknown key `trainin`"));
+    assert!(parse(GOOD, &[("fault.suspicion", "0.5")]).unwrap_err().starts_with("--set fault.suspicion=0.5: "));
+    let range = [("resources.workers", "{ min = 0 }")];
+    assert!(
+        parse(GOOD, &range).unwrap_err().starts_with("--set resources.workers={ min = 0 }: `resources.workers.min`")
+    );
+    // An override of another key does not take the blame.
+    let bad = GOOD.replace("workers = 2", "workers = { min = 0 }");
+    let message = parse(&bad, &[("training.steps", "30"), ("resources.threads", "1")]).unwrap_err();
+    assert!(message.starts_with("job.toml: `resources.workers.min` is 0"), "{message}");
+}
+
+#[test]
+fn every_seed_toml_can_write_is_taken() {
+    for seed in [0, i64::MAX as u64] {
+        assert_eq!(parse(GOOD, &[("training.seed", &seed.to_string())]).unwrap().training.seed, seed);
+    }
+}
+
+/// A spec from the wire or the store, of which no job file was read.
+#[test]
+fn a_complete_spec_is_held_to_the_same_ranges() {
+    let good = parse(GOOD, &[]).unwrap();
+    type Change = fn(&mut JobSpec);
+    let changes: &[(&str, Change)] = &[
+        ("training.steps", |s| s.training.steps = 0),
+        ("training.steps", |s| s.training.steps = 1 << 60),
+        ("training.steps", |s| (s.training.steps, s.training.global_batch) = (1 << 48, 1 << 20)),
+        ("training.sequence_length", |s| s.training.sequence_length = 1 << 60),
+        ("training.global_batch", |s| (s.training.global_batch, s.training.micro_batch) = (0, 0)),
+        ("training.micro_batch", |s| s.training.micro_batch = 0),
+        ("training.global_batch", |s| s.training.global_batch = 2 << 21),
+        ("training.micro_batch", |s| (s.training.global_batch, s.training.micro_batch) = (1 << 40, 1 << 40)),
+        ("training.seed", |s| s.training.seed = u64::MAX),
+        ("training.validate_sequences", |s| s.training.validate_sequences = 0),
+        ("optimizer.learning_rate", |s| s.optimizer.learning_rate = 0.0),
+        ("optimizer.learning_rate", |s| s.optimizer.learning_rate = f64::INFINITY),
+        ("optimizer.betas", |s| s.optimizer.betas[0] = -0.1),
+        ("optimizer.betas", |s| s.optimizer.betas[1] = 1.0),
+        ("optimizer.epsilon", |s| s.optimizer.epsilon = f64::NAN),
+        ("optimizer.weight_decay", |s| s.optimizer.weight_decay = -1.0),
+        ("optimizer.clip_norm", |s| s.optimizer.clip_norm = Some(0.0)),
+        ("schedule.minimum_ratio", |s| s.schedule.minimum_ratio = 1.5),
+        ("schedule.decay_steps", |s| s.schedule.decay_steps = 0),
+        ("checkpoint.every_steps", |s| s.checkpoint.every_steps = 0),
+        ("checkpoint.keep_last", |s| s.checkpoint.keep_last = 0),
+        ("resources.threads", |s| s.resources.threads = 1025),
+        ("resources.workers", |s| s.resources.workers = Workers { min: 0, max: 1 }),
+        ("fault.heartbeat", |s| s.fault.heartbeat = f64::NAN),
+        ("fault.restart", |s| s.fault.restart = f64::INFINITY),
+        ("fault.grace", |s| s.fault.grace = -1.0),
+        ("model.rope_theta", |s| s.model.rope_theta = 0.5),
+        ("model.rms_norm_eps", |s| s.model.rms_norm_eps = 0.0),
+        ("model.initializer_range", |s| s.model.initializer_range = 11.0),
+        ("model.num_key_value_heads", |s| s.model.num_key_value_heads = 0),
+    ];
+    for (number, (key, change)) in changes.iter().enumerate() {
+        let mut spec = good.clone();
+        change(&mut spec);
+        let message = spec.validate("the wire").expect_err(key).to_string();
+        assert!(message.starts_with(&format!("the wire: `{key}` is ")), "change {number}, {key}: {message}");
+    }
+    let mut unclipped = good.clone();
+    unclipped.optimizer.clip_norm = None;
+    unclipped.validate("the wire").unwrap();
 }
 
 proptest::proptest! {

@@ -7,7 +7,7 @@
 use super::reader::{MOST, SpecError, number_wanted, whole_wanted};
 use super::{DeviceKind, JobSpec, MOST_SEED, MOST_THREADS, ModelSpec};
 
-/// Most micro-batches of one update: their losses travel in one small message, and their sum must fit the exact grid.
+/// Most micro-batches of one update: their losses travel in one message, and the exact grid leaves room for so many.
 const MOST_MICRO_BATCHES: usize = 1 << 20;
 /// The smallest and largest time of `[fault]`, in seconds.
 const SECONDS: (f64, f64) = (0.01, 86_400.0);
