@@ -99,6 +99,11 @@ pub(crate) fn is_passing(status: &Status) -> bool {
     matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::Unknown | Code::DeadlineExceeded)
 }
 
+/// Whether a failed call cannot have reached a coordinator: nobody listened.
+pub(crate) fn was_unheard(status: &Status) -> bool {
+    chain(status).contains("tcp connect error")
+}
+
 /// Follows a job, reconnecting while the coordinator is away for at most `patience`; ends after the last event.
 ///
 /// Events arrive on the channel; an error is the last thing on it.
@@ -112,10 +117,9 @@ pub(crate) fn follow(mut client: Client, job: String, patience: Duration) -> mps
             let status = match client.watch(Request::new(request)).await {
                 Ok(stream) => {
                     let mut stream = stream.into_inner();
-                    loop {
+                    let ended = loop {
                         match stream.message().await {
                             Ok(Some(event)) => {
-                                last_seen = Instant::now();
                                 (epoch, after) = (event.epoch, event.sequence);
                                 // A kind this version does not know is for a newer tool.
                                 let Ok(event) = serde_json::from_str::<JobEvent>(&event.json) else { continue };
@@ -127,7 +131,10 @@ pub(crate) fn follow(mut client: Client, job: String, patience: Duration) -> mps
                             Ok(None) => break Status::unavailable("the coordinator closed the stream"),
                             Err(status) => break status,
                         }
-                    }
+                    };
+                    // It was there until now, however long there was nothing to tell.
+                    last_seen = Instant::now();
+                    ended
                 }
                 Err(status) => status,
             };

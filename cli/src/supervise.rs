@@ -39,7 +39,8 @@ impl Part {
     /// Starts `cairn <arguments> <first>` and keeps `cairn <arguments>` running until [`Part::stop`]: what is in
     /// `first` holds for the first start only.
     ///
-    /// A death by signal, or exit code 3, is met with a restart; any other exit is final and told to `refused`.
+    /// An end that another start cannot mend (codes 0, 2 and 4) is final and told to `refused`; any other is met with a
+    /// restart.
     pub(crate) fn start(
         name: &'static str,
         arguments: Vec<String>,
@@ -107,7 +108,7 @@ async fn keep(
             }
         };
         let code = status.as_ref().ok().and_then(std::process::ExitStatus::code);
-        if let Some(code) = code.filter(|code| *code != 3) {
+        if let Some(code) = code.filter(|code| matches!(code, 0 | 2 | 4)) {
             let _ = refused.send(Refused { part: name, code: u8::try_from(code).unwrap_or(3) }).await;
             return;
         }

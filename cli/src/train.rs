@@ -14,7 +14,7 @@ use proto::wire::{JobRequest, SubmitMode, SubmitRequest};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
-use tonic::Status;
+use tonic::{Code, Status};
 
 use crate::args::{JobFileArgs, Output, TrainArgs};
 use crate::client::{self, Client};
@@ -231,11 +231,23 @@ async fn follow(args: &TrainArgs, spec: &JobSpec, local: &Local, signals: &mut S
 /// Submits once the coordinator is up; `true` if the job had already finished.
 pub(crate) async fn submit(client: &mut Client, request: SubmitRequest, within: Duration) -> Result<bool, Status> {
     let deadline = Instant::now() + within;
+    // Set once an answer was lost: the request may have been heard all the same.
+    let mut lost = false;
     loop {
         match client.submit(client::timed(request.clone())).await {
             Ok(reply) => return Ok(reply.into_inner().finished),
             Err(status) if client::is_passing(&status) && Instant::now() < deadline => {
+                lost |= !client::was_unheard(&status);
                 sleep(Duration::from_millis(50)).await;
+            }
+            Err(status) if lost && status.code() == Code::FailedPrecondition => {
+                let job = serde_json::from_slice::<JobSpec>(&request.spec).map(|spec| spec.name.to_string());
+                let asked = client.status(client::timed(JobRequest { job: job.unwrap_or_default() })).await;
+                let alive = ["submitted", "queued", "forming", "running"];
+                return match asked {
+                    Ok(reply) if alive.contains(&reply.get_ref().state.as_str()) => Ok(false),
+                    _ => Err(status),
+                };
             }
             Err(status) => return Err(status),
         }

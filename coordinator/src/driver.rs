@@ -29,7 +29,7 @@ pub(crate) type Outbox = mpsc::Sender<Result<CoordinatorMessage, Status>>;
 /// What the services hand to the driver.
 pub(crate) enum Input {
     /// An agent's stream opened.
-    Attach { connection: Connection, outbox: Outbox, event: Event },
+    Attach { connection: Connection, outbox: Outbox, open: oneshot::Sender<()>, event: Event },
     /// Something happened.
     Event(Event),
     /// An operator asks.
@@ -44,7 +44,8 @@ pub(crate) struct Driver {
     hub: Hub,
     scope: Scope,
     began: Instant,
-    outboxes: BTreeMap<Connection, Outbox>,
+    /// The ways to the agents; dropping the second half of one closes its stream.
+    outboxes: BTreeMap<Connection, (Outbox, oneshot::Sender<()>)>,
     replies: BTreeMap<RequestId, oneshot::Sender<Result<Answer, Refusal>>>,
     asked: RequestId,
     operations: JoinSet<(JobName, Outcome)>,
@@ -105,8 +106,8 @@ impl Driver {
 
     fn take(&mut self, input: Input) -> Result<(), CoordinatorError> {
         match input {
-            Input::Attach { connection, outbox, event } => {
-                self.outboxes.insert(connection, outbox);
+            Input::Attach { connection, outbox, open, event } => {
+                self.outboxes.insert(connection, (outbox, open));
                 self.handle(event)
             }
             Input::Event(event) => {
@@ -128,13 +129,14 @@ impl Driver {
             match action {
                 Action::Send { node, connection, body } => {
                     let message = CoordinatorMessage { epoch: self.epoch, body: Some(body) };
-                    let Some(outbox) = self.outboxes.get(&connection) else { continue };
+                    let Some((outbox, _)) = self.outboxes.get(&connection) else { continue };
                     if outbox.try_send(Ok(message)).is_err() {
                         // Its next stream is told everything anew.
                         tracing::warn!(%node, "the agent has gone or does not keep up; its stream is closed");
                         self.outboxes.remove(&connection);
                     }
                 }
+                Action::Close { connection } => drop(self.outboxes.remove(&connection)),
                 Action::Store { job, operation } => {
                     let work = self.journal.clone().perform(job.clone(), operation);
                     self.operations.spawn(async move { (job, work.await) });

@@ -86,6 +86,12 @@ impl Journal {
             let path = format!("job {job}: its specification");
             return Err(StoreError::NewerFormat { path, found: spec.format, known: SPEC_FORMAT });
         }
+        spec.validate(&format!("job {job}: its specification"))
+            .map_err(|error| StoreError::Corrupt(error.to_string()))?;
+        if spec.name != *job {
+            let name = &spec.name;
+            return Err(StoreError::Corrupt(format!("job {job}: its specification is of a job named {name}")));
+        }
         let ledger = ledger(spec.clone(), history)?;
         let page = self.page(job);
         *page.lock().await = Page { chain: Some(chain), spec: Some(spec), unclear: None };

@@ -86,8 +86,10 @@ impl Cluster for Edge {
             draining,
         };
         let outbox: Outbox = sender;
-        self.inputs.send(Input::Attach { connection, outbox: outbox.clone(), event }).await.map_err(stopping)?;
-        tokio::spawn(listen(self.inputs.clone(), node, connection, stream, outbox));
+        let (open, closed) = oneshot::channel();
+        let attach = Input::Attach { connection, outbox: outbox.clone(), open, event };
+        self.inputs.send(attach).await.map_err(stopping)?;
+        tokio::spawn(listen(self.inputs.clone(), node, connection, stream, outbox, closed));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 }
@@ -99,11 +101,14 @@ async fn listen(
     connection: u64,
     mut stream: Streaming<AgentMessage>,
     outbox: Outbox,
+    mut closed: oneshot::Receiver<()>,
 ) {
     loop {
         let message = tokio::select! {
             message = stream.next() => message,
             () = outbox.closed() => break,
+            // The driver has let go of this stream.
+            _ = &mut closed => break,
         };
         let Some(Ok(message)) = message else { break };
         match event(&node, connection, message) {

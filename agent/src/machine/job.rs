@@ -27,7 +27,10 @@ const MOST_EXITED: usize = 16;
 struct Worker {
     state: wire::WorkerState,
     attached: bool,
-    prepared: bool,
+    /// JSON of the spec it was prepared with.
+    prepared: Option<Vec<u8>>,
+    /// Since when it has been in its phase, as far as this agent has noticed.
+    phase_since: Duration,
     /// Generation, and whether to stop, of the last run command.
     ran: Option<(u64, bool)>,
     /// The last generation it was told to break off.
@@ -141,10 +144,14 @@ impl Job {
     }
 
     /// Takes a worker's own report; identity stays what the agent knows it to be.
-    pub(super) fn reported(&mut self, id: WorkerId, state: wire::WorkerState) {
+    pub(super) fn reported(&mut self, now: Duration, id: WorkerId, state: wire::WorkerState) {
         let Some(worker) = self.live.get_mut(&id) else { return };
         if state.phase() == WorkerPhase::Ready {
             self.failures = 0;
+        }
+        // Each step shows that it is not stuck.
+        if state.phase != worker.state.phase || state.step != worker.state.step {
+            worker.phase_since = now;
         }
         let (job, name, process) = (self.name.to_string(), id.to_string(), worker.state.process);
         worker.state = wire::WorkerState { job, worker: name, process, ..state };
@@ -182,6 +189,7 @@ impl Job {
 
     /// Closes the gap between what is and what should be.
     pub(super) fn reconcile(&mut self, now: Duration, fresh: Fresh<'_>, actions: &mut Vec<Action>) {
+        self.replace(now, actions);
         self.shrink(actions);
         let wanted = self.desired.workers as usize;
         while now >= self.start_after && self.counted() < wanted {
@@ -189,7 +197,8 @@ impl Job {
             let mut state =
                 wire::WorkerState { job: self.name.to_string(), worker: worker.to_string(), ..Default::default() };
             state.set_phase(WorkerPhase::Starting);
-            let entry = Worker { state, attached: false, prepared: false, ran: None, held: 0, dying: false };
+            let entry =
+                Worker { state, attached: false, prepared: None, phase_since: now, ran: None, held: 0, dying: false };
             self.live.insert(worker, entry);
             actions.push(Action::Spawn { job: self.name.clone(), worker });
         }
@@ -197,6 +206,34 @@ impl Job {
             if worker.attached && !worker.dying {
                 steer(*id, worker, &self.desired, self.threads, actions);
             }
+        }
+    }
+
+    /// Ends workers that no command can help: those prepared for another spec, which would compute something else, and
+    /// those that do not obey, because the process is paused or a thread of it is stuck. Fresh ones take their place.
+    fn replace(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        let (obey, start) = match &self.spec {
+            Some(spec) => (spec.fault.collective, spec.fault.restart),
+            None => return,
+        };
+        for (id, worker) in &mut self.live {
+            if worker.dying || rank_of(&self.desired, *id).is_some() {
+                continue;
+            }
+            let waited = now.saturating_sub(worker.phase_since).as_secs_f64();
+            let stale = worker.prepared.as_ref().is_some_and(|spec| *spec != self.desired.spec);
+            let reason = match worker.state.phase() {
+                _ if stale && !self.desired.spec.is_empty() => "it was prepared for another specification",
+                WorkerPhase::Starting if waited > start => "it does not get ready",
+                WorkerPhase::Joining | WorkerPhase::Running | WorkerPhase::Stopped | WorkerPhase::Failed
+                    if waited > obey =>
+                {
+                    "it does not leave a generation that is over"
+                }
+                _ => continue,
+            };
+            worker.dying = true;
+            actions.push(Action::Kill { worker: *id, reason });
         }
     }
 
@@ -215,7 +252,9 @@ impl Job {
             .live
             .iter()
             .filter(|(_, worker)| !worker.dying)
-            .map(|(id, worker)| (rank_of(desired, *id).is_some(), worker.acting().is_some(), worker.prepared, *id))
+            .map(|(id, worker)| {
+                (rank_of(desired, *id).is_some(), worker.acting().is_some(), worker.prepared.is_some(), *id)
+            })
             .collect();
         order.sort_unstable();
         for (.., id) in order.into_iter().take(surplus) {
@@ -232,8 +271,8 @@ impl Job {
 /// Sends one worker the commands it has not had yet.
 fn steer(id: WorkerId, worker: &mut Worker, desired: &wire::Desired, threads: u32, actions: &mut Vec<Action>) {
     let mut send = |command| actions.push(Action::Send { worker: id, command });
-    if !worker.prepared {
-        worker.prepared = true;
+    if worker.prepared.is_none() {
+        worker.prepared = Some(desired.spec.clone());
         send(Command::Prepare { spec: desired.spec.clone(), threads });
     }
     let placed = desired.run.as_ref().zip(rank_of(desired, id));

@@ -149,7 +149,7 @@ impl Machine {
             Event::Welcomed(epoch) => self.epoch = self.epoch.max(epoch),
             Event::Desired { epoch, desired } => self.desire(epoch, desired, &mut actions),
             Event::Attached(worker) => self.with(worker, |job| job.attached(worker)),
-            Event::State { worker, state } => self.with(worker, |job| job.reported(worker, state)),
+            Event::State { worker, state } => self.with(worker, |job| job.reported(now, worker, state)),
             Event::Exited { worker, reason } => self.with(worker, |job| job.exited(now, worker, reason)),
             Event::Started { worker, process } => self.with(worker, |job| job.started(worker, process)),
             Event::Tick => {}

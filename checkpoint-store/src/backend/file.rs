@@ -397,10 +397,11 @@ impl From<Failure> for StoreError {
                 "{what}: a symbolic link or a file stands where the store has a folder or an object; \
                  links are not followed"
             )),
-            (Some(e @ (Errno::IO | Errno::NOSPC | Errno::DQUOT | Errno::MFILE | Errno::NFILE | Errno::AGAIN)), _) => {
-                Self::unavailable(what, std::io::Error::from(e))
+            (Some(e @ (Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::NAMETOOLONG | Errno::NOENT)), _) => {
+                Self::refused(what, std::io::Error::from(e))
             }
-            (Some(e), _) => Self::refused(what, std::io::Error::from(e)),
+            // Everything else may pass: a full disk, a network file system that stalls, a limit of the system.
+            (Some(e), _) => Self::unavailable(what, std::io::Error::from(e)),
             (None, Some(e)) => Self::unavailable(what, e),
             (None, None) => Self::Bug(what),
         }

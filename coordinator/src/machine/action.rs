@@ -206,6 +206,11 @@ pub enum Operation {
 /// Something to be done.
 #[derive(Debug)]
 pub enum Action {
+    /// Close an agent's stream, so that it attaches anew.
+    Close {
+        /// The stream.
+        connection: Connection,
+    },
     /// Tell an agent.
     Send {
         /// Its node.

@@ -5,6 +5,8 @@
 //! a generation's data plane is derived, not drawn: a new leader with the same secret announces the same generation in
 //! the same words.
 
+use std::collections::BTreeMap;
+
 use proto::ids::{Generation, JobName, NodeName, Step};
 use proto::wire::coordinator_message::Body;
 use proto::wire::{Announcement, Desired, Placement, WorkerPhase};
@@ -89,6 +91,7 @@ fn key(settings: &Settings, job: &JobName, generation: Generation) -> [u8; 32] {
 pub(super) fn tell<'a>(
     members: &mut Members,
     jobs: impl Iterator<Item = &'a Job> + Clone,
+    unreadable: &BTreeMap<JobName, String>,
     settings: &Settings,
     out: &mut Vec<Action>,
 ) {
@@ -102,8 +105,10 @@ pub(super) fn tell<'a>(
             news.extend(desired.map(|desired| (job.name.clone(), desired)));
         }
         for worker in &agent.workers {
-            let known =
-                jobs.clone().any(|job| job.name == worker.job) || news.iter().any(|(job, _)| *job == worker.job);
+            // What cannot be read now is left alone: it may be read again.
+            let known = unreadable.contains_key(&worker.job)
+                || jobs.clone().any(|job| job.name == worker.job)
+                || news.iter().any(|(job, _)| *job == worker.job);
             if !known {
                 // Whatever generation the agent has seen of a job this store does not hold, it is over.
                 let gone = Desired { job: worker.job.to_string(), fenced: u64::MAX, ..Desired::default() };

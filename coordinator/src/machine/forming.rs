@@ -107,6 +107,11 @@ impl Job {
             self.since = cx.now;
             return None;
         }
+        if self.ledger.had_checkpoint && self.ledger.newest().is_none() {
+            let reason = "every checkpoint of the job is damaged and set aside; start over with --fresh".to_string();
+            self.verdict = Some(Verdict { reason, code: 4 });
+            return None;
+        }
         let late = cx.now.saturating_sub(self.since).as_secs_f64() > self.ledger.spec.fault.restart;
         let mut complete = true;
         let mut chosen: Vec<(NodeName, Worker)> = Vec::new();

@@ -271,11 +271,12 @@ impl Job {
             if let Some(waiting) = self.cancelling.take() {
                 return Some((Operation::Append(Entry::Ended(End::Cancelled)), Some(waiting)));
             }
-            if let Some(Verdict { reason, code }) = self.verdict.take() {
-                return append(Entry::Ended(End::Failed { reason, code }));
-            }
+            // First of all what is already durable: even a job that fails keeps its last checkpoint.
             if let Some(operation) = self.commit(cx) {
                 return Some((operation, None));
+            }
+            if let Some(Verdict { reason, code }) = self.verdict.take() {
+                return append(Entry::Ended(End::Failed { reason, code }));
             }
             if let Some((checkpoint, reason)) = self.suspect.take() {
                 return append(Entry::Quarantined { checkpoint, reason });

@@ -178,6 +178,12 @@ impl Ledger {
         range.min = range.min.min(workers);
     }
 
+    /// Retention has deleted all but the newest.
+    pub fn keep_last(&mut self, count: usize) {
+        let old = self.checkpoints.len().saturating_sub(count);
+        self.checkpoints.drain(..old);
+    }
+
     /// A checkpoint was committed.
     pub fn commit(&mut self, checkpoint: Checkpoint) {
         self.had_checkpoint = true;

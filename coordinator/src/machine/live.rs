@@ -149,7 +149,6 @@ impl Live {
                     detached |= agent.connection.is_none();
                     match agent.of(job).find(|reported| reported.id == worker) {
                         Some(reported) => self.look(now, index, reported),
-                        None if self.seen[index].stopped.is_some() => None,
                         None => Some((FailureKind::Exit, format!("worker {worker} on {node} is gone"))),
                     }
                 }

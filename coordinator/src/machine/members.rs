@@ -148,6 +148,14 @@ impl Members {
         }
     }
 
+    /// Does not hold a silence of this length against anyone.
+    pub(super) fn forgive(&mut self, gap: Duration) {
+        for agent in self.agents.values_mut() {
+            agent.heard += gap;
+            agent.closed = agent.closed.map(|closed| closed + gap);
+        }
+    }
+
     /// Forgets the agents that are lost by now and says why each is.
     pub(super) fn bury(&mut self, now: Duration, suspicion: Duration) -> Vec<(NodeName, String)> {
         let mut lost = Vec::new();

@@ -57,6 +57,9 @@ pub struct Settings {
     pub secret: [u8; 32],
 }
 
+/// A gap between two events, which come at least every 100 ms, that only a pause of this process explains.
+const PAUSED: Duration = Duration::from_secs(2);
+
 /// All agents and all jobs.
 #[derive(Debug)]
 pub struct Cluster {
@@ -67,6 +70,8 @@ pub struct Cluster {
     order: Vec<JobName>,
     /// Jobs whose history is damaged, and how.
     unreadable: BTreeMap<JobName, String>,
+    /// When the last event was handled; they come at least every tick.
+    handled: Duration,
     out: Vec<Action>,
 }
 
@@ -79,12 +84,19 @@ impl Cluster {
             jobs: BTreeMap::new(),
             order: Vec::new(),
             unreadable: BTreeMap::new(),
+            handled: Duration::ZERO,
             out: Vec::new(),
         }
     }
 
     /// Takes in an event and says what is to be done. `now` must not go back.
     pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
+        // After a pause of this process the agents' reports are still waiting to be read: their silence was ours.
+        let gap = now.saturating_sub(self.handled);
+        if gap > PAUSED {
+            self.members.forgive(gap);
+        }
+        self.handled = now;
         self.take_in(now, event);
         for (_, reason) in self.members.bury(now, self.suspicion()) {
             self.out.push(Action::Log { job: None, text: format!("lost: {reason}") });
@@ -96,15 +108,16 @@ impl Cluster {
         // What has just ended or failed has given slots back or wants other ones.
         self.place();
         let jobs = self.order.iter().filter_map(|name| self.jobs.get(name));
-        desired::tell(&mut self.members, jobs, &self.settings, &mut self.out);
+        desired::tell(&mut self.members, jobs, &self.unreadable, &self.settings, &mut self.out);
         std::mem::take(&mut self.out)
     }
 
-    /// The shortest suspicion any job at work asks for; every job's is longer than the heartbeat it asks for.
+    /// The shortest suspicion any job at work asks for, but never so short that one late heartbeat of an agent that has
+    /// no job yet is a loss.
     fn suspicion(&self) -> Duration {
         let asked = self.jobs.values().filter(|job| job.active()).map(|job| job.ledger.spec.fault.suspicion);
         let shortest = asked.min_by(f64::total_cmp).and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-        shortest.unwrap_or(self.settings.suspicion)
+        shortest.unwrap_or(self.settings.suspicion).max(self.settings.heartbeat.mul_f64(2.5))
     }
 
     /// Lets a job act with its surroundings in view.
@@ -142,8 +155,10 @@ impl Cluster {
                 self.welcome(node, connection);
             }
             Event::Report { node, connection, workers, epoch, draining } => {
-                if !self.obeys_another(&node, epoch) {
-                    self.members.report(now, &node, connection, workers, draining);
+                if !self.obeys_another(&node, epoch) && !self.members.report(now, &node, connection, workers, draining)
+                {
+                    // Of an agent that was taken for lost: it is to attach anew.
+                    self.out.push(Action::Close { connection });
                 }
             }
             Event::Detached { node, connection } => self.members.detach(now, &node, connection),

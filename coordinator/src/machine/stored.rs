@@ -27,6 +27,12 @@ impl Job {
     pub(super) fn stored(&mut self, cx: &mut Context<'_>, outcome: Outcome) -> bool {
         let Some(flight) = self.flight.take() else { return true };
         match (flight.operation.clone(), outcome) {
+            // The name was taken by someone else's job: that is the caller's to know, and no loss of leadership.
+            (Operation::Append(Entry::Submitted { .. }), Outcome::Lost(_)) => {
+                let text = format!("the store already holds job {}: restart this coordinator to take it up", self.name);
+                self.refuse_all(cx, flight.waiting, &Refusal::Precondition(text));
+                return false;
+            }
             (_, Outcome::Lost(reason)) => cx.out.push(Action::StepDown { reason }),
             (Operation::Append(entry), Outcome::Done) => {
                 self.ledger.apply(&entry);
@@ -53,6 +59,7 @@ impl Job {
                 cx.log(&self.name, format!("the checkpoint of step {step} is not committed: {reason}; trying again"));
                 self.commit_after = (cx.now + backoff(attempts), attempts.saturating_add(1));
             }
+            (Operation::Retain { keep_last }, Outcome::Done) => self.ledger.keep_last(keep_last),
             (Operation::Retain { .. }, Outcome::Failed(reason) | Outcome::Impossible(reason)) => {
                 cx.log(&self.name, format!("retention did not finish: {reason}; the next checkpoint's will"));
             }
@@ -179,7 +186,9 @@ impl Job {
         }
         cx.log(&self.name, format!("the job came to rest: {end:?}"));
         cx.publish(&self.name, last_event(&end));
-        for request in std::mem::take(&mut self.waiters) {
+        // A cancellation that came too late is answered with what the job has become.
+        let cancelling = self.cancelling.take().map(|waiting| waiting.request);
+        for request in std::mem::take(&mut self.waiters).into_iter().chain(cancelling) {
             let answer = Answer::Status(Box::new(self.status(cx.members, cx.settings)));
             cx.out.push(Action::Reply { request, answer: Ok(answer) });
         }

@@ -73,12 +73,25 @@ fn a_lost_agent_shrinks_the_world() {
 fn a_silent_agent_is_lost_after_the_suspicion_time() {
     let mut rig = Rig::running("2", 2);
     rig.forget();
-    rig.now += Duration::from_secs(4);
-    rig.handle(Event::Tick);
+    let quiet = |rig: &mut Rig, seconds: u64| {
+        for _ in 0..seconds {
+            rig.now += Duration::from_secs(1);
+            rig.handle(Event::Tick);
+        }
+    };
+    quiet(&mut rig, 4);
     assert!(rig.events.is_empty());
-    rig.now += Duration::from_secs(2);
-    rig.handle(Event::Tick);
+    quiet(&mut rig, 2);
     assert!(failure(&rig).1.contains("silent"));
+}
+
+#[test]
+fn a_pause_of_the_coordinator_itself_loses_nobody() {
+    let mut rig = Rig::running("2", 2);
+    rig.forget();
+    rig.now += Duration::from_secs(60);
+    rig.handle(Event::Tick);
+    assert!(rig.events.is_empty(), "the agents' reports are still waiting to be read");
 }
 
 #[test]

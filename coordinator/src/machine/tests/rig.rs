@@ -116,7 +116,7 @@ impl Rig {
                     assert!(self.replies.insert(request, answer).is_none(), "request {request} answered twice");
                 }
                 Action::StepDown { reason } => self.fenced = Some(reason),
-                Action::Reopen { .. } | Action::Log { .. } => {}
+                Action::Reopen { .. } | Action::Log { .. } | Action::Close { .. } => {}
             }
         }
     }
