@@ -336,6 +336,7 @@ impl Driver {
                 self.event(Event::Welcomed(epoch));
                 self.report();
                 self.resend();
+                self.waiting.hand_again();
                 self.flush();
             }
             Some(coordinator_message::Body::Desired(desired)) => {
@@ -382,9 +383,10 @@ impl Driver {
     fn flush(&mut self) {
         while self.welcomed {
             let Some(body) = self.waiting.next() else { return };
-            if let Some(back) = self.send(body) {
+            if let Some(back) = self.send(body.clone()) {
                 return self.waiting.put_back(back);
             }
+            self.waiting.handed(body);
         }
     }
 

@@ -8,6 +8,8 @@ use std::collections::{BTreeMap, VecDeque};
 use proto::ids::JobName;
 use proto::wire;
 
+/// Reports remembered after they were handed to a stream.
+const MOST_HANDED: usize = 64;
 /// Step reports kept while there is no coordinator.
 const MOST_STEPS: usize = 4096;
 
@@ -37,6 +39,8 @@ impl SaveKey {
 pub(crate) struct Waiting {
     receipts: BTreeMap<SaveKey, wire::ShardReceipt>,
     rest: VecDeque<wire::agent_message::Body>,
+    /// The newest reports handed to a stream. One that breaks may have lost them.
+    handed: VecDeque<wire::agent_message::Body>,
 }
 
 impl Waiting {
@@ -71,6 +75,21 @@ impl Waiting {
     /// The oldest waiting report.
     pub(crate) fn next(&mut self) -> Option<wire::agent_message::Body> {
         self.rest.pop_front()
+    }
+
+    /// Notes that a report was handed to a stream.
+    pub(crate) fn handed(&mut self, body: wire::agent_message::Body) {
+        if self.handed.len() == MOST_HANDED {
+            self.handed.pop_front();
+        }
+        self.handed.push_back(body);
+    }
+
+    /// Takes the newest reports back for a new stream; who has them already drops them by their step.
+    pub(crate) fn hand_again(&mut self) {
+        while let Some(body) = self.handed.pop_back() {
+            self.rest.push_front(body);
+        }
     }
 
     /// Puts back a report that could not be sent.

@@ -7,7 +7,7 @@
 //! * [`backend`], [`url`], [`probe`]: a place to keep bytes, with one primitive that matters, atomic put-if-absent;
 //! * [`record`], [`history`], [`chain`]: a job's history as a chain of such puts, and [`leader`] epochs;
 //! * [`object`], [`manifest`], [`save`]: shard → object → receipt → manifest → commit record;
-//! * [`plan`], [`load`], [`verify`]: any range back from any checkpoint, every byte proved;
+//! * [`mod@plan`], [`load`], [`mod@verify`]: any range back from any checkpoint, every byte proved;
 //! * [`retention`]: what may go, and how; [`spec_file`]: what was asked; [`layout`]: where everything lies.
 //!
 //! A checkpoint exists exactly when a record of the chain names its manifest with its hash.

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::args::{BenchCommand, BenchTrainArgs, Output};
 use crate::failure::{Failure, chain};
-use crate::table;
+use crate::table::{self, say};
 
 /// Measurements of each side; they alternate, so that a machine that drifts slows both.
 const ROUNDS: usize = 3;
@@ -46,10 +46,10 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
             "tokens_per_second": mine, "rounds": ours, "peer_tokens_per_second": peer, "peer_rounds": theirs,
             "ratio": peer.map(|peer| mine / peer),
         });
-        println!("{line}");
+        say!("{line}");
         return Ok(0);
     }
-    println!(
+    say!(
         "model {}: {} wide, {} layers, {} heads, ffn {}, vocabulary {}; {} sequences of {} tokens a step, exact sums",
         args.preset,
         m.hidden_size,
@@ -60,7 +60,7 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
         args.global_batch,
         args.sequence_length
     );
-    println!("{} workers × {threads} threads, median of {ROUNDS} runs of {} s", args.workers, args.seconds);
+    say!("{} workers × {threads} threads, median of {ROUNDS} runs of {} s", args.workers, args.seconds);
     let row = |name: &str, rate: f64, all: &[f64]| {
         let each: Vec<String> = all.iter().map(|rate| table::count(*rate)).collect();
         vec![name.to_string(), format!("{rate:.0}"), each.join(" ")]
@@ -71,7 +71,7 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
     }
     table::print(&["", "TOKENS/S", "RUNS"], &rows);
     if let Some(peer) = peer {
-        println!("ratio {:.2}", mine / peer);
+        say!("ratio {:.2}", mine / peer);
     }
     Ok(0)
 }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::args::{CheckpointArgs, CheckpointCommand, CheckpointListArgs, Output};
 use crate::failure::{BAD_DATA, Failure};
-use crate::table;
+use crate::table::{self, say};
 
 pub(crate) async fn run(command: CheckpointCommand) -> Result<u8, Failure> {
     match command {
@@ -46,12 +46,12 @@ async fn list(args: CheckpointListArgs) -> Result<u8, Failure> {
     checkpoints.sort_by_key(|c| (c.checkpoint.step, c.checkpoint.generation));
     if args.output == Output::Json {
         for c in &checkpoints {
-            println!("{}", summary(c));
+            say!("{}", summary(c));
         }
         return Ok(0);
     }
     if checkpoints.is_empty() {
-        println!("job {} has no checkpoints yet", args.name);
+        say!("job {} has no checkpoints yet", args.name);
         return Ok(0);
     }
     let rows: Vec<Vec<String>> = checkpoints
@@ -104,7 +104,7 @@ async fn show(args: CheckpointArgs) -> Result<u8, Failure> {
     let best = best.ok_or_else(|| Failure::request("no checkpoint to show"))?;
     let manifest = open_checkpoint(&store, &args.job.name, &best.checkpoint).await?;
     match args.job.output {
-        Output::Json => println!("{}", details(best, &manifest)),
+        Output::Json => say!("{}", details(best, &manifest)),
         Output::Text => print_details(&args, best, &manifest),
     }
     Ok(0)
@@ -124,15 +124,15 @@ fn details(c: &Checkpoint, m: &Manifest) -> Value {
 }
 
 fn print_details(args: &CheckpointArgs, c: &Checkpoint, m: &Manifest) {
-    println!("job         {}", args.job.name);
-    println!("step        {} (generation {}, {})", m.step, m.generation, state(c));
-    println!("digest      {}", m.digest);
-    println!("parameters  {} in {} tensors", m.parameters(), m.space.tensors().len());
+    say!("job         {}", args.job.name);
+    say!("step        {} (generation {}, {})", m.step, m.generation, state(c));
+    say!("digest      {}", m.digest);
+    say!("parameters  {} in {} tensors", m.parameters(), m.space.tensors().len());
     let states: Vec<&str> = m.states.iter().map(|s| s.name.as_str()).collect();
-    println!("states      {}", states.join(", "));
-    println!("saved by    {} workers, {} in {} objects", m.world_size, table::bytes(m.bytes()), m.objects.len());
-    println!("data        next sample {} of the seeded order, seed {}", m.scalar.cursor, m.scalar.seed);
-    println!();
+    say!("states      {}", states.join(", "));
+    say!("saved by    {} workers, {} in {} objects", m.world_size, table::bytes(m.bytes()), m.objects.len());
+    say!("data        next sample {} of the seeded order, seed {}", m.scalar.cursor, m.scalar.seed);
+    say!();
     let rows: Vec<Vec<String>> = m.objects.iter().map(|o| vec![table::bytes(o.bytes), o.path.clone()]).collect();
     table::print(&["SIZE", "OBJECT"], &rows);
 }
@@ -152,15 +152,15 @@ async fn prove(args: CheckpointArgs) -> Result<u8, Failure> {
             Err(error) => return Err(error.into()),
         };
         match args.job.output {
-            Output::Json => println!(
+            Output::Json => say!(
                 "{}",
                 json!({"event": "verified", "step": place.step, "digest": place.digest, "good": found.is_empty(),
                        "bytes": place.bytes, "problems": found})
             ),
             Output::Text if found.is_empty() => {
-                println!("step {}  good  {}  digest {}", place.step, table::bytes(place.bytes), place.digest);
+                say!("step {}  good  {}  digest {}", place.step, table::bytes(place.bytes), place.digest);
             }
-            Output::Text => println!("step {}  damaged", place.step),
+            Output::Text => say!("step {}  damaged", place.step),
         }
         problems.extend(found.into_iter().map(|problem| format!("step {}: {problem}", place.step)));
     }

@@ -104,6 +104,31 @@ pub(crate) fn was_unheard(status: &Status) -> bool {
     chain(status).contains("tcp connect error")
 }
 
+/// The newest steps shown: a new coordinator is told of the last ones again.
+#[derive(Default)]
+struct Seen {
+    step: u64,
+    validation: u64,
+}
+
+impl Seen {
+    /// Whether an event was shown before. A new generation takes steps again, and they are shown again.
+    fn repeats(&mut self, event: &JobEvent) -> bool {
+        let (newest, step) = match event {
+            JobEvent::Generation { .. } => {
+                *self = Self::default();
+                return false;
+            }
+            JobEvent::Step { step, .. } => (&mut self.step, *step),
+            JobEvent::Validation { step, .. } => (&mut self.validation, *step),
+            _ => return false,
+        };
+        let repeated = step <= *newest;
+        *newest = step.max(*newest);
+        repeated
+    }
+}
+
 /// Follows a job, reconnecting while the coordinator is away for at most `patience`; ends after the last event.
 ///
 /// Events arrive on the channel; an error is the last thing on it.
@@ -111,6 +136,7 @@ pub(crate) fn follow(mut client: Client, job: String, patience: Duration) -> mps
     let (sender, receiver) = mpsc::channel(256);
     tokio::spawn(async move {
         let (mut epoch, mut after) = (0, 0);
+        let mut seen = Seen::default();
         let mut last_seen = Instant::now();
         loop {
             let request = WatchRequest { job: job.clone(), epoch, after };
@@ -123,6 +149,9 @@ pub(crate) fn follow(mut client: Client, job: String, patience: Duration) -> mps
                                 (epoch, after) = (event.epoch, event.sequence);
                                 // A kind this version does not know is for a newer tool.
                                 let Ok(event) = serde_json::from_str::<JobEvent>(&event.json) else { continue };
+                                if seen.repeats(&event) {
+                                    continue;
+                                }
                                 let last = event.is_last();
                                 if sender.send(Ok(event)).await.is_err() || last {
                                     return;

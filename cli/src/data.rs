@@ -8,7 +8,7 @@ use worker::data::prepare::PrepareOptions;
 
 use crate::args::{DataCommand, PrepareArgs};
 use crate::failure::{Failure, chain};
-use crate::table;
+use crate::table::{self, say};
 
 pub(crate) fn run(command: DataCommand) -> Result<u8, Failure> {
     let DataCommand::Prepare(args) = command;
@@ -36,6 +36,6 @@ fn prepare(args: &PrepareArgs) -> Result<u8, Failure> {
         .map(|set| vec![set.prefix.display().to_string(), set.documents.to_string(), set.tokens.to_string()])
         .collect();
     table::print(&["DATASET", "DOCUMENTS", "TOKENS"], &rows);
-    println!("set model.vocab_size to at least {}", report.vocab_size);
+    say!("set model.vocab_size to at least {}", report.vocab_size);
     Ok(0)
 }

@@ -10,7 +10,7 @@ use crate::args::{JobArgs, OperatorArgs, Output, ScaleArgs, SubmitArgs};
 use crate::client;
 use crate::failure::Failure;
 use crate::render::Renderer;
-use crate::table;
+use crate::table::{self, say};
 use crate::train;
 
 /// A checkpoint of a large job may take this long before a pause is complete.
@@ -28,9 +28,9 @@ pub(crate) async fn submit(args: SubmitArgs) -> Result<u8, Failure> {
     let finished = train::submit(&mut client, request, SUBMIT).await.map_err(|s| client::explain(s, address))?;
     let name = &spec.name;
     match args.operator.output {
-        Output::Json => println!("{}", json!({"event": "submitted", "job": name, "finished": finished})),
-        Output::Text if finished => println!("job {name} had already finished; nothing was started"),
-        Output::Text => println!("job {name} submitted; follow it with: cairn watch {name}"),
+        Output::Json => say!("{}", json!({"event": "submitted", "job": name, "finished": finished})),
+        Output::Text if finished => say!("job {name} had already finished; nothing was started"),
+        Output::Text => say!("job {name} submitted; follow it with: cairn watch {name}"),
     }
     Ok(0)
 }
@@ -41,12 +41,12 @@ pub(crate) async fn list(args: OperatorArgs) -> Result<u8, Failure> {
     let jobs = reply.map_err(|status| client::explain(status, &args.coordinator))?.into_inner().jobs;
     if args.output == Output::Json {
         for job in &jobs {
-            println!("{}", status_json(job));
+            say!("{}", status_json(job));
         }
         return Ok(0);
     }
     if jobs.is_empty() {
-        println!("no jobs; hand one in with: cairn submit JOB.toml");
+        say!("no jobs; hand one in with: cairn submit JOB.toml");
         return Ok(0);
     }
     let rows: Vec<Vec<String>> = jobs
@@ -124,26 +124,29 @@ pub(crate) async fn watch(args: JobArgs) -> Result<u8, Failure> {
 fn show(operator: &OperatorArgs, reply: Result<tonic::Response<JobStatus>, tonic::Status>) -> Result<u8, Failure> {
     let job = reply.map_err(|status| client::explain(status, &operator.coordinator))?.into_inner();
     if operator.output == Output::Json {
-        println!("{}", status_json(&job));
+        say!("{}", status_json(&job));
         return Ok(0);
     }
-    println!("job         {}", job.job);
+    say!("job         {}", job.job);
     let reason = if job.reason.is_empty() { String::new() } else { format!(" ({})", job.reason) };
-    println!("state       {}{reason}", job.state);
-    println!("step        {} of {}", job.step, job.steps);
+    say!("state       {}{reason}", job.state);
+    say!("step        {} of {}", job.step, job.steps);
     if let Some(loss) = job.loss {
-        println!("loss        {loss:.4}");
+        say!("loss        {loss:.4}");
     }
-    println!(
+    say!(
         "generation  {}, {} workers (from {} to {})",
-        job.generation, job.world_size, job.min_workers, job.max_workers
+        job.generation,
+        job.world_size,
+        job.min_workers,
+        job.max_workers
     );
     if let Some(step) = job.checkpoint_step {
-        println!("checkpoint  step {step}, digest {}", job.digest);
+        say!("checkpoint  step {step}, digest {}", job.digest);
     }
-    println!("restarts    {} without progress", job.restarts_without_progress);
+    say!("restarts    {} without progress", job.restarts_without_progress);
     if !job.workers.is_empty() {
-        println!();
+        say!();
         let rows: Vec<Vec<String>> = job.workers.iter().zip(&job.nodes).map(|(w, node)| worker_row(w, node)).collect();
         table::print(&["RANK", "NODE", "PROCESS", "PHASE", "STEP"], &rows);
     }

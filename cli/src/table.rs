@@ -1,5 +1,14 @@
 //! Plain aligned tables and sizes for people.
 
+/// Prints a line. Who reads it may have gone away (`cairn jobs | head -1`), which is no failure.
+macro_rules! say {
+    ($($words:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stdout(), $($words)*);
+    }};
+}
+pub(crate) use say;
+
 /// Prints rows under a header, columns padded to their widest cell.
 pub(crate) fn print(header: &[&str], rows: &[Vec<String>]) {
     let mut widths: Vec<usize> = header.iter().map(|cell| cell.chars().count()).collect();
@@ -10,7 +19,7 @@ pub(crate) fn print(header: &[&str], rows: &[Vec<String>]) {
     }
     let line = |cells: &mut dyn Iterator<Item = &str>| {
         let padded: Vec<String> = cells.zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        println!("{}", padded.join("  ").trim_end());
+        say!("{}", padded.join("  ").trim_end());
     };
     line(&mut header.iter().copied());
     for row in rows {

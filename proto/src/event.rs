@@ -55,7 +55,7 @@ pub enum JobEvent {
         digest: String,
         /// How long the slowest rank's training thread was held, in milliseconds.
         stall_ms: f64,
-        /// From capture to commit.
+        /// From the complete, hashed snapshot to commit.
         seconds: f64,
         /// Bytes written.
         bytes: u64,

@@ -92,6 +92,8 @@ fn a_killed_coordinator_changes_nothing_and_stops_no_training() {
         let generations = outcome.of("generation");
         let highest = generations.iter().filter_map(|event| event["generation"].as_u64()).max();
         assert_eq!(highest, Some(1), "the workers were disturbed: {generations:?}\n{}", outcome.stderr);
+        let steps: Vec<_> = outcome.of("step").iter().filter_map(|event| event["step"].as_u64()).collect();
+        assert_eq!(steps, (1..=STEPS).collect::<Vec<_>>(), "each step is told once");
     }
 }
 

@@ -337,6 +337,10 @@ impl Job {
         let step = Step::new(report.step);
         let Some(live) = self.live.as_mut().filter(|live| live.generation().get() == report.generation) else { return };
         live.progress(cx.now, step);
+        if step < self.newest.0 || (step == self.newest.0 && self.newest.1.is_some()) {
+            // Reported again over a new stream.
+            return;
+        }
         self.newest = (step, Some(report.loss));
         let tokens_per_step = self.ledger.spec.training.tokens_per_step();
         let event = JobEvent::Step {
