@@ -44,3 +44,16 @@ fn another_seed_is_another_model() {
     let two = Run::train(&Job::new(), &["--workers", "2", "--set", "training.seed=8"]).finish().digest();
     assert_ne!(one, two);
 }
+
+#[test]
+fn fast_sums_train_too_and_stay_near_the_exact_ones() {
+    let exact = Run::train(&Job::new(), &["--workers", "1"]).finish().losses();
+    let fast = Run::train(&Job::new(), &["--workers", "3", "--set", "training.reduction=fast"]).finish();
+    assert!(!fast.digest().is_empty());
+    let fast = fast.losses();
+    assert_eq!(fast.len(), exact.len());
+    for (step, (loss, _)) in &fast {
+        let (fast, exact) = (f64::from_bits(*loss), f64::from_bits(exact[step].0));
+        assert!((fast - exact).abs() < 0.01, "step {step}: {fast} and {exact}");
+    }
+}
