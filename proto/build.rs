@@ -3,6 +3,7 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=schema/cairn.proto");
     let descriptors = protox::compile(["cairn.proto"], ["schema"])?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+    // Large payloads are handed on as they arrived, without a copy.
+    tonic_prost_build::configure().bytes(".cairn.v1.Chunk.data").compile_fds(descriptors)?;
     Ok(())
 }

@@ -43,6 +43,8 @@ impl Children {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
+            // A signal to the agent's group is the agent's to answer: it saves first.
+            .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
         let process = child.id().unwrap_or(0);

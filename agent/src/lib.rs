@@ -3,7 +3,7 @@
 //! It launches the node's workers, keeps their snapshots in a memory file system, uploads them to the store, and speaks
 //! for the node to the coordinator. `machine` decides (pure), `driver` performs; `children` are the worker processes,
 //! `socket` the Unix socket they attach to, `link` the stream to the coordinator, `uploads` the way of a snapshot into
-//! the store, `folder` the place in memory. Losing the coordinator stops nothing here: workers go on, receipts and step
+//! the store, `memory` what is held and shared with other agents, `folder` the place in memory. Losing the coordinator stops nothing here: workers go on, receipts and step
 //! reports wait, and the link is tried again for ever (P4). Losing the agent ends its workers: their socket closes.
 
 mod children;
@@ -11,6 +11,7 @@ mod driver;
 mod folder;
 mod link;
 pub mod machine;
+mod memory;
 mod receipts;
 mod socket;
 mod uploads;
@@ -37,9 +38,13 @@ pub struct Options {
     pub cores: usize,
     /// A folder on a memory file system, for snapshots and the workers' socket. Agents of one machine may share it.
     pub memory_dir: PathBuf,
+    /// Bytes that snapshots and parity may take; 0: half of what the file system of `memory_dir` has.
+    pub memory_budget: u64,
+    /// What this node may fail together with (a rack, a power feed); empty: only itself.
+    pub domain: String,
     /// The `cairn` binary, started as `cairn worker …`.
     pub executable: PathBuf,
-    /// The interface the workers' ring listens on.
+    /// The interface the workers' ring and this node's snapshots listen on.
     pub ring_host: IpAddr,
 }
 
@@ -69,6 +74,15 @@ pub enum AgentError {
     /// This node does not see the coordinator's store.
     #[error("{0}")]
     ForeignStore(String),
+    /// Other agents cannot reach this node's snapshots.
+    #[error("cannot listen on {address} for other agents: {source}; give an address of this machine with --ring-host")]
+    Listen {
+        /// The address.
+        address: std::net::SocketAddr,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// The workers' socket failed.
     #[error("the workers' socket failed: {0}")]
     Socket(String),
@@ -78,7 +92,11 @@ impl AgentError {
     /// The exit code of the process: 2 where the user must change something, 3 otherwise.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Folder { .. } | Self::Address { .. } | Self::Refused(_) | Self::ForeignStore(_) => 2,
+            Self::Folder { .. }
+            | Self::Address { .. }
+            | Self::Refused(_)
+            | Self::ForeignStore(_)
+            | Self::Listen { .. } => 2,
             Self::Socket(_) => 3,
         }
     }

@@ -72,8 +72,9 @@ pub(crate) async fn run(endpoint: Endpoint, token: Token, inputs: mpsc::Sender<I
     let mut welcomed = false;
     let mut last = String::new();
     loop {
-        let before = welcomed;
-        let ended = attempt(&endpoint, &token, &inputs, &mut welcomed).await;
+        let mut taken_in = false;
+        let ended = attempt(&endpoint, &token, &inputs, welcomed, &mut taken_in).await;
+        welcomed |= taken_in;
         if inputs.send(Input::LinkDown).await.is_err() {
             return;
         }
@@ -94,12 +95,18 @@ pub(crate) async fn run(endpoint: Endpoint, token: Token, inputs: mpsc::Sender<I
                 }
             }
         }
-        wait = if welcomed && !before { WAITS.0 } else { (wait * 2).min(WAITS.1) };
+        wait = if taken_in { WAITS.0 } else { (wait * 2).min(WAITS.1) };
         tokio::time::sleep(wait).await;
     }
 }
 
-async fn attempt(endpoint: &Endpoint, token: &Token, inputs: &mpsc::Sender<Input>, welcomed: &mut bool) -> Ended {
+async fn attempt(
+    endpoint: &Endpoint,
+    token: &Token,
+    inputs: &mpsc::Sender<Input>,
+    welcomed: bool,
+    taken_in: &mut bool,
+) -> Ended {
     let lost = |error: String| Ended::Lost(error);
     let channel: Channel = match endpoint.connect().await {
         Ok(channel) => channel,
@@ -115,13 +122,13 @@ async fn attempt(endpoint: &Endpoint, token: &Token, inputs: &mpsc::Sender<Input
     }
     let mut orders = match client.attach(ReceiverStream::new(outgoing)).await {
         Ok(response) => response.into_inner(),
-        Err(status) => return refusal(&status, *welcomed),
+        Err(status) => return refusal(&status, welcomed || *taken_in),
     };
     loop {
         let message = match orders.message().await {
             Ok(Some(message)) => message,
             Ok(None) => return lost("the coordinator closed the stream".into()),
-            Err(status) => return refusal(&status, *welcomed),
+            Err(status) => return refusal(&status, welcomed || *taken_in),
         };
         match message.body {
             Some(coordinator_message::Body::Refused(reason)) => return Ended::Fatal(AgentError::Refused(reason)),
@@ -129,7 +136,7 @@ async fn attempt(endpoint: &Endpoint, token: &Token, inputs: &mpsc::Sender<Input
                 if let Err(ended) = prove(welcome).await {
                     return ended;
                 }
-                *welcomed = true;
+                *taken_in = true;
                 tracing::info!(epoch = message.epoch, store = welcome.store, "taken in by the coordinator");
             }
             _ => {}

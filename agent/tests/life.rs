@@ -131,6 +131,8 @@ fn options(folder: &Path, coordinator: &str, token: &Token) -> agent::Options {
         slots: 2,
         cores: 2,
         memory_dir: folder.join("memory"),
+        memory_budget: 0,
+        domain: String::new(),
         executable: std::env::current_exe().unwrap(),
         ring_host: "127.0.0.1".parse().unwrap(),
     }

@@ -62,8 +62,17 @@ pub struct Chain {
     store: Store,
     job: JobName,
     history: History,
-    /// Set while it is unknown whether our last append took effect.
-    unclear: bool,
+    /// The mark of our last append, while it is unknown whether that took effect.
+    unclear: Option<String>,
+}
+
+/// What a reading of a chain's new records found.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Refreshed {
+    /// Records that are new here.
+    pub added: u64,
+    /// One of them is our append that had no clear answer: it took effect after all.
+    pub landed: bool,
 }
 
 impl Chain {
@@ -73,7 +82,7 @@ impl Chain {
     /// If the first try took effect after all, the repetition finds its own record and succeeds.
     pub async fn create(store: &Store, job: &JobName, first: Record) -> Result<Self, ChainError> {
         let history = History::default();
-        let mut chain = Self { store: store.clone(), job: job.clone(), history, unclear: false };
+        let mut chain = Self { store: store.clone(), job: job.clone(), history, unclear: None };
         match chain.append(first.clone()).await {
             Ok(_) => Ok(chain),
             Err(ChainError::Lost { .. }) if chain.is_begun_with(&first).await? => Ok(chain),
@@ -85,7 +94,7 @@ impl Chain {
     async fn is_begun_with(&mut self, first: &Record) -> Result<bool, StoreError> {
         let Some(found) = read(&self.store, &self.job, 0).await? else { return Ok(false) };
         let same = (found.epoch, found.generation, &found.event) == (first.epoch, first.generation, &first.event);
-        Ok(same && self.store.made(&found.author) && self.refresh().await? == 1)
+        Ok(same && self.store.made(&found.author) && self.refresh().await?.added == 1)
     }
 
     /// Reads a job's chain; `None` if the store does not hold the job.
@@ -110,7 +119,7 @@ impl Chain {
             fold(job, &mut history, &record)?;
         }
         drop(records);
-        Ok(Some(Self { store: store.clone(), job: job.clone(), history, unclear: false }))
+        Ok(Some(Self { store: store.clone(), job: job.clone(), history, unclear: None }))
     }
 
     /// The job.
@@ -131,7 +140,7 @@ impl Chain {
     /// Appends a record; its number, author and folded history are filled in. Returns its number.
     pub async fn append(&mut self, mut record: Record) -> Result<u64, ChainError> {
         let number = self.history.records;
-        if self.unclear {
+        if self.unclear.is_some() {
             let why = format!("job {}: an append had no clear answer; refresh the chain first", self.job);
             return Err(StoreError::Fenced(why).into());
         }
@@ -143,12 +152,11 @@ impl Chain {
         let path = layout::record(&self.job, number);
         let bytes = encode(&path, &record)?;
         // Set first: if this future is dropped half-way, the outcome is unknown.
-        self.unclear = true;
+        self.unclear = Some(record.author);
         let outcome = self.store.create(&path, bytes).await;
-        self.unclear = match &outcome {
-            Ok(_) => false,
-            Err(e) => e.kind() == Kind::Retry,
-        };
+        if outcome.as_ref().map_or_else(|e| e.kind() != Kind::Retry, |_| true) {
+            self.unclear = None;
+        }
         match outcome? {
             Create::Created => {
                 self.history = next;
@@ -158,14 +166,17 @@ impl Chain {
         }
     }
 
-    /// Reads what others, or an append without a clear answer, have added; returns how many records that is.
-    pub async fn refresh(&mut self) -> Result<u64, StoreError> {
-        let before = self.history.records;
+    /// Reads what others, or an append without a clear answer, have added. An append is told by its own mark: one of
+    /// ours that was given up before may land late, and must not be taken for it.
+    pub async fn refresh(&mut self) -> Result<Refreshed, StoreError> {
+        let mut found = Refreshed::default();
         while let Some(record) = read(&self.store, &self.job, self.history.records).await? {
             fold(&self.job, &mut self.history, &record)?;
+            found.added += 1;
+            found.landed |= self.unclear.as_ref() == Some(&record.author);
         }
-        self.unclear = false;
-        Ok(self.history.records - before)
+        self.unclear = None;
+        Ok(found)
     }
 }
 

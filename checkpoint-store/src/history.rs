@@ -10,7 +10,7 @@ use proto::ids::{Epoch, Generation, Step, WorldSize};
 use serde::{Deserialize, Serialize};
 
 use crate::digest::{BlockHash, Digest};
-use crate::record::{CheckpointRef, Event, Member, Record};
+use crate::record::{CheckpointRef, Event, Member, MemoryPoint, Record};
 
 /// Where a job is in its life, as far as the chain knows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -90,6 +90,9 @@ pub struct History {
     pub members: Vec<Member>,
     /// What the present generation started from; `None` is the initial state.
     pub start: Option<CheckpointRef>,
+    /// The step in memory the present generation started from instead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryPoint>,
     /// The numeric identity of the job's first generation.
     pub identity: Option<String>,
     /// The fingerprint of the job's data.
@@ -114,6 +117,7 @@ impl Default for History {
             world_size: None,
             members: vec![],
             start: None,
+            memory: None,
             identity: None,
             fingerprint: None,
             generations_without_progress: 0,
@@ -207,7 +211,7 @@ impl History {
             Event::Cancelled => self.status = Status::Cancelled,
             Event::Restarted { spec_hash, stop_at } => {
                 self.submitted(*spec_hash, *stop_at);
-                (self.identity, self.fingerprint, self.start) = (None, None, None);
+                (self.identity, self.fingerprint, self.start, self.memory) = (None, None, None, None);
                 self.checkpoints.iter_mut().for_each(|c| c.abandoned = true);
             }
         }
@@ -225,10 +229,15 @@ impl History {
     }
 
     fn formed(&mut self, event: &Event) {
-        let Event::Generation { generation, world_size, members, start, identity, fingerprint } = event else {
+        let Event::Generation { generation, world_size, members, start, memory, identity, fingerprint } = event else {
             return;
         };
-        let from = start.as_ref().map_or(Step::ZERO, |s| s.step);
+        let step = |start: &Option<CheckpointRef>| start.as_ref().map_or(Step::ZERO, |s| s.step);
+        let from = memory.map_or(step(start), |memory| memory.step);
+        if from > self.memory.map_or(step(&self.start), |memory| memory.step) {
+            // It goes on further than the one before it did.
+            self.generations_without_progress = 0;
+        }
         for c in &mut self.checkpoints {
             c.abandoned |= c.checkpoint.generation < *generation && c.checkpoint.step > from;
         }
@@ -236,6 +245,7 @@ impl History {
         self.world_size = Some(*world_size);
         self.members.clone_from(members);
         self.start.clone_from(start);
+        self.memory = *memory;
         self.identity.get_or_insert_with(|| identity.clone());
         self.fingerprint.get_or_insert_with(|| fingerprint.clone());
         self.generations_without_progress = self.generations_without_progress.saturating_add(1);

@@ -29,7 +29,7 @@
 //! let submitted = Event::Submitted { spec_hash: BlockHash::of(b"spec"), stop_at: None };
 //! let mut chain = Chain::create(&store, &job, Record::new(epoch, Generation::ZERO, submitted)).await?;
 //! let formed = Event::Generation {
-//!     generation, world_size, members: vec![], start: None, identity: "cpu".into(), fingerprint: "data".into(),
+//!     generation, world_size, members: vec![], start: None, memory: None, identity: "cpu".into(), fingerprint: "data".into(),
 //! };
 //! chain.append(Record::new(epoch, generation, formed)).await?;
 //!
@@ -72,6 +72,7 @@ pub mod leader;
 pub mod load;
 pub mod manifest;
 pub mod object;
+pub mod parity;
 pub mod plan;
 pub mod probe;
 pub mod record;
@@ -85,7 +86,7 @@ pub mod verify;
 
 pub use backend::{Create, Listed, Store};
 pub use capture::{CAPTURE_FORMAT, Capture};
-pub use chain::{Chain, ChainError, list_jobs};
+pub use chain::{Chain, ChainError, Refreshed, list_jobs};
 pub use digest::{BlockHash, Digest, HashList, StateDecl, hash_blocks, state_digest};
 pub use error::{Kind, StoreError};
 pub use history::{Checkpoint, FoldError, History, Status};
@@ -95,7 +96,7 @@ pub use manifest::{AssembleError, Manifest};
 pub use object::{Extent, ObjectEntry, Receipt, ShardSource, ShardState};
 pub use plan::plan;
 pub use probe::probe_atomic_create;
-pub use record::{CheckpointRef, Event, Member, Record};
+pub use record::{CheckpointRef, Event, Member, MemoryPoint, Record};
 pub use retention::{collect, condemned, sweep};
 pub use save::{commit, upload_shard};
 pub use scalar::ScalarState;

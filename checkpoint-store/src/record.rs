@@ -46,6 +46,15 @@ pub struct Member {
     pub rank: Rank,
 }
 
+/// A step that the nodes of a generation hold in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryPoint {
+    /// The generation that captured it.
+    pub generation: Generation,
+    /// The step.
+    pub step: Step,
+}
+
 /// What happened to a job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
@@ -72,8 +81,11 @@ pub enum Event {
         world_size: WorldSize,
         /// All of them.
         members: Vec<Member>,
-        /// The checkpoint it starts from; `None` for the initial state.
+        /// The newest checkpoint, which it starts from unless `memory` is given; `None` for the initial state.
         start: Option<CheckpointRef>,
+        /// The step in the nodes' memory it starts from.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        memory: Option<MemoryPoint>,
         /// The numeric identity its workers share.
         identity: String,
         /// The fingerprint of the data.

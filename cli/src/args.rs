@@ -178,7 +178,13 @@ pub(crate) struct AgentArgs {
     /// Folder on a memory file system for snapshots.
     #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
     pub(crate) memory: PathBuf,
-    /// Interface the workers' data plane listens on.
+    /// Bytes that snapshots and parity may take, such as 8GiB; by default half of the memory file system.
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse)]
+    pub(crate) memory_budget: Option<u64>,
+    /// What this node may fail together with, such as its rack: parity is spread over different ones.
+    #[arg(long, value_name = "NAME", default_value = "")]
+    pub(crate) domain: String,
+    /// Interface the workers' data plane and this node's snapshots listen on.
     #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
     pub(crate) ring_host: IpAddr,
     /// Stop when standard input closes.

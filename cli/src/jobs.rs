@@ -10,6 +10,7 @@ use crate::args::{JobArgs, OperatorArgs, Output, ScaleArgs, SubmitArgs};
 use crate::client;
 use crate::failure::Failure;
 use crate::render::Renderer;
+use crate::size;
 use crate::table::{self, say};
 use crate::train;
 
@@ -144,6 +145,13 @@ fn show(operator: &OperatorArgs, reply: Result<tonic::Response<JobStatus>, tonic
     if let Some(step) = job.checkpoint_step {
         say!("checkpoint  step {step}, digest {}", job.digest);
     }
+    if !job.memory.is_empty() {
+        let newest = job.memory_step.map_or("nothing yet".into(), |step| format!("step {step}"));
+        say!("memory      {newest}; {}; {} snapshots skipped", job.memory, job.memory_skipped);
+    }
+    for node in &job.rooms {
+        say!("            {}: {} of {} used", node.node, size::show(node.used), size::show(node.budget));
+    }
     say!("restarts    {} without progress", job.restarts_without_progress);
     if !job.workers.is_empty() {
         say!();
@@ -193,5 +201,8 @@ fn status_json(job: &JobStatus) -> serde_json::Value {
         "checkpoint_step": job.checkpoint_step, "digest": job.digest,
         "restarts_without_progress": job.restarts_without_progress, "min_workers": job.min_workers,
         "max_workers": job.max_workers, "workers": workers, "epoch": job.epoch,
+        "memory_step": job.memory_step, "memory": job.memory, "memory_skipped": job.memory_skipped,
+        "rooms": job.rooms.iter().map(|room| json!({"node": room.node, "budget": room.budget, "used": room.used}))
+            .collect::<Vec<_>>(),
     })
 }

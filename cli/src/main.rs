@@ -13,6 +13,7 @@ mod failure;
 mod jobs;
 mod parts;
 mod render;
+mod size;
 mod supervise;
 mod table;
 mod train;

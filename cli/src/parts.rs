@@ -65,6 +65,8 @@ pub(crate) async fn agent(args: AgentArgs) -> Result<u8, Failure> {
         slots: args.slots.unwrap_or(cores as u32),
         cores,
         memory_dir: args.memory,
+        memory_budget: args.memory_budget.unwrap_or(0),
+        domain: args.domain,
         executable,
         ring_host: args.ring_host,
     };

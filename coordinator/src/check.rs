@@ -3,18 +3,21 @@
 //! Names become names, counts stay within bounds, and whatever a message leaves open that the machine needs is refused
 //! with the reason. Nothing here trusts a peer, though it has shown the token.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use checkpoint_store::Receipt;
-use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId};
+use checkpoint_store::parity::MAX_GROUP;
+use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId, WorldSize};
 use proto::spec::{JobSpec, SPEC_FORMAT};
 use proto::wire::{
-    AgentHello, BUILD, NodeReport, SaveSkipped, ShardReceipt, StepReport, SubmitMode, SubmitRequest, WorkerPhase,
-    WorkerState,
+    AgentHello, BUILD, GroupMember, JobMemory, NodeReport, ParityGroup, SaveFailed, SaveSkipped, ShardReceipt,
+    StepReport, SubmitMode, SubmitRequest, WorkerPhase, WorkerState,
 };
 
-use crate::machine::{Ask, Failure, ReceiptEntry, ReceiptName, Worker};
+use crate::machine::memory::{Group, Inventory, Room};
+use crate::machine::{Ask, Failure, Home, NodeState, ReceiptEntry, ReceiptName, Worker};
 
 /// Workers one node can report.
 const MOST_WORKERS: usize = 4096;
@@ -26,12 +29,13 @@ const MOST_TEXT: usize = 4000;
 /// What is wrong with a message.
 pub(crate) type Fault = String;
 
-/// A checked hello: node, incarnation and slots.
+/// A checked hello: node, incarnation, slots, and where and what the node is.
 #[derive(Debug)]
 pub(crate) struct Hello {
     pub(crate) node: NodeName,
     pub(crate) incarnation: String,
     pub(crate) slots: u32,
+    pub(crate) home: Home,
 }
 
 pub(crate) fn hello(hello: &AgentHello) -> Result<Hello, Fault> {
@@ -46,14 +50,65 @@ pub(crate) fn hello(hello: &AgentHello) -> Result<Hello, Fault> {
     if hello.slots == 0 || hello.slots as usize > MOST_WORKERS {
         return Err(format!("{} slots: a node has 1 to {MOST_WORKERS}", hello.slots));
     }
-    Ok(Hello { node, incarnation: hello.incarnation.clone(), slots: hello.slots })
+    short("domain", &hello.domain, 64)?;
+    let snapshots = hello.snapshots.clone();
+    if snapshots.parse::<std::net::SocketAddr>().is_err() {
+        return Err(format!("{:?} is no address where snapshots could be read", text(&snapshots)));
+    }
+    let home = Home { snapshots, domain: hello.domain.clone() };
+    Ok(Hello { node, incarnation: hello.incarnation.clone(), slots: hello.slots, home })
 }
 
-pub(crate) fn report(report: NodeReport) -> Result<Vec<Worker>, Fault> {
+pub(crate) fn report(report: NodeReport) -> Result<NodeState, Fault> {
     if report.workers.len() > MOST_WORKERS {
         return Err(format!("a report of {} workers, more than {MOST_WORKERS}", report.workers.len()));
     }
-    report.workers.into_iter().map(worker).collect()
+    Ok(NodeState {
+        workers: report.workers.into_iter().map(worker).collect::<Result<_, _>>()?,
+        epoch: report.epoch,
+        draining: report.draining,
+        memory: report.memory.into_iter().map(inventory).collect::<Result<_, _>>()?,
+        room: Room { budget: report.memory_budget, used: report.memory_used },
+    })
+}
+
+/// What a node holds of a job.
+fn inventory(memory: JobMemory) -> Result<(JobName, Inventory), Fault> {
+    if memory.snapshots.len() > MOST_WORKERS || memory.parity.len() > MOST_WORKERS {
+        return Err(format!("a report of {} snapshots of one job", memory.snapshots.len()));
+    }
+    let mut inventory = Inventory { fenced: Generation::new(memory.fenced), ..Inventory::default() };
+    inventory.skipped = memory.skipped;
+    for held in memory.snapshots {
+        let world = WorldSize::new(held.world_size).filter(|world| held.rank < world.get());
+        let world = world.ok_or_else(|| format!("a snapshot of rank {} of {} workers", held.rank, held.world_size))?;
+        let key = (Generation::new(held.generation), Step::new(held.step));
+        let entry = inventory.snapshots.entry(key).or_insert_with(|| (world, BTreeSet::new()));
+        if entry.0 != world {
+            return Err(format!("snapshots of step {} of two world sizes", held.step));
+        }
+        entry.1.insert(Rank::new(held.rank));
+    }
+    for held in memory.parity {
+        let key = (Generation::new(held.generation), Step::new(held.step));
+        inventory.parity.insert(key, group(held.group.unwrap_or_default())?);
+    }
+    Ok((job(&memory.job)?, inventory))
+}
+
+fn group(group: ParityGroup) -> Result<Group, Fault> {
+    if group.members.len() > MAX_GROUP || group.parities as usize >= group.members.len() {
+        return Err(format!("a parity group of {} nodes with {} parities", group.members.len(), group.parities));
+    }
+    let member = |member: GroupMember| {
+        if member.ranks.len() > MOST_WORKERS {
+            return Err(format!("a member of a parity group with {} ranks", member.ranks.len()));
+        }
+        let node = NodeName::new(&member.node).map_err(|error| error.to_string())?;
+        Ok((node, member.ranks.into_iter().map(Rank::new).collect()))
+    };
+    let members = group.members.into_iter().map(member).collect::<Result<_, Fault>>()?;
+    Ok(Group { members, parities: group.parities as usize })
 }
 
 fn worker(state: WorkerState) -> Result<Worker, Fault> {
@@ -118,13 +173,23 @@ pub(crate) fn step(report: &StepReport) -> Result<JobName, Fault> {
     job(&report.job)
 }
 
-pub(crate) fn skipped(message: &SaveSkipped) -> Result<(JobName, ReceiptName), Fault> {
+pub(crate) fn skipped(message: &SaveSkipped) -> Result<(JobName, ReceiptName, String), Fault> {
     let name = ReceiptName {
         generation: Generation::new(message.generation),
         step: Step::new(message.step),
         rank: Rank::new(message.rank),
     };
-    Ok((job(&message.job)?, name))
+    Ok((job(&message.job)?, name, text(&message.reason)))
+}
+
+/// A failed try to store a shard, in words.
+pub(crate) fn failed(node: &NodeName, message: &SaveFailed) -> Result<(JobName, String), Fault> {
+    let SaveFailed { step, rank, failures, reason, .. } = message;
+    let words = format!(
+        "node {node} could not store rank {rank}'s part of step {step} ({failures} times now, it goes on): {}",
+        text(reason)
+    );
+    Ok((job(&message.job)?, words))
 }
 
 /// A receipt must say inside what it says outside; whether the set makes a checkpoint is judged at the commit.
@@ -197,12 +262,34 @@ mod tests {
     }
 
     #[test]
+    fn inventories_that_make_no_sense_are_refused() {
+        let held = proto::wire::HeldSnapshot { generation: 1, step: 2, rank: 0, world_size: 2, hash: vec![] };
+        let memory = |snapshots| JobMemory { job: "a".into(), snapshots, ..Default::default() };
+        assert_eq!(inventory(memory(vec![held.clone()])).unwrap().1.snapshots.len(), 1);
+        let other = proto::wire::HeldSnapshot { rank: 2, ..held.clone() };
+        assert!(inventory(memory(vec![other])).is_err());
+        let other = proto::wire::HeldSnapshot { world_size: 3, ..held.clone() };
+        assert!(inventory(memory(vec![held, other])).is_err());
+        let members = vec![GroupMember { node: "a".into(), ..Default::default() }; 9];
+        assert!(group(ParityGroup { members: members.clone(), parities: 1 }).is_err());
+        assert!(group(ParityGroup { members: members[..2].to_vec(), parities: 2 }).is_err());
+        assert!(group(ParityGroup { members: members[..2].to_vec(), parities: 1 }).is_ok());
+    }
+
+    #[test]
     fn hostile_requests_are_refused() {
         for spec in [&b"{"[..], b"{}", b"[[[[[[[[", &vec![b' '; MOST_SPEC + 1]] {
             assert!(submit(&SubmitRequest { spec: spec.to_vec(), ..Default::default() }).is_err());
         }
-        let hello =
-            |build: &str, slots| AgentHello { node: "n".into(), build: build.into(), slots, ..Default::default() };
+        let snapshots = "127.0.0.1:1".to_string();
+        let hello = |build: &str, slots| AgentHello {
+            node: "n".into(),
+            build: build.into(),
+            slots,
+            snapshots: snapshots.clone(),
+            ..Default::default()
+        };
+        assert!(super::hello(&AgentHello { snapshots: "x".into(), ..hello(BUILD, 1) }).is_err());
         assert!(super::hello(&hello(BUILD, 1)).is_ok());
         assert!(super::hello(&hello("0.0.0", 1)).unwrap_err().contains("same version"));
         assert!(super::hello(&hello(BUILD, 0)).is_err());

@@ -9,13 +9,15 @@ use std::sync::Arc;
 
 use checkpoint_store::error::{Kind, StoreError};
 use checkpoint_store::{
-    Chain, ChainError, CheckpointRef, Digest, Event, History, Manifest, Member as StoredMember, Receipt, Record, Space,
-    Status, Store, collect, commit, list_jobs, read_spec, write_spec,
+    Chain, ChainError, CheckpointRef, Digest, Event, History, Manifest, Member as StoredMember,
+    MemoryPoint as StoredPoint, Receipt, Record, Space, Status, Store, collect, commit, list_jobs, read_spec,
+    write_spec,
 };
 use proto::ids::{Epoch, JobName, Rank, Step, WorldSize};
 use proto::spec::{JobSpec, SPEC_FORMAT};
 use tokio::sync::Mutex;
 
+use crate::machine::memory::MemoryPoint;
 use crate::machine::{Checkpoint, End, Entry, Ledger, Member, Membership, Operation, Outcome};
 
 /// Steps after the newest committed one whose objects a collection leaves alone: their save may be open.
@@ -205,15 +207,19 @@ impl Page {
     /// Reads again what an append without a clear answer has done. `Some`: it took effect, and which it was.
     async fn resolve(&mut self, epoch: Epoch) -> Result<Option<Event>, ChainError> {
         let Some(chain) = self.chain.as_mut() else { return Ok(None) };
-        let added = chain.refresh().await?;
+        let found = chain.refresh().await?;
         let history = chain.history();
         if history.epoch > epoch {
             let why = format!("the chain of job {} is led in epoch {}", chain.job(), history.epoch);
             return Err(StoreError::Fenced(why).into());
         }
-        // Only this leader writes in its epoch, and it wrote nothing else since.
         let unclear = self.unclear.take();
-        Ok(unclear.filter(|_| added > 0 && history.epoch == epoch))
+        if unclear.is_some() && found.added > 0 && !found.landed {
+            // An append that was given up has landed late, in the place of the one whose fate is asked for.
+            let why = format!("the chain of job {} holds a record that was given up: reading it anew", chain.job());
+            return Err(StoreError::Fenced(why).into());
+        }
+        Ok(unclear.filter(|_| found.landed))
     }
 }
 
@@ -241,6 +247,7 @@ fn formed(membership: &Membership) -> Result<Event, StoreError> {
             })
             .collect(),
         start: membership.start.as_ref().map(reference).transpose()?,
+        memory: membership.memory.map(|point| StoredPoint { generation: point.generation, step: point.step }),
         identity: membership.identity.clone(),
         fingerprint: membership.fingerprint.clone(),
     })
@@ -302,6 +309,7 @@ fn ledger(spec: JobSpec, history: &History) -> Result<Ledger, StoreError> {
             generation: history.generation,
             members: members.into_iter().map(member).collect(),
             start: history.start.as_ref().map(known).transpose()?,
+            memory: history.memory.map(|point| MemoryPoint { generation: point.generation, step: point.step }),
             identity: history.identity.clone().unwrap_or_default(),
             fingerprint: history.fingerprint.clone().unwrap_or_default(),
         });

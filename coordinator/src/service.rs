@@ -71,9 +71,7 @@ impl Cluster for Edge {
                 return Ok(Response::new(Box::pin(ReceiverStream::new(receiver))));
             }
         };
-        let report = message.report.unwrap_or_default();
-        let (epoch, draining) = (report.epoch, report.draining);
-        let workers = check::report(report).map_err(Status::invalid_argument)?;
+        let state = check::report(message.report.unwrap_or_default()).map_err(Status::invalid_argument)?;
         let connection = self.connections.fetch_add(1, Ordering::Relaxed);
         let node = hello.node.clone();
         let event = Event::Attached {
@@ -81,9 +79,8 @@ impl Cluster for Edge {
             incarnation: hello.incarnation,
             connection,
             slots: hello.slots,
-            workers,
-            epoch,
-            draining,
+            home: hello.home,
+            state,
         };
         let outbox: Outbox = sender;
         let (open, closed) = oneshot::channel();
@@ -130,17 +127,20 @@ async fn listen(
 fn event(node: &NodeName, connection: u64, message: AgentMessage) -> Result<Event, check::Fault> {
     Ok(match message.body {
         Some(FromAgent::Report(report)) => {
-            let (epoch, draining) = (report.epoch, report.draining);
-            Event::Report { node: node.clone(), connection, workers: check::report(report)?, epoch, draining }
+            Event::Report { node: node.clone(), connection, state: check::report(report)? }
         }
         Some(FromAgent::Step(report)) => Event::Stepped { job: check::step(&report)?, report },
         Some(FromAgent::Receipt(receipt)) => {
             let (job, name, entry) = check::receipt(node, receipt)?;
             Event::Receipt { job, name, entry }
         }
+        Some(FromAgent::Failed(failed)) => {
+            let (job, text) = check::failed(node, &failed)?;
+            Event::SaveFailed { job, text }
+        }
         Some(FromAgent::Skipped(skipped)) => {
-            let (job, name) = check::skipped(&skipped)?;
-            Event::Skipped { job, name }
+            let (job, name, reason) = check::skipped(&skipped)?;
+            Event::Skipped { job, name, reason }
         }
         Some(FromAgent::Hello(_)) => return Err("hello comes once".into()),
         // A kind this version does not know says nothing to it.

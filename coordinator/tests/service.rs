@@ -86,6 +86,8 @@ impl Rig {
         for _ in 0..200 {
             let (say, said) = mpsc::channel(64);
             let hello = AgentHello {
+                snapshots: "127.0.0.1:1".into(),
+                domain: String::new(),
                 node: "n".into(),
                 incarnation: "i".into(),
                 slots: 2,
@@ -123,7 +125,8 @@ impl Agent {
     }
 
     async fn report(&self) {
-        self.say(Say::Report(NodeReport { workers: self.workers.clone(), epoch: self.epoch, draining: false })).await;
+        self.say(Say::Report(NodeReport { workers: self.workers.clone(), epoch: self.epoch, ..Default::default() }))
+            .await;
     }
 
     async fn hear(&mut self) -> Hear {

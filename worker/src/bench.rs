@@ -12,15 +12,17 @@ use proto::spec::JobSpec;
 
 use checkpoint_store::Space;
 
-use crate::collective::{Collective, CollectiveError, RingListener, RingMembership, RingTimeouts, connect};
+use crate::collective::{CollectiveError, RingListener, RingMembership, RingTimeouts, connect};
 use crate::device::cpu::CpuDevice;
 use crate::device::{Device, DeviceError};
 use crate::feed::{Source, Synthetic};
-use crate::generation::{Finished, Member, Moments, Trainer, train};
+use crate::generation::{Finished, Member, Observer, Trainer, train};
 use crate::init::initialize;
 use crate::model::ModelError;
 use crate::session::Control;
-use crate::step::StepError;
+use crate::slots::{SlotError, Slots};
+use crate::state::ShardState;
+use crate::step::{StepError, Taken};
 
 /// For the ring to form and for one exchange.
 const EXCHANGE: Duration = Duration::from_mins(2);
@@ -64,6 +66,12 @@ pub enum BenchError {
     /// The model's space or the job's data.
     #[error("{0}")]
     Input(String),
+    /// Memory for the state.
+    #[error(transparent)]
+    Slots(#[from] SlotError),
+    /// A defect: slots were reserved, but none is free.
+    #[error("no slot is free")]
+    NoSlot,
     /// A worker's thread ended.
     #[error("a worker's thread ended with a panic")]
     Panic,
@@ -135,22 +143,15 @@ fn work(
     initialize(&spec.model, spec.training.seed, 0..count, &mut trainer.parameters);
     let timeouts = RingTimeouts { connect: EXCHANGE, operation: EXCHANGE };
     let ring = connect(listener, membership, timeouts, control.ring())?;
-    let shard = space_shard(&trainer, ring.as_ref());
-    let moments = Moments::new(&trainer.device, shard)?;
-    let mut member = Member::new(&trainer, ring, moments)?;
-    let (mut times, mut loss) = (Vec::new(), 0.0);
-    let began = Instant::now();
-    let mut after = |_: &Trainer<CpuDevice>, _: &Member<CpuDevice>, done: Finished| {
-        if done.step > 1 {
-            times.push(done.took.as_secs_f64());
-        }
-        loss = done.taken.loss;
-        if began.elapsed().as_secs_f64() >= seconds && done.step > 2 {
-            control.stop();
-        }
-        Ok::<(), StepError>(())
-    };
-    train(&mut trainer, &mut member, 0, u64::MAX, control, &mut after)?;
+    let shard = trainer.shards(ring.world_size())[ring.rank().index()].len();
+    let slots = Arc::new(Slots::default());
+    slots.reserve(shard)?;
+    let state = ShardState::new(slots.clone(), shard).ok_or(BenchError::NoSlot)?;
+    let mut member = Member::new(&trainer, ring, state, slots, (membership.generation, 0))?;
+    let mut watch =
+        Stopwatch { control, until: Instant::now() + Duration::from_secs_f64(seconds), times: vec![], loss: 0.0 };
+    train(&mut trainer, &mut member, 0, u64::MAX, control, &mut watch)?;
+    let Stopwatch { mut times, loss, .. } = watch;
     times.sort_unstable_by(f64::total_cmp);
     let median = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
     Ok(Report {
@@ -165,13 +166,43 @@ fn work(
     })
 }
 
-fn space_shard(trainer: &Trainer<CpuDevice>, ring: &dyn Collective) -> usize {
-    trainer.shards(ring.world_size())[ring.rank().index()].len()
+/// Times steps, and asks for an end when the time is up.
+struct Stopwatch<'a> {
+    control: &'a Control,
+    until: Instant,
+    times: Vec<f64>,
+    loss: f64,
 }
 
-/// The same job without an end and without validation.
+impl Observer<CpuDevice> for Stopwatch<'_> {
+    type Error = StepError;
+
+    fn updated(
+        &mut self,
+        _: &Trainer<CpuDevice>,
+        _: &mut Member<CpuDevice>,
+        _: u64,
+        _: &Taken,
+    ) -> Result<(), StepError> {
+        Ok(())
+    }
+
+    fn finished(&mut self, done: Finished) {
+        if done.step > 1 {
+            self.times.push(done.took.as_secs_f64());
+        }
+        self.loss = done.taken.loss;
+        if Instant::now() >= self.until && done.step > 2 {
+            self.control.stop();
+        }
+    }
+}
+
+/// The same job without an end, without validation and without captures.
 fn endless(spec: &JobSpec) -> JobSpec {
     let mut spec = spec.clone();
+    spec.checkpoint.memory = false;
+    spec.checkpoint.every_steps = u64::MAX;
     spec.training.steps = u64::MAX;
     spec.training.validate_every = 0;
     spec

@@ -5,30 +5,34 @@
 //! one, the step it was told to stop at, or a request that any rank has heard of.
 
 use std::ops::{DerefMut, Range};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use checkpoint_store::Space;
-use proto::ids::{Rank, WorldSize};
+use proto::ids::{Generation, Rank, WorldSize};
 use proto::spec::JobSpec;
 
 use crate::collective::Collective;
 use crate::device::{Device, DeviceResult};
 use crate::feed::{Feed, Source};
 use crate::gradient::GradientSum;
+use crate::machine::cadence::{Cadence, Measured, Wish};
 use crate::model::{Model, ModelError, parameters};
 use crate::optimizer::AdamW;
 use crate::session::Control;
+use crate::slots::{SlotMap, Slots};
+use crate::state::ShardState;
 use crate::step::{self, StepError, Taken};
 
-/// A device whose memory is the host's: the exchange and the capture reach into it directly.
-pub trait HostDevice: Device<Buffer: DerefMut<Target = [f32]>, Sums: DerefMut<Target = [i64]>> {}
-
-impl<D> HostDevice for D
-where
-    D: Device,
-    D::Buffer: DerefMut<Target = [f32]>,
-    D::Sums: DerefMut<Target = [i64]>,
-{
+/// A device whose memory is the host's: the exchange reaches into it directly, and its state lives in slots.
+pub trait HostDevice: Device<Buffer: DerefMut<Target = [f32]>, Sums: DerefMut<Target = [i64]>> {
+    /// `elements` float32 values of a slot, from element `first` on.
+    ///
+    /// # Safety
+    ///
+    /// As for the memory itself: nobody else writes to these elements while the buffer lives, and nobody reads them
+    /// while they are written through it.
+    unsafe fn over(map: &Arc<SlotMap>, first: usize, elements: usize) -> Self::Buffer;
 }
 
 /// Everything a worker holds from one generation to the next.
@@ -87,38 +91,70 @@ pub struct Member<D: HostDevice> {
     pub shard: Range<usize>,
     /// The elements of every rank.
     pub shards: Vec<Range<usize>>,
-    /// First moment of its shard.
-    pub exp_avg: D::Buffer,
-    /// Second moment of its shard.
-    pub exp_avg_sq: D::Buffer,
+    /// Its shard's state, in the slots.
+    pub state: ShardState<D>,
     /// Mean gradient of its shard.
     pub gradient: D::Buffer,
+    /// When it captures.
+    pub cadence: Cadence,
+    slots: Arc<Slots>,
+    pace: Pace,
 }
 
-/// The optimizer state of a shard, before there is a ring.
-pub struct Moments<D: HostDevice> {
-    /// First moment.
-    pub exp_avg: D::Buffer,
-    /// Second moment.
-    pub exp_avg_sq: D::Buffer,
-}
-
-impl<D: HostDevice> Moments<D> {
-    /// Zeros for a shard of `elements` elements.
-    pub fn new(device: &D, elements: usize) -> DeviceResult<Self> {
-        let exp_avg = device.allocate(elements, "the first moments")?;
-        Ok(Self { exp_avg, exp_avg_sq: device.allocate(elements, "the second moments")? })
-    }
+/// What a rank measures, to know what captures cost.
+#[derive(Debug, Default)]
+struct Pace {
+    generation: u64,
+    /// Seconds of the last step.
+    step_seconds: f64,
+    /// Steps taken, the step of the last capture, and how long the one before took to become complete.
+    step: u64,
+    captured: u64,
+    latency: u32,
 }
 
 impl<D: HostDevice> Member<D> {
-    /// Takes a place in a formed ring.
-    pub fn new(trainer: &Trainer<D>, ring: Box<dyn Collective>, moments: Moments<D>) -> DeviceResult<Self> {
+    /// Takes a place in a formed ring, with the state of step `start` in `state`.
+    pub fn new(
+        trainer: &Trainer<D>,
+        ring: Box<dyn Collective>,
+        state: ShardState<D>,
+        slots: Arc<Slots>,
+        place: (Generation, u64),
+    ) -> DeviceResult<Self> {
         let shards = trainer.shards(ring.world_size());
         let shard = shards[ring.rank().index()].clone();
         let gradient = trainer.device.allocate(shard.len(), "a shard's gradient")?;
-        let Moments { exp_avg, exp_avg_sq } = moments;
-        Ok(Self { ring, shard, shards, exp_avg, exp_avg_sq, gradient })
+        let (generation, start) = (place.0.get(), place.1);
+        let cadence = Cadence::new(&trainer.spec.checkpoint, start);
+        let pace = Pace { generation, step: start, captured: start, ..Pace::default() };
+        Ok(Self { ring, shard, shards, state, gradient, cadence, slots, pace })
+    }
+
+    /// Its word on the next capture.
+    pub fn wish(&mut self, trainer: &Trainer<D>) -> Wish {
+        let complete = self.slots.complete();
+        let complete = Some(complete).filter(|complete| complete.generation == self.pace.generation);
+        if complete.is_some_and(|complete| complete.step >= self.pace.captured) {
+            let taken = self.pace.step.saturating_sub(self.pace.captured);
+            self.pace.latency = u32::try_from(taken).unwrap_or(u32::MAX);
+        }
+        let measured = Measured {
+            cost: self.slots.hash_seconds() + complete.map_or(0.0, |complete| complete.seconds),
+            step: self.pace.step_seconds,
+            threads: trainer.device.threads(),
+            latency: self.pace.latency,
+        };
+        let ready = self.state.ready();
+        self.cadence.wish(ready, complete.map_or(0, |complete| complete.step), measured)
+    }
+
+    fn stepped(&mut self, step: u64, took: Duration, captured: bool) {
+        self.pace.step = step;
+        self.pace.step_seconds = took.as_secs_f64();
+        if captured {
+            self.pace.captured = step;
+        }
     }
 
     /// The run of `units` that this rank computes.
@@ -137,42 +173,56 @@ impl<D: HostDevice> Member<D> {
 pub struct Finished {
     /// The step.
     pub step: u64,
-    /// Loss, norm, and whether a rank was asked to stop.
+    /// Loss, norm, whether it was the last of the generation, and what is captured.
     pub taken: Taken,
     /// Held-out loss, where this step validated.
     pub validation: Option<f64>,
-    /// Time since the step began.
+    /// Time the step took.
     pub took: Duration,
-    /// This is the last step of the generation.
-    pub last: bool,
 }
 
-/// Sees each finished step, and may capture the state.
-pub type After<'a, D, E> = &'a mut dyn FnMut(&Trainer<D>, &Member<D>, Finished) -> Result<(), E>;
+/// Whoever watches a generation.
+pub trait Observer<D: HostDevice> {
+    /// Why it breaks the generation off.
+    type Error: From<StepError>;
+    /// A step's update is done; its validation, if it has one, is not. The state is to be captured now if the step
+    /// decided so.
+    fn updated(
+        &mut self,
+        trainer: &Trainer<D>,
+        member: &mut Member<D>,
+        step: u64,
+        taken: &Taken,
+    ) -> Result<(), Self::Error>;
+    /// A step is finished.
+    fn finished(&mut self, done: Finished);
+}
 
-/// Takes steps from `from` on; `after` sees each one. Returns the last step and its loss.
-pub fn train<D: HostDevice, E: From<StepError>>(
+/// Takes steps from `from` on. Returns the last step and its loss.
+pub fn train<D: HostDevice, O: Observer<D>>(
     trainer: &mut Trainer<D>,
     member: &mut Member<D>,
     from: u64,
     stop_at: u64,
     control: &Control,
-    after: After<'_, D, E>,
-) -> Result<(u64, Option<f64>), E> {
+    observer: &mut O,
+) -> Result<(u64, Option<f64>), O::Error> {
     let steps = trainer.spec.training.steps;
     let every = trainer.spec.training.validate_every;
+    let end = stop_at.min(steps);
     let (mut step, mut loss) = (from, None);
-    while step < stop_at.min(steps) {
+    while step < end {
         step += 1;
         let began = Instant::now();
-        let taken = step::take(trainer, member, step, control)?;
+        let taken = step::take(trainer, member, step, step == end, control)?;
         let took = began.elapsed();
+        member.stepped(step, took, taken.decision.capture.is_some());
+        loss = Some(taken.loss);
+        observer.updated(trainer, member, step, &taken)?;
         let due = every > 0 && (step.is_multiple_of(every) || step == steps);
         let validation = if due { step::validate(trainer, member, control)? } else { None };
-        let last = taken.stop || step == stop_at.min(steps);
-        loss = Some(taken.loss);
-        after(trainer, member, Finished { step, taken, validation, took, last })?;
-        if last {
+        observer.finished(Finished { step, taken, validation, took });
+        if taken.last {
             break;
         }
     }

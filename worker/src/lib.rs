@@ -23,6 +23,8 @@ pub mod load;
 pub mod machine;
 pub mod run;
 pub mod session;
+pub mod slots;
+pub mod state;
 pub mod step;
 pub mod trainer;
 pub mod word;

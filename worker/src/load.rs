@@ -38,12 +38,17 @@ pub enum LoadError {
 }
 
 /// Where a generation starts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Start {
     /// Updates the state has seen.
     pub step: u64,
-    /// `"initialised"` or `"store"`.
-    pub source: &'static str,
+    /// `"initialised"`, `"memory"`, `"peer"`, `"parity"` or `"store"`.
+    pub source: String,
+}
+
+impl Start {
+    /// The state before the first step.
+    pub const INITIALISED: &'static str = "initialised";
 }
 
 /// The scalar state after `step` updates of a job: nothing in it depends on how the job was run.
@@ -55,32 +60,33 @@ pub fn scalar_state(spec: &JobSpec, step: u64) -> ScalarState {
 
 /// Fills this rank's shard of all states: from the checkpoint `reference` (JSON), or from the seed if it is empty.
 pub fn load_shard<D: HostDevice>(
-    trainer: &mut Trainer<D>,
-    shard: Shard<'_>,
+    trainer: &Trainer<D>,
+    range: Range<usize>,
+    states: [&mut [f32]; 3],
     reference: &[u8],
     handle: &Handle,
     control: &Control,
 ) -> Result<Start, LoadError> {
-    let parameters = &mut trainer.parameters[shard.range.clone()];
+    let [parameters, exp_avg, exp_avg_sq] = states;
     if reference.is_empty() {
-        initialize(&trainer.spec.model, trainer.spec.training.seed, shard.range, parameters);
-        shard.exp_avg.fill(0.0);
-        shard.exp_avg_sq.fill(0.0);
-        return Ok(Start { step: 0, source: "initialised" });
+        initialize(&trainer.spec.model, trainer.spec.training.seed, range, parameters);
+        exp_avg.fill(0.0);
+        exp_avg_sq.fill(0.0);
+        return Ok(Start { step: 0, source: Start::INITIALISED.into() });
     }
     let reference: CheckpointRef = serde_json::from_slice(reference)?;
-    let range = shard.range.start as u64..shard.range.end as u64;
+    let range = range.start as u64..range.end as u64;
     let spec = &trainer.spec;
     let space = &trainer.space;
     let reading = async {
         let store = Store::open_existing(&spec.checkpoint.store)?;
         let manifest = open_checkpoint(&store, &spec.name, &reference).await?;
         check(&manifest, spec, space == &manifest.space)?;
-        let states = [("param", parameters), ("exp_avg", shard.exp_avg), ("exp_avg_sq", shard.exp_avg_sq)];
+        let states = [("param", parameters), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)];
         for (state, values) in states {
             read_range(&store, &manifest, state, range.clone(), bytemuck::cast_slice_mut(values)).await?;
         }
-        Ok(Start { step: reference.step.get(), source: "store" })
+        Ok(Start { step: reference.step.get(), source: "store".into() })
     };
     handle.block_on(async {
         tokio::select! {
@@ -88,16 +94,6 @@ pub fn load_shard<D: HostDevice>(
             () = control.aborted() => Err(LoadError::Aborted),
         }
     })
-}
-
-/// What a rank owns.
-pub struct Shard<'a> {
-    /// Its elements of the canonical space.
-    pub range: Range<usize>,
-    /// First moment of these elements.
-    pub exp_avg: &'a mut [f32],
-    /// Second moment of these elements.
-    pub exp_avg_sq: &'a mut [f32],
 }
 
 fn check(manifest: &Manifest, spec: &JobSpec, same_space: bool) -> Result<(), LoadError> {

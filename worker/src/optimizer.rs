@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use proto::spec::OptimizerSpec;
 
-use crate::device::{Device, DeviceResult, Part, PartMut};
+use crate::device::{AdamwParts, Device, DeviceResult, Part, PartMut};
 use crate::math;
 use crate::model::ParamDecl;
 
@@ -81,19 +81,16 @@ impl AdamW {
         }
     }
 
-    /// Updates the elements `shard` of the canonical space. `parameters` holds the whole space (on the CPU the master
-    /// copy is the parameters); the moments and the gradient hold the shard alone.
-    #[allow(clippy::too_many_arguments)]
+    /// Updates the elements `shard` of the canonical space. `state.parameters` is the whole space (on the CPU the master
+    /// copy is the parameters); all other buffers hold the shard alone.
     pub fn update<D: Device>(
         &self,
         device: &D,
         scalars: &AdamwScalars,
         shard: Range<usize>,
-        parameters: &mut D::Buffer,
-        exp_avg: &mut D::Buffer,
-        exp_avg_sq: &mut D::Buffer,
-        gradient: &D::Buffer,
+        state: ShardUpdate<'_, D::Buffer>,
     ) -> DeviceResult {
+        let ShardUpdate { parameters, mut mirror, from, to: [first, second], gradient } = state;
         let mut start = 0;
         for (end, decay) in &self.runs {
             let part = shard.start.max(start)..shard.end.min(*end);
@@ -102,18 +99,32 @@ impl AdamW {
                 continue;
             }
             let at = part.start - shard.start;
-            device.adamw(
-                part.len(),
-                scalars,
-                *decay,
-                PartMut(parameters, part.start),
-                PartMut(exp_avg, at),
-                PartMut(exp_avg_sq, at),
-                Part(gradient, at),
-            )?;
+            let parts = AdamwParts {
+                parameters: PartMut(parameters, part.start),
+                mirror: mirror.as_deref_mut().map(|mirror| PartMut(mirror, at)),
+                from: from.map(|from| from.map(|buffer| Part(buffer, at))),
+                to: [PartMut(first, at), PartMut(second, at)],
+                gradient: Part(gradient, at),
+            };
+            device.adamw(part.len(), scalars, *decay, parts)?;
         }
         Ok(())
     }
+}
+
+/// What an update of a shard reads and writes.
+#[derive(Debug)]
+pub struct ShardUpdate<'a, B> {
+    /// The whole space.
+    pub parameters: &'a mut B,
+    /// Gets the shard's new parameters too, for a snapshot.
+    pub mirror: Option<&'a mut B>,
+    /// First and second moment before the update; in place if not given.
+    pub from: Option<[&'a B; 2]>,
+    /// First and second moment after it.
+    pub to: [&'a mut B; 2],
+    /// The mean gradient.
+    pub gradient: &'a B,
 }
 
 #[cfg(test)]
@@ -143,14 +154,14 @@ mod tests {
     }
 
     /// Two updates of the whole space, cut into the given shards.
-    fn train(cuts: &[usize], threads: usize) -> Vec<u32> {
+    fn train(cuts: &[usize], threads: usize, out_of_place: bool) -> (Vec<u32>, Vec<u32>) {
         let device = CpuDevice::new(threads).unwrap();
         let rule = AdamW::new(&spec(), &tensors());
         let random = Counter::new(9, Place::Test, 0);
         let mut parameters = CpuBuffer::zeroed(3042, "p").unwrap();
         parameters.iter_mut().enumerate().for_each(|(i, p)| *p = random.normal(i as u64) as f32);
         let ends: Vec<usize> = cuts.iter().copied().chain([3042]).collect();
-        let mut start = 0;
+        let (mut start, mut moments) = (0, vec![]);
         for end in ends {
             let n = end - start;
             let [mut m, mut v, mut g] = ["m", "v", "g"].map(|what| CpuBuffer::zeroed(n, what).unwrap());
@@ -159,11 +170,25 @@ mod tests {
                     *g = random.normal((step * 10_000 + start as u64) + i as u64) as f32;
                 }
                 let scalars = rule.scalars(step, 1e-2, 0.5);
-                rule.update(&device, &scalars, start..end, &mut parameters, &mut m, &mut v, &g).unwrap();
+                let (p, mirror) = (&mut parameters, step == 2);
+                if out_of_place && step == 2 {
+                    let [mut m2, mut v2, mut copy] = ["m", "v", "c"].map(|w| CpuBuffer::zeroed(n, w).unwrap());
+                    let (from, to) = (Some([&m, &v]), [&mut m2, &mut v2]);
+                    let update =
+                        ShardUpdate { parameters: p, mirror: mirror.then_some(&mut copy), from, to, gradient: &g };
+                    rule.update(&device, &scalars, start..end, update).unwrap();
+                    assert_eq!(copy[..], parameters[start..end], "the mirror has the new parameters");
+                    (m, v) = (m2, v2);
+                } else {
+                    let to = [&mut m, &mut v];
+                    let update = ShardUpdate { parameters: p, mirror: None, from: None, to, gradient: &g };
+                    rule.update(&device, &scalars, start..end, update).unwrap();
+                }
             }
+            moments.extend(m.iter().chain(v.iter()).map(|value| value.to_bits()));
             start = end;
         }
-        parameters.iter().map(|p| p.to_bits()).collect()
+        (parameters.iter().map(|p| p.to_bits()).collect(), moments)
     }
 
     proptest! {
@@ -172,14 +197,15 @@ mod tests {
         fn shards_do_not_change_bits(mut cuts in proptest::collection::vec(1usize..3042, 0..5), threads in 1usize..4) {
             cuts.sort_unstable();
             cuts.dedup();
-            prop_assert_eq!(train(&cuts, threads), train(&[], 1));
+            prop_assert_eq!(train(&cuts, threads, false).0, train(&[], 1, false).0);
+            prop_assert_eq!(train(&cuts, threads, true), train(&cuts, 1, false));
         }
     }
 
     #[test]
     fn follows_the_definition_in_float64() {
         let random = Counter::new(9, Place::Test, 0);
-        let (s, got) = (spec(), train(&[], 2));
+        let (s, got) = (spec(), train(&[], 2, false).0);
         for i in [0usize, 999, 1000, 1036, 1037, 3036, 3037, 3041] {
             let decay = !((1000..1037).contains(&i) || i >= 3037);
             let (mut p, mut m, mut v) = (f64::from(random.normal(i as u64) as f32), 0.0, 0.0);

@@ -13,8 +13,9 @@ use crate::collective::CollectiveError;
 use crate::device::DeviceError;
 use crate::feed::FeedError;
 use crate::generation::{HostDevice, Member, Trainer};
+use crate::machine::cadence::Decision;
 use crate::model::ModelError;
-use crate::optimizer::clip_scale;
+use crate::optimizer::{ShardUpdate, clip_scale};
 use crate::schedule::learning_rate;
 use crate::session::Control;
 use crate::word::{Fault, Word};
@@ -42,6 +43,9 @@ pub enum StepError {
         /// What, and where.
         fault: String,
     },
+    /// The state is frozen and there is no slot to go on in, which is a defect.
+    #[error("step {0}: no slot is free to go on in, though one was set aside")]
+    NoSlot(u64),
     /// The generation was broken off.
     #[error("broken off")]
     Aborted,
@@ -54,18 +58,21 @@ pub struct Taken {
     pub loss: f64,
     /// Norm of the gradient before clipping.
     pub norm: f64,
-    /// Some rank was asked to stop.
-    pub stop: bool,
+    /// This is the last step: it was to be, or some rank was asked to stop.
+    pub last: bool,
+    /// Whether the state is captured now; the update has written it into the live slot then.
+    pub decision: Decision,
 }
 
-/// Takes step number `step` (the first is 1).
+/// Takes step number `step` (the first is 1); `last` says that the generation ends after it.
 pub fn take<D: HostDevice>(
     trainer: &mut Trainer<D>,
     member: &mut Member<D>,
     step: u64,
+    last: bool,
     control: &Control,
 ) -> Result<Taken, StepError> {
-    let mut word = Word { stop: control.is_stopping(), ..Word::default() };
+    let mut word = Word::default();
     trainer.gradient_sum.restart();
     for m in member.own(trainer.spec.training.micro_batches()) {
         if control.is_aborted() {
@@ -87,6 +94,8 @@ pub fn take<D: HostDevice>(
     word.norms = vec![0.0; member.shard.len().div_ceil(block)];
     trainer.device.block_square_sums(member.shard.len(), block, &member.gradient, &mut word.norms)?;
 
+    word.stop = control.is_stopping();
+    word.wish = member.wish(trainer);
     let words = Word::gather(&word, member.ring.as_mut())?;
     if let Some(fault) = words.iter().find_map(|word| word.fault.clone()) {
         return Err(StepError::Fault { step, fault });
@@ -97,19 +106,33 @@ pub fn take<D: HostDevice>(
         return Err(StepError::Fault { step, fault: "the gradient's norm is not finite".into() });
     }
 
-    let scalars =
-        trainer.rule.scalars(step, rate(&trainer.spec, step), clip_scale(trainer.spec.optimizer.clip_norm, norm));
-    trainer.rule.update(
-        &trainer.device,
-        &scalars,
-        member.shard.clone(),
-        &mut trainer.parameters,
-        &mut member.exp_avg,
-        &mut member.exp_avg_sq,
-        &member.gradient,
-    )?;
+    let last = last || words.iter().any(|word| word.stop);
+    let wishes: Vec<_> = words.iter().map(|word| word.wish).collect();
+    let decision = member.cadence.decide(step, last, &wishes);
+    update(trainer, member, step, norm, decision.capture.is_some())?;
     member.ring.all_gather_f32(&mut trainer.parameters, &member.shards)?;
-    Ok(Taken { loss, norm, stop: words.iter().any(|word| word.stop) })
+    Ok(Taken { loss, norm, last, decision })
+}
+
+/// Updates the own shard; a state to be `captured` is written into the live slot whole.
+fn update<D: HostDevice>(
+    trainer: &mut Trainer<D>,
+    member: &mut Member<D>,
+    step: u64,
+    norm: f64,
+    captured: bool,
+) -> Result<(), StepError> {
+    let clip = clip_scale(trainer.spec.optimizer.clip_norm, norm);
+    let scalars = trainer.rule.scalars(step, rate(&trainer.spec, step), clip);
+    let parts = member.state.parts(captured).ok_or(StepError::NoSlot(step))?;
+    let update = ShardUpdate {
+        parameters: &mut trainer.parameters,
+        mirror: parts.mirror,
+        from: parts.from,
+        to: parts.to,
+        gradient: &member.gradient,
+    };
+    Ok(trainer.rule.update(&trainer.device, &scalars, member.shard.clone(), update)?)
 }
 
 /// Mean loss over the held-out sequences: the same units of one micro-batch each, in the same order, at any world size.

@@ -13,19 +13,22 @@ use proto::spec::JobSpec;
 use proto::wire::{self, FailureKind};
 use tokio::runtime::Handle;
 
-use crate::capture::{CaptureError, Capturer, Patience, Snapshot};
+use crate::capture::{CaptureError, Capturer, Snapshot};
 use crate::collective::{RingListener, RingMembership, RingTimeouts, connect};
 use crate::device::Device;
 use crate::device::cpu::CpuDevice;
-use crate::generation::{Finished, Member, Moments, Trainer, train};
-use crate::load::{LoadError, Shard, Start, gather_parameters, load_shard, scalar_state};
+use crate::generation::{Finished, Member, Observer, Trainer, train};
+use crate::load::{LoadError, Start, gather_parameters, load_shard, scalar_state};
+use crate::machine::cadence::Tier;
 use crate::machine::session::{Identity, Input};
 use crate::session::{Control, News};
-use crate::step::StepError;
+use crate::slots::SlotError;
+use crate::state::ShardState;
+use crate::step::{StepError, Taken};
 
 /// Between two progress reports to the session.
 const PROGRESS: Duration = Duration::from_millis(100);
-/// The share of `fault.hang` that the last capture may wait for a slot.
+/// The share of `fault.hang` that hashing the last capture may take.
 const PATIENCE: f64 = 0.8;
 
 /// Why the trainer gave up, and what kind of trouble that is.
@@ -53,7 +56,9 @@ impl From<StepError> for Failure {
         let kind = match &error {
             StepError::Exchange(_) | StepError::Aborted => FailureKind::Exchange,
             StepError::Data(_) => FailureKind::Input,
-            StepError::Model(_) | StepError::Device(_) | StepError::Fault { .. } => FailureKind::Fatal,
+            StepError::Model(_) | StepError::Device(_) | StepError::Fault { .. } | StepError::NoSlot(_) => {
+                FailureKind::Fatal
+            }
         };
         Self::new(kind, error)
     }
@@ -79,11 +84,16 @@ impl From<LoadError> for Failure {
 impl From<CaptureError> for Failure {
     fn from(error: CaptureError) -> Self {
         let kind = match &error {
-            CaptureError::Room { .. } => FailureKind::Input,
             CaptureError::Late(_) => FailureKind::Transient,
             CaptureError::Ended => FailureKind::Fatal,
         };
         Self::new(kind, error)
+    }
+}
+
+impl From<SlotError> for Failure {
+    fn from(error: SlotError) -> Self {
+        Self::input(error)
     }
 }
 
@@ -121,7 +131,7 @@ impl Prepared {
         let trainer = Trainer::new(spec, device, space, source).map_err(Failure::input)?;
         let (listener, address) =
             RingListener::bind(host).map_err(|error| Failure::new(FailureKind::Transient, error))?;
-        capturer.slots().place_in(PathBuf::from(&prepare.slots));
+        capturer.slots().place_in(PathBuf::from(&prepare.slots), prepare.slot_budget);
         Ok(Self { trainer, listener, address })
     }
 
@@ -145,30 +155,20 @@ impl Prepared {
     ) -> Result<Ended, Failure> {
         let place = Place::read(run, &self.trainer.spec.name)?;
         let generation = place.membership.generation.get();
-        let (mut member, start) = self.join(&place, control, capturer, handle)?;
-        tell(News::Event(Input::Joined { generation, step: start.step, source: start.source }));
+        let (mut member, start) = self.join(&place, control, capturer, handle, tell)?;
+        tell(News::Event(Input::Joined { generation, step: start.step, source: start.source.clone() }));
 
-        let mut told = Instant::now();
-        let saver = Saver { place: &place, capturer, control, tell };
-        let mut after = |trainer: &Trainer<CpuDevice>, member: &Member<CpuDevice>, done: Finished| {
-            if member.is_first() {
-                tell(News::Step(place.report(&done)));
-            }
-            if done.last || told.elapsed() >= PROGRESS {
-                told = Instant::now();
-                tell(News::Event(Input::Stepped { generation, step: done.step, loss: done.taken.loss }));
-            }
-            if done.last || done.step.is_multiple_of(trainer.spec.checkpoint.every_steps) {
-                saver.save(trainer, member, done.step, done.last)?;
-            }
-            Ok::<(), Failure>(())
-        };
         let trainer = &mut self.trainer;
-        let (step, loss) = train(trainer, &mut member, start.step, place.stop_at, control, &mut after)?;
-        if step == start.step && start.source == "initialised" {
-            saver.save(trainer, &member, step, true)?;
+        let mut saver = Saver { place: &place, capturer, tell, told: Instant::now(), complete: 0, first: false };
+        saver.first = member.is_first();
+        let (step, loss) = train(trainer, &mut member, start.step, place.stop_at, control, &mut saver)?;
+        if step == start.step && start.source == Start::INITIALISED {
+            // No step was taken that would have written the parameters into the slot.
+            let shard = member.shard.clone();
+            member.state.fill()[0].copy_from_slice(&trainer.parameters[shard]);
+            saver.capture(trainer, &mut member, step, Tier::Store)?;
         }
-        capturer.flush(saver.grace(trainer))?;
+        capturer.flush(grace(trainer, control))?;
         Ok(Ended { step, loss })
     }
 
@@ -179,25 +179,59 @@ impl Prepared {
         control: &Control,
         capturer: &Capturer,
         handle: &Handle,
+        tell: &dyn Fn(News),
     ) -> Result<(Member<CpuDevice>, Start), Failure> {
         let trainer = &mut self.trainer;
         let fatal = |error: crate::device::DeviceError| Failure::new(FailureKind::Fatal, error);
         let exchange = |error: crate::collective::CollectiveError| Failure::from(StepError::Exchange(error));
         let range = trainer.shards(place.world)[place.membership.rank.index()].clone();
-        capturer.slots().reserve(range.len())?;
-        let mut moments = Moments::new(&trainer.device, range.len()).map_err(fatal)?;
-        let shard = Shard { range, exp_avg: &mut moments.exp_avg, exp_avg_sq: &mut moments.exp_avg_sq };
-        let start = load_shard(trainer, shard, &place.start, handle, control)?;
+        let slots = capturer.slots().clone();
+        slots.reserve(range.len())?;
+        let mut state = ShardState::new(slots.clone(), range.len())
+            .ok_or_else(|| Failure::new(FailureKind::Fatal, "no slot is free, though they were just reserved"))?;
+        let start = if place.in_memory {
+            restore(trainer, place, state.slot(), control, tell)?
+        } else {
+            load_shard(trainer, range.clone(), state.fill(), &place.start, handle, control)?
+        };
+        trainer.parameters[range].copy_from_slice(state.parameters());
         let fault = &trainer.spec.fault;
         let timeouts = RingTimeouts {
             connect: Duration::from_secs_f64(fault.restart),
             operation: Duration::from_secs_f64(fault.collective),
         };
         let ring = connect(&self.listener, &place.membership, timeouts, control.ring()).map_err(exchange)?;
-        let mut member = Member::new(trainer, ring, moments).map_err(fatal)?;
+        let at = (place.membership.generation, start.step);
+        let mut member = Member::new(trainer, ring, state, slots, at).map_err(fatal)?;
         gather_parameters(trainer, &mut member).map_err(exchange)?;
         Ok((member, start))
     }
+}
+
+/// Has the agent fill the live slot from the nodes' memory.
+fn restore(
+    trainer: &Trainer<CpuDevice>,
+    place: &Place,
+    slot: u32,
+    control: &Control,
+    tell: &dyn Fn(News),
+) -> Result<Start, Failure> {
+    let generation = place.membership.generation.get();
+    tell(News::Restore(wire::Restore { generation, slot }));
+    let within = Duration::from_secs_f64(trainer.spec.fault.hang * PATIENCE);
+    let late = || Failure::new(FailureKind::Transient, "the agent did not restore the state from memory in time");
+    let answer = control.wait_restored(within).ok_or_else(late)?;
+    match answer.failure {
+        Some(failure) => Err(Failure::new(failure.kind(), failure.reason)),
+        None => Ok(Start { step: answer.step, source: answer.source }),
+    }
+}
+
+/// How long the last snapshot may take to be hashed: the user's patience if asked to stop, else most of `fault.hang`.
+fn grace(trainer: &Trainer<CpuDevice>, control: &Control) -> Duration {
+    let fault = &trainer.spec.fault;
+    let seconds = if control.is_stopping() { fault.grace } else { fault.grace.max(fault.hang * PATIENCE) };
+    Duration::from_secs_f64(seconds)
 }
 
 /// A checked announcement, as seen from one rank.
@@ -205,6 +239,10 @@ struct Place {
     membership: RingMembership,
     world: WorldSize,
     start: Vec<u8>,
+    /// The state is in the nodes' memory.
+    in_memory: bool,
+    /// Parity groups of the generation.
+    groups: u32,
     stop_at: u64,
 }
 
@@ -222,7 +260,14 @@ impl Place {
         let key = announced.key.as_slice().try_into().map_err(|_| refuse("its key does not have 32 bytes"))?;
         let generation = Generation::new(announced.generation);
         let membership = RingMembership { job: job.clone(), generation, rank: Rank::new(run.rank), peers, key };
-        Ok(Self { membership, world, start: announced.start.clone(), stop_at: announced.stop_at })
+        Ok(Self {
+            membership,
+            world,
+            start: announced.start.clone(),
+            in_memory: announced.memory.is_some(),
+            groups: announced.groups,
+            stop_at: announced.stop_at,
+        })
     }
 
     fn report(&self, done: &Finished) -> wire::StepReport {
@@ -238,38 +283,85 @@ impl Place {
     }
 }
 
-/// Takes snapshots of a generation.
+/// Watches a generation: takes its snapshots and tells how far it is.
 struct Saver<'a> {
     place: &'a Place,
     capturer: &'a Capturer,
-    control: &'a Control,
     tell: &'a dyn Fn(News),
+    /// This rank speaks for all.
+    first: bool,
+    /// When progress was last told.
+    told: Instant,
+    /// The newest step said to be complete in all groups.
+    complete: u64,
+}
+
+impl Observer<CpuDevice> for Saver<'_> {
+    type Error = Failure;
+
+    fn updated(
+        &mut self,
+        trainer: &Trainer<CpuDevice>,
+        member: &mut Member<CpuDevice>,
+        step: u64,
+        taken: &Taken,
+    ) -> Result<(), Failure> {
+        let generation = self.place.membership.generation.get();
+        if taken.last || self.told.elapsed() >= PROGRESS {
+            self.told = Instant::now();
+            (self.tell)(News::Event(Input::Stepped { generation, step, loss: taken.loss }));
+        }
+        if let Some(tier) = taken.decision.capture {
+            self.capture(trainer, member, step, tier)?;
+        }
+        if let Some(tier) = taken.decision.skipped {
+            let RingMembership { job, rank, .. } = &self.place.membership;
+            (self.tell)(News::Skipped(wire::SaveSkipped {
+                job: job.to_string(),
+                generation,
+                step,
+                rank: rank.get(),
+                reason: String::new(),
+                memory: tier == Tier::Memory,
+            }));
+        }
+        // With one group the agent knows by itself.
+        if self.place.groups > 1 && taken.decision.complete > self.complete {
+            self.complete = taken.decision.complete;
+            (self.tell)(News::Complete(wire::StepComplete { generation, step: self.complete, seconds: 0.0 }));
+        }
+        Ok(())
+    }
+
+    fn finished(&mut self, done: Finished) {
+        if self.first {
+            (self.tell)(News::Step(self.place.report(&done)));
+        }
+    }
 }
 
 impl Saver<'_> {
-    /// How long the last snapshot may wait: for the user's patience if asked to stop, else for most of `fault.hang`.
-    fn grace(&self, trainer: &Trainer<CpuDevice>) -> Duration {
-        let fault = &trainer.spec.fault;
-        let seconds = if self.control.is_stopping() { fault.grace } else { fault.grace.max(fault.hang * PATIENCE) };
-        Duration::from_secs_f64(seconds)
-    }
-
-    /// Captures the state of `step`; without a free slot the `last` one waits, others are skipped and counted.
-    fn save(
+    /// Freezes the state of `step` and has it hashed and announced.
+    fn capture(
         &self,
         trainer: &Trainer<CpuDevice>,
-        member: &Member<CpuDevice>,
+        member: &mut Member<CpuDevice>,
         step: u64,
-        last: bool,
+        tier: Tier,
     ) -> Result<(), Failure> {
+        let began = Instant::now();
         let RingMembership { job, generation, rank, .. } = &self.place.membership;
         let snapshot = Snapshot {
+            slot: member.state.freeze(),
+            elements: member.shard.len(),
             message: wire::Captured {
                 job: job.to_string(),
                 generation: generation.get(),
                 step,
                 rank: rank.get(),
                 world_size: self.place.world.get(),
+                store: tier == Tier::Store,
+                stall_seconds: began.elapsed().as_secs_f64(),
                 ..Default::default()
             },
             capture: Capture {
@@ -283,23 +375,7 @@ impl Saver<'_> {
                 states: StateDecl::adamw(),
                 hashes: Vec::new(),
             },
-            states: [&trainer.parameters[member.shard.clone()], &member.exp_avg, &member.exp_avg_sq],
         };
-        let wait = if last { self.grace(trainer) } else { Duration::ZERO };
-        let patience = Patience { wait, broken_off: &|| self.control.is_aborted() };
-        if self.capturer.capture(snapshot, &patience)?.is_some() {
-            return Ok(());
-        }
-        if last {
-            let reason = format!("the snapshot of step {step} found no free slot within {} s", wait.as_secs());
-            return Err(Failure::new(FailureKind::Transient, reason));
-        }
-        (self.tell)(News::Skipped(wire::SaveSkipped {
-            job: job.to_string(),
-            generation: generation.get(),
-            step,
-            rank: rank.get(),
-        }));
-        Ok(())
+        Ok(self.capturer.announce(snapshot)?)
     }
 }

@@ -1,16 +1,21 @@
 //! The one small message of a step: what each rank found, gathered by all.
 //!
-//! Losses of its micro-batches, squared norms of its blocks, whether it was asked to stop, and the first number it
-//! could not use. Encoded little-endian: flags, two counts, the values, the fault's text. What a peer sends is checked:
-//! the data plane is authenticated, but a length is never believed.
+//! Losses of its micro-batches, squared norms of its blocks, whether it was asked to stop, its word on the next capture,
+//! and the first number it could not use. Encoded little-endian: flags, two counts, the capture's numbers, the values,
+//! the fault's text. What a peer sends is checked: the data plane is authenticated, but a length is never believed.
 
 use crate::collective::{Collective, CollectiveError};
 use crate::exact::GradientFault;
+use crate::machine::cadence::Wish;
 
 /// The longest fault text that travels.
 const LONGEST_FAULT: usize = 1024;
-/// Flags and two counts.
-const HEAD: usize = 1 + 4 + 4;
+/// Flags, two counts, and the numbers of the capture.
+const HEAD: usize = 1 + 4 + 4 + 4 + 4 + 8;
+/// Flags: asked to stop, a fault, ready to capture.
+const STOP: u8 = 1;
+const FAULT: u8 = 2;
+const READY: u8 = 4;
 
 /// A number that ends the job.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -40,6 +45,8 @@ pub enum Fault {
 pub struct Word {
     /// It was asked to stop.
     pub stop: bool,
+    /// Whether and how often it can capture.
+    pub wish: Wish,
     /// The first number it could not use, in words.
     pub fault: Option<String>,
     /// Loss of each of its micro-batches, in order.
@@ -75,9 +82,11 @@ impl Word {
     fn encode(&self) -> Vec<u8> {
         let fault = self.fault.as_deref().unwrap_or_default();
         let mut out = Vec::with_capacity(HEAD + 8 * (self.losses.len() + self.norms.len()) + fault.len());
-        out.push(u8::from(self.stop) | u8::from(self.fault.is_some()) << 1);
-        out.extend_from_slice(&(self.losses.len() as u32).to_le_bytes());
-        out.extend_from_slice(&(self.norms.len() as u32).to_le_bytes());
+        let flag = |set: bool, flag: u8| if set { flag } else { 0 };
+        out.push(flag(self.stop, STOP) | flag(self.fault.is_some(), FAULT) | flag(self.wish.ready, READY));
+        let counts = [self.losses.len() as u32, self.norms.len() as u32, self.wish.interval, self.wish.guard];
+        counts.iter().for_each(|count| out.extend_from_slice(&count.to_le_bytes()));
+        out.extend_from_slice(&self.wish.complete.to_le_bytes());
         for value in self.losses.iter().chain(&self.norms) {
             out.extend_from_slice(&value.to_le_bytes());
         }
@@ -89,18 +98,28 @@ impl Word {
         let (flags, rest) = bytes.split_first()?;
         let (losses, rest) = rest.split_first_chunk()?;
         let (norms, rest) = rest.split_first_chunk()?;
+        let (interval, rest) = rest.split_first_chunk()?;
+        let (guard, rest) = rest.split_first_chunk()?;
+        let (complete, rest) = rest.split_first_chunk()?;
         let (losses, norms) = (u32::from_le_bytes(*losses) as usize, u32::from_le_bytes(*norms) as usize);
         let length = losses.checked_add(norms)?.checked_mul(8).filter(|length| *length <= rest.len())?;
         let (values, fault) = rest.split_at(length);
-        if *flags > 3 || fault.len() > LONGEST_FAULT || (flags & 2 == 0 && !fault.is_empty()) {
+        let known = *flags <= STOP | FAULT | READY;
+        if !known || fault.len() > LONGEST_FAULT || (flags & FAULT == 0 && !fault.is_empty()) {
             return None;
         }
         let mut values = values.as_chunks::<8>().0.iter().map(|value| f64::from_le_bytes(*value));
         Some(Self {
-            stop: flags & 1 != 0,
+            stop: flags & STOP != 0,
+            wish: Wish {
+                ready: flags & READY != 0,
+                interval: u32::from_le_bytes(*interval),
+                guard: u32::from_le_bytes(*guard),
+                complete: u64::from_le_bytes(*complete),
+            },
             losses: values.by_ref().take(losses).collect(),
             norms: values.collect(),
-            fault: (flags & 2 != 0).then(|| String::from_utf8_lossy(fault).into_owned()),
+            fault: (flags & FAULT != 0).then(|| String::from_utf8_lossy(fault).into_owned()),
         })
     }
 }
@@ -113,7 +132,8 @@ mod tests {
 
     #[test]
     fn a_word_reads_back() {
-        let mut word = Word { stop: true, losses: vec![1.5, -0.0], norms: vec![f64::MAX], ..Word::default() };
+        let wish = Wish { ready: true, interval: 3, guard: u32::MAX, complete: u64::MAX };
+        let mut word = Word { stop: true, wish, losses: vec![1.5, -0.0], norms: vec![f64::MAX], ..Word::default() };
         assert_eq!(Word::decode(&word.encode()).as_ref(), Some(&word));
         let fault = GradientFault { element: 7, value: f32::INFINITY };
         word.fault(Fault::Gradient { micro_batch: 3, tensor: "lm_head.weight".into(), fault });
@@ -122,6 +142,7 @@ mod tests {
         assert_eq!(Word::decode(&word.encode()).as_ref(), Some(&word));
         assert_eq!(Word::decode(&[]), None);
         assert_eq!(Word::decode(&[0, 255, 255, 255, 255, 255, 255, 255, 255, 1]), None);
+        assert_eq!(Word::decode(&[[0; 1 + 4].as_slice(), &[255; 20], &[1]].concat()), None);
     }
 
     proptest! {

@@ -82,6 +82,11 @@ impl Job {
         self.live.contains_key(&worker)
     }
 
+    /// A worker's rank in the live generation.
+    pub(super) fn rank_of(&self, worker: WorkerId) -> Option<u32> {
+        rank_of(&self.desired, worker)
+    }
+
     /// How long it may take to save and leave.
     pub(super) fn grace(&self) -> Duration {
         self.fault(|fault| fault.grace).unwrap_or(Duration::from_secs(30))

@@ -8,6 +8,7 @@
 //! generation of a job, is refused with the reason.
 
 mod job;
+pub mod keeper;
 #[cfg(test)]
 mod tests;
 
@@ -179,7 +180,7 @@ impl Machine {
     /// Everything the node's workers are doing.
     pub fn report(&self) -> wire::NodeReport {
         let workers = self.jobs.values().flat_map(Job::states).collect();
-        wire::NodeReport { workers, epoch: self.epoch.get(), draining: self.draining }
+        wire::NodeReport { workers, epoch: self.epoch.get(), draining: self.draining, ..Default::default() }
     }
 
     /// The node is to leave: the coordinator moves its jobs away, each with a checkpoint. Returns the longest grace one
@@ -197,6 +198,16 @@ impl Machine {
     /// No job has work on this node.
     pub fn is_idle(&self) -> bool {
         self.jobs.is_empty()
+    }
+
+    /// The rank a worker has in the live generation of its job.
+    pub fn rank_of(&self, worker: WorkerId) -> Option<u32> {
+        self.jobs.values().find(|job| job.has(worker)).and_then(|job| job.rank_of(worker))
+    }
+
+    /// The highest epoch that was obeyed.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
     }
 
     /// The job a live worker belongs to, and whether it is there at all.

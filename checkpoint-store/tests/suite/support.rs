@@ -42,8 +42,15 @@ pub(crate) fn submitted() -> Record {
 pub(crate) fn formed(generation: u64, size: u32, start: Option<CheckpointRef>) -> Record {
     let generation = Generation::new(generation);
     let (identity, fingerprint) = ("cpu".into(), "data".into());
-    let event =
-        Event::Generation { generation, world_size: world(size), members: vec![], start, identity, fingerprint };
+    let event = Event::Generation {
+        generation,
+        world_size: world(size),
+        members: vec![],
+        start,
+        memory: None,
+        identity,
+        fingerprint,
+    };
     Record::new(EPOCH, generation, event)
 }
 

@@ -12,7 +12,7 @@ use proto::wire::{JobStatus, StepReport, SubmitMode};
 
 use super::commit::{ReceiptEntry, ReceiptName};
 use super::ledger::{Checkpoint, Entry, Ledger};
-use super::members::{Connection, Worker};
+use super::members::{Connection, Home, NodeState};
 
 /// Names a request of an operator, to be answered once.
 pub type RequestId = u64;
@@ -44,12 +44,10 @@ pub enum Event {
         connection: Connection,
         /// How many workers it can run.
         slots: u32,
-        /// Its workers.
-        workers: Vec<Worker>,
-        /// The highest epoch it has obeyed.
-        epoch: u64,
-        /// Whether the node is about to leave.
-        draining: bool,
+        /// Where and what it is.
+        home: Home,
+        /// Everything about it.
+        state: NodeState,
     },
     /// An agent reported.
     Report {
@@ -57,12 +55,8 @@ pub enum Event {
         node: NodeName,
         /// The stream.
         connection: Connection,
-        /// Its workers.
-        workers: Vec<Worker>,
-        /// The highest epoch it has obeyed.
-        epoch: u64,
-        /// Whether the node is about to leave.
-        draining: bool,
+        /// Everything about it.
+        state: NodeState,
     },
     /// An agent's stream closed.
     Detached {
@@ -93,6 +87,15 @@ pub enum Event {
         job: JobName,
         /// Which one.
         name: ReceiptName,
+        /// Why; empty: storage is slower than the cadence.
+        reason: String,
+    },
+    /// A try to store a shard failed; it goes on.
+    SaveFailed {
+        /// The job.
+        job: JobName,
+        /// What failed, for people.
+        text: String,
     },
     /// A store operation ended.
     Stored {

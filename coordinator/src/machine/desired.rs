@@ -7,21 +7,25 @@
 
 use std::collections::BTreeMap;
 
-use proto::ids::{Generation, JobName, NodeName, Step};
+use proto::ids::{Generation, JobName, NodeName, Rank, Step};
 use proto::wire::coordinator_message::Body;
-use proto::wire::{Announcement, Desired, Placement, WorkerPhase};
+use proto::wire::{Announcement, Desired, GroupMember, MemoryStart, ParityGroup, Placement, WorkerPhase};
 
 use super::Settings;
 use super::action::Action;
 use super::job::Job;
 use super::live::Live;
-use super::members::{Agent, Members};
+use super::members::Members;
+use super::memory::{Group, Restorable};
 
 impl Job {
     /// What the agent of a node should do for this job; `None`: nothing to say.
-    fn desired(&self, node: &NodeName, agent: &Agent, settings: &Settings) -> Option<Desired> {
+    fn desired(&self, node: &NodeName, members: &Members, settings: &Settings) -> Option<Desired> {
+        let agent = members.get(node)?;
         let told = agent.told.get(&self.name);
-        let knows = told.is_some_and(|told| told.workers > 0) || agent.of(&self.name).next().is_some();
+        let knows = told.is_some_and(|told| told.workers > 0)
+            || agent.of(&self.name).next().is_some()
+            || agent.memory.contains_key(&self.name);
         let mut desired = Desired {
             job: self.name.to_string(),
             spec: Vec::new(),
@@ -36,30 +40,42 @@ impl Job {
         if !self.led || !self.born || self.live.as_ref().is_some_and(Live::adopting) {
             return None;
         }
-        let members = self.live.as_ref().map_or(0, |live| live.members_on(node));
+        let here = self.live.as_ref().map_or(0, |live| live.members_on(node));
         let wanted = if self.refused.contains_key(node) { 0 } else { self.want.get(node).copied().unwrap_or(0) };
-        desired.workers = wanted.max(members);
+        desired.workers = wanted.max(here);
         if desired.workers == 0 && !knows {
             return None;
         }
         if desired.workers > 0 {
             desired.spec.clone_from(&self.spec_json);
         }
-        if let Some(live) = self.live.as_ref().filter(|_| members > 0) {
-            desired.run = Some(self.announcement(live, node, agent, settings)?);
+        if let Some(live) = self.live.as_ref().filter(|_| here > 0) {
+            desired.run = Some(self.announcement(live, node, members, settings)?);
         }
         Some(desired)
     }
 
     /// `None` while a member's address is not known, which only a new coordinator can meet.
-    fn announcement(&self, live: &Live, node: &NodeName, agent: &Agent, settings: &Settings) -> Option<Announcement> {
+    fn announcement(
+        &self,
+        live: &Live,
+        node: &NodeName,
+        agents: &Members,
+        settings: &Settings,
+    ) -> Option<Announcement> {
+        let agent = agents.get(node)?;
+        let address = |node: &NodeName| agents.get(node).map(|agent| agent.home.snapshots.clone()).unwrap_or_default();
         let members = &live.membership.members;
         let placements = members.iter().enumerate().filter(|(_, member)| member.node == *node);
         let stop_at = self.ledger.stop_at.map_or(self.ledger.spec.training.steps, Step::get);
         let known = members.iter().all(|member| !member.address.is_empty());
         // A worker that is past joining needs no addresses any more.
         let waits = |phase| matches!(phase, WorkerPhase::Ready | WorkerPhase::Starting);
-        if !known && agent.of(&self.name).any(|worker| live.has(worker.id) && waits(worker.phase)) {
+        let joining = agent.of(&self.name).any(|worker| live.has(worker.id) && waits(worker.phase));
+        if !known && joining {
+            return None;
+        }
+        if live.membership.memory.is_some() && live.restorable.is_none() && joining {
             return None;
         }
         Some(Announcement {
@@ -73,7 +89,35 @@ impl Job {
             start: live.membership.start.as_ref().map(|start| start.reference.clone()).unwrap_or_default(),
             stop_at,
             stop: live.stop,
+            group: live.groups.iter().find(|group| has(group, node)).map(|group| told(group, address)),
+            groups: live.groups.len() as u32,
+            memory: live.restorable.as_ref().map(|from| memory_start(from, address)),
         })
+    }
+}
+
+fn has(group: &Group, node: &NodeName) -> bool {
+    group.members.iter().any(|(member, _)| member == node)
+}
+
+/// A group in the wire's terms.
+fn told(group: &Group, address: impl Fn(&NodeName) -> String) -> ParityGroup {
+    let member = |(node, ranks): &(NodeName, Vec<Rank>)| GroupMember {
+        node: node.to_string(),
+        snapshots: address(node),
+        ranks: ranks.iter().map(|rank| rank.get()).collect(),
+    };
+    ParityGroup { members: group.members.iter().map(member).collect(), parities: group.parities as u32 }
+}
+
+/// A step in memory in the wire's terms; those who lost it have no address.
+fn memory_start(from: &Restorable, address: impl Fn(&NodeName) -> String + Copy) -> MemoryStart {
+    let present = |node: &NodeName| if from.holds(node) { address(node) } else { String::new() };
+    MemoryStart {
+        generation: from.point.generation.get(),
+        step: from.point.step.get(),
+        world_size: from.world.get(),
+        groups: from.groups.iter().map(|group| told(group, present)).collect(),
     }
 }
 
@@ -101,18 +145,18 @@ pub(super) fn tell<'a>(
         let Some(connection) = agent.connection else { continue };
         let mut news: Vec<(JobName, Desired)> = Vec::new();
         for job in jobs.clone() {
-            let desired = job.desired(&node, agent, settings);
+            let desired = job.desired(&node, members, settings);
             news.extend(desired.map(|desired| (job.name.clone(), desired)));
         }
-        for worker in &agent.workers {
+        for seen in agent.workers.iter().map(|worker| &worker.job).chain(agent.memory.keys()) {
             // What cannot be read now is left alone: it may be read again.
-            let known = unreadable.contains_key(&worker.job)
-                || jobs.clone().any(|job| job.name == worker.job)
-                || news.iter().any(|(job, _)| *job == worker.job);
+            let known = unreadable.contains_key(seen)
+                || jobs.clone().any(|job| job.name == *seen)
+                || news.iter().any(|(job, _)| job == seen);
             if !known {
                 // Whatever generation the agent has seen of a job this store does not hold, it is over.
-                let gone = Desired { job: worker.job.to_string(), fenced: u64::MAX, ..Desired::default() };
-                news.push((worker.job.clone(), gone));
+                let gone = Desired { job: seen.to_string(), fenced: u64::MAX, ..Desired::default() };
+                news.push((seen.clone(), gone));
             }
         }
         let Some(agent) = members.get_mut(&node) else { continue };

@@ -4,6 +4,9 @@
 //! they are enough. Workers whose arithmetic would give other bits are refused with the difference named, and other
 //! data than the job began with ends it: both would break the promise that the weights are a function of spec and data.
 
+use std::collections::BTreeMap;
+use std::time::Duration;
+
 use proto::ids::{NodeName, WorkerId};
 use proto::spec::Reduction;
 use proto::wire::{FailureKind, WorkerPhase};
@@ -11,10 +14,13 @@ use proto::wire::{FailureKind, WorkerPhase};
 use super::job::{Context, Job, Verdict};
 use super::ledger::{Entry, Member, Membership};
 use super::members::Worker;
+use super::memory::{self, Inventory, Restorable};
 use super::schedule::total;
 
 /// How long the nodes must be unchanged before a running job is stopped to grow.
-const STABLE: std::time::Duration = std::time::Duration::from_secs(3);
+const STABLE: Duration = Duration::from_secs(3);
+/// How long nodes that held a part of the job have to say what they hold.
+const INVENTORY: Duration = Duration::from_secs(2);
 
 impl Job {
     /// Judges workers that end before they are in a generation, and those that would not fit one.
@@ -63,11 +69,12 @@ impl Job {
         let failure = worker.failure.clone();
         let kind = failure.as_ref().map_or(FailureKind::Exit, |failure| failure.kind);
         let reason = failure.map_or_else(|| "a worker ended while it prepared".to_string(), |failure| failure.reason);
-        if self.live.is_none() {
-            self.trouble(cx, kind, None, reason);
-        } else if matches!(kind, FailureKind::Fatal | FailureKind::Input) {
-            // A spare that cannot work must not end a job that does.
+        let is_nodes = matches!(kind, FailureKind::Fatal | FailureKind::Input);
+        if is_nodes && self.has_run() {
+            // A node that cannot work must not end a job that has run on others.
             self.refuse(cx, node, format!("node {node}: {reason}"));
+        } else if self.live.is_none() {
+            self.trouble(cx, kind, None, reason);
         }
     }
 
@@ -93,10 +100,7 @@ impl Job {
                  restore the data of data.train and data.validation, or start over with --fresh",
                 worker.fingerprint
             );
-            match self.live {
-                Some(_) => self.refuse(cx, node, reason),
-                None => drop(self.verdict.get_or_insert(Verdict { reason, code: 2 })),
-            }
+            self.refuse(cx, node, reason);
         }
     }
 
@@ -137,7 +141,37 @@ impl Job {
             self.trouble(cx, FailureKind::Transient, None, reason);
             return None;
         }
+        if self.awaits_inventory(cx) {
+            return None;
+        }
         self.agree(cx, chosen)
+    }
+
+    /// Whether a node that held a part of the job has not yet said what it holds for good.
+    fn awaits_inventory(&self, cx: &Context<'_>) -> bool {
+        let fenced = self.ledger.generation;
+        let of_last =
+            self.ledger.membership.as_ref().map(|membership| membership.members.as_slice()).unwrap_or_default();
+        let pending = cx.members.iter().any(|(node, agent)| {
+            let held = agent.memory.get(&self.name);
+            let was_member = of_last.iter().any(|member| member.node == *node);
+            agent.connection.is_some() && held.map_or(was_member, |held| held.fenced < fenced)
+        });
+        self.ledger.spec.checkpoint.memory && pending && cx.now.saturating_sub(self.since) < INVENTORY
+    }
+
+    /// The newest step in the nodes' memory to start from, if that is no older than the newest checkpoint.
+    fn in_memory(&self, cx: &Context<'_>) -> Option<Restorable> {
+        if !self.ledger.spec.checkpoint.memory {
+            return None;
+        }
+        let stored = self.ledger.newest().map(|newest| newest.step);
+        let started = self.ledger.membership.as_ref().and_then(|membership| membership.memory);
+        let inventories: BTreeMap<&NodeName, &Inventory> = cx.inventories(&self.name).collect();
+        memory::newest(&inventories, |point| {
+            let of_line = point.generation == self.ledger.generation || Some(point) == started;
+            of_line && stored.is_none_or(|stored| point.step >= stored) && !self.distrusted(point)
+        })
     }
 
     /// Makes a membership of ready workers, if they agree on arithmetic and data.
@@ -169,8 +203,12 @@ impl Job {
         };
         let member =
             |(node, worker): (NodeName, Worker)| Member { node, worker: worker.id, address: worker.ring_address };
+        let restorable = self.in_memory(cx);
+        let memory = restorable.as_ref().map(|from| from.point);
+        self.restorable = restorable;
         Some(Entry::Generation(Box::new(Membership {
             generation,
+            memory,
             members: chosen.into_iter().map(member).collect(),
             start: self.ledger.newest().cloned(),
             identity: self.ledger.identity.clone().unwrap_or(first.identity),

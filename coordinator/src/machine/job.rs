@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use proto::event::JobEvent;
 use proto::ids::{JobName, NodeName, Rank, Step, WorkerId};
+use proto::spec::Workers;
 use proto::wire::FailureKind;
 use proto::wire::coordinator_message::Body;
 use proto::wire::{ReceiptSettled, StepReport};
@@ -21,7 +22,11 @@ use super::commit::{Gathering, ReceiptEntry, ReceiptName, Settlement};
 use super::ledger::{Checkpoint, End, Entry, Ledger};
 use super::live::Live;
 use super::members::Members;
+use super::memory::{Inventory, MemoryPoint, Restorable};
 use super::schedule::Placement;
+
+/// Generations that a step in memory may fail before an older state is used.
+const MOST_FAILURES: u32 = 1;
 
 /// What a job sees of the rest of the cluster, and where its actions go.
 pub(super) struct Context<'a> {
@@ -34,6 +39,11 @@ pub(super) struct Context<'a> {
 impl Context<'_> {
     pub(super) fn log(&mut self, job: &JobName, text: String) {
         self.out.push(Action::Log { job: Some(job.clone()), text });
+    }
+
+    /// What each node holds of a job.
+    pub(super) fn inventories(&self, job: &JobName) -> impl Iterator<Item = (&NodeName, &Inventory)> {
+        self.members.iter().filter_map(move |(node, agent)| Some((node, agent.memory.get(job)?)))
     }
 
     pub(super) fn publish(&mut self, job: &JobName, event: JobEvent) {
@@ -109,6 +119,12 @@ pub(super) struct Job {
     pub(super) verdict: Option<Verdict>,
     /// A checkpoint to be set aside, and why.
     pub(super) suspect: Option<(Checkpoint, String)>,
+    /// From whom the step in memory can be had that the generation about to be stored starts from.
+    pub(super) restorable: Option<Restorable>,
+    /// How often a generation could not take up its work from a step in memory, though nothing else was wrong.
+    pub(super) distrust: BTreeMap<MemoryPoint, u32>,
+    /// The newest step a generation has started from.
+    pub(super) reached: Step,
     pub(super) gathering: Gathering,
     pub(super) retain: bool,
     pub(super) budget: Budget,
@@ -148,6 +164,9 @@ impl Job {
             waiters: Vec::new(),
             verdict: None,
             suspect: None,
+            restorable: None,
+            distrust: BTreeMap::new(),
+            reached: step,
             gathering: Gathering::default(),
             retain: false,
             budget,
@@ -167,6 +186,9 @@ impl Job {
     pub(super) fn render_spec(&mut self, store: &str) {
         let mut spec = self.ledger.spec.clone();
         spec.checkpoint.store = store.to_string();
+        // The size is the coordinator's business: a job that was resized, or resized and then taken over by another
+        // coordinator, must not look like another job to its workers.
+        spec.resources.workers = Workers { min: 1, max: 1 };
         self.spec_json = serde_json::to_vec(&spec).unwrap_or_default();
     }
 
@@ -235,6 +257,11 @@ impl Job {
         cx.publish(&self.name, event);
         cx.log(&self.name, format!("generation {generation} failed: {reason}"));
         let start = self.live.as_ref().and_then(|live| live.membership.start.clone());
+        if let Some(point) = self.live.as_ref().filter(|live| !live.joined()).and_then(|live| live.membership.memory)
+            && matches!(kind, FailureKind::Transient | FailureKind::Corrupt)
+        {
+            *self.distrust.entry(point).or_default() += 1;
+        }
         if let Some(live) = self.live.take() {
             self.excuse(live.membership.members.iter().map(|member| member.worker));
         }
@@ -256,6 +283,16 @@ impl Job {
         if self.verdict.is_none() {
             self.verdict = verdict;
         }
+    }
+
+    /// Whether a step in memory has failed a generation too often to be tried again.
+    pub(super) fn distrusted(&self, point: MemoryPoint) -> bool {
+        self.distrust.get(&point).is_some_and(|failures| *failures > MOST_FAILURES)
+    }
+
+    /// Whether a generation was ever formed since the job last started over.
+    pub(super) fn has_run(&self) -> bool {
+        self.ledger.identity.is_some()
     }
 
     /// The next store operation, if one is due.
@@ -367,10 +404,29 @@ impl Job {
         cx.settle(&self.name, owed.into_iter().collect());
     }
 
-    /// A rank did not capture a step.
-    pub(super) fn skipped(&mut self, cx: &mut Context<'_>, name: ReceiptName) {
+    /// A try to store a shard failed; it goes on.
+    pub(super) fn save_failed(&mut self, cx: &mut Context<'_>, text: String) {
+        cx.log(&self.name, text.clone());
+        self.reason = text;
+    }
+
+    /// A rank's shard of a step will not be stored.
+    pub(super) fn skipped(&mut self, cx: &mut Context<'_>, name: ReceiptName, reason: &str) {
         let Some(owed) = self.gathering.skip(name.generation, name.step) else { return };
         self.skipped += 1;
+        if !reason.is_empty() {
+            let text = format!("the checkpoint of step {} is lost with rank {}'s part: {reason}", name.step, name.rank);
+            cx.log(&self.name, text);
+        }
+        // Nothing will come of waiting for the last state of a generation that has stopped: it is taken up again.
+        if self.live.as_ref().and_then(Live::stopped) == Some(name.step) && !reason.is_empty() {
+            self.trouble(
+                cx,
+                FailureKind::Transient,
+                Some(name.rank),
+                format!("the last state was not stored: {reason}"),
+            );
+        }
         cx.publish(&self.name, JobEvent::Skipped { step: name.step.get(), skipped: self.skipped });
         cx.settle(&self.name, owed);
     }

@@ -7,6 +7,8 @@
 use proto::ids::{Generation, NodeName, Step, WorkerId};
 use proto::spec::JobSpec;
 
+use super::memory::MemoryPoint;
+
 /// A committed checkpoint as the machine needs it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checkpoint {
@@ -40,12 +42,22 @@ pub struct Membership {
     pub generation: Generation,
     /// All ranks.
     pub members: Vec<Member>,
-    /// The state it starts from; `None`: the seed.
+    /// The newest checkpoint, which it starts from unless `memory` says otherwise; `None`: the seed.
     pub start: Option<Checkpoint>,
+    /// The step in the nodes' memory it starts from.
+    pub memory: Option<MemoryPoint>,
     /// The numeric identity the job's workers must have.
     pub identity: String,
     /// The data's fingerprint.
     pub fingerprint: String,
+}
+
+impl Membership {
+    /// The step it starts from.
+    pub fn start_step(&self) -> Step {
+        let stored = self.start.as_ref().map_or(Step::ZERO, |start| start.step);
+        self.memory.map_or(stored, |memory| memory.step)
+    }
 }
 
 /// How a job came to rest.
@@ -220,7 +232,7 @@ impl Ledger {
             Entry::Generation(membership) => {
                 self.generation = membership.generation;
                 // Beyond the start lie only abandoned checkpoints.
-                let start = membership.start.as_ref().map_or(Step::ZERO, |start| start.step);
+                let start = membership.start_step();
                 self.checkpoints.retain(|checkpoint| checkpoint.step <= start);
                 self.identity.get_or_insert_with(|| membership.identity.clone());
                 self.fingerprint.get_or_insert_with(|| membership.fingerprint.clone());

@@ -12,6 +12,7 @@ use proto::wire::{FailureKind, WorkerPhase};
 
 use super::ledger::Membership;
 use super::members::{Members, Worker};
+use super::memory::{Group, Restorable};
 
 /// How long a broken exchange waits for its cause to be known.
 const ATTRIBUTION: Duration = Duration::from_millis(300);
@@ -57,6 +58,10 @@ struct Seen {
 pub(super) struct Live {
     /// Who is in it and where it starts.
     pub membership: Membership,
+    /// From whom the step in memory it starts from can be had; not known to a coordinator that has adopted it.
+    pub restorable: Option<Restorable>,
+    /// Its parity groups; none without the memory tier.
+    pub groups: Vec<Group>,
     /// Told to stop after the step in progress.
     pub stop: bool,
     /// Where the members' state came from.
@@ -74,9 +79,18 @@ impl Live {
     /// A generation announced now.
     pub(super) fn announced(now: Duration, membership: Membership) -> Self {
         let seen = vec![Seen::default(); membership.members.len()];
-        let start = membership.start.as_ref().map_or(Step::ZERO, |start| start.step);
-        let moved = (start, now);
-        Self { membership, stop: false, source: String::new(), seen, adopting: None, moved, echo: None }
+        let moved = (membership.start_step(), now);
+        Self {
+            membership,
+            restorable: None,
+            groups: Vec::new(),
+            stop: false,
+            source: String::new(),
+            seen,
+            adopting: None,
+            moved,
+            echo: None,
+        }
     }
 
     /// A generation an earlier coordinator announced; its members have until `until` to be heard of.
@@ -91,7 +105,7 @@ impl Live {
 
     /// The step it started from.
     pub(super) fn start(&self) -> Step {
-        self.membership.start.as_ref().map_or(Step::ZERO, |start| start.step)
+        self.membership.start_step()
     }
 
     /// Whether it is not yet known if an earlier coordinator's generation is still alive.
@@ -198,7 +212,7 @@ impl Live {
                 if worker.phase == WorkerPhase::Stopped {
                     seen.stopped = worker.step.or(seen.stopped);
                 }
-                if running && !worker.source.is_empty() {
+                if running && distance(&worker.source) > distance(&self.source) {
                     self.source.clone_from(&worker.source);
                 }
                 if let Some(step) = worker.step {
@@ -250,4 +264,9 @@ impl Live {
         let reason = format!("{what} within {limit} s");
         (waited > limit).then_some(Cause { rank: None, kind: FailureKind::Transient, reason })
     }
+}
+
+/// How far away a source of state is: of all ranks' the most distant one is told.
+fn distance(source: &str) -> usize {
+    ["", "initialised", "memory", "peer", "parity", "store"].iter().position(|name| *name == source).unwrap_or(0)
 }

@@ -10,6 +10,8 @@ use std::time::Duration;
 use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId};
 use proto::wire::{Desired, FailureKind, WorkerPhase};
 
+use super::memory::{Inventory, Room};
+
 /// How long a closed stream may stay closed before the agent is lost.
 const REATTACH: Duration = Duration::from_secs(1);
 
@@ -54,6 +56,30 @@ pub struct Worker {
     pub process: u32,
 }
 
+/// Everything a node says of itself, whole.
+#[derive(Debug, Clone, Default)]
+pub struct NodeState {
+    /// Its workers.
+    pub workers: Vec<Worker>,
+    /// The highest epoch it has obeyed.
+    pub epoch: u64,
+    /// Whether it is about to leave.
+    pub draining: bool,
+    /// What it holds in memory, by job.
+    pub memory: BTreeMap<JobName, Inventory>,
+    /// Its memory, all jobs together.
+    pub room: Room,
+}
+
+/// Where and what a node is; the same for the whole life of its agent.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Home {
+    /// Where other agents read its snapshots.
+    pub snapshots: String,
+    /// What it may fail together with; empty: only itself.
+    pub domain: String,
+}
+
 /// One attached agent.
 #[derive(Debug, Clone)]
 pub(super) struct Agent {
@@ -65,8 +91,14 @@ pub(super) struct Agent {
     pub slots: u32,
     /// Whether the node is about to leave: nothing is placed on it any more.
     pub draining: bool,
+    /// Where and what it is.
+    pub home: Home,
     /// All its workers.
     pub workers: Vec<Worker>,
+    /// What it holds in memory, by job.
+    pub memory: BTreeMap<JobName, Inventory>,
+    /// Its memory, all jobs together.
+    pub room: Room,
     /// What it was last told, by job, so that nothing is said twice.
     pub told: BTreeMap<JobName, Desired>,
     /// When it was last heard.
@@ -101,19 +133,24 @@ impl Members {
         incarnation: String,
         connection: Connection,
         slots: u32,
+        home: Home,
     ) {
         let before = self.agents.remove(node);
         let same_life = before.as_ref().is_some_and(|agent| agent.incarnation == incarnation && agent.slots == slots);
         if !same_life {
             self.changed = now;
         }
-        let workers = before.filter(|_| same_life).map(|agent| agent.workers).unwrap_or_default();
+        let before = before.filter(|_| same_life);
+        let (workers, memory) = before.map(|agent| (agent.workers, agent.memory)).unwrap_or_default();
         let agent = Agent {
             incarnation,
             connection: Some(connection),
             slots,
             draining: false,
+            home,
             workers,
+            memory,
+            room: Room::default(),
             told: BTreeMap::new(),
             heard: now,
             closed: None,
@@ -123,20 +160,15 @@ impl Members {
     }
 
     /// A whole report arrived. `false`: from a stream that another has replaced.
-    pub(super) fn report(
-        &mut self,
-        now: Duration,
-        node: &NodeName,
-        connection: Connection,
-        workers: Vec<Worker>,
-        draining: bool,
-    ) -> bool {
+    pub(super) fn report(&mut self, now: Duration, node: &NodeName, connection: Connection, state: NodeState) -> bool {
         let Some(agent) = self.agents.get_mut(node).filter(|agent| agent.connection == Some(connection)) else {
             return false;
         };
         agent.heard = now;
-        agent.workers = workers;
-        agent.draining = draining;
+        agent.workers = state.workers;
+        agent.draining = state.draining;
+        agent.memory = state.memory;
+        agent.room = state.room;
         true
     }
 

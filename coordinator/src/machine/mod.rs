@@ -14,6 +14,7 @@ mod job;
 mod ledger;
 mod live;
 mod members;
+pub mod memory;
 mod operate;
 mod schedule;
 mod stored;
@@ -33,7 +34,7 @@ pub use commit::{ReceiptEntry, ReceiptName};
 use job::{Context, Job};
 pub use ledger::{Checkpoint, End, Entry, Ledger, Member, Membership};
 use members::Members;
-pub use members::{Connection, Failure, Worker};
+pub use members::{Connection, Failure, Home, NodeState, Worker};
 use schedule::{Placement, Request, schedule};
 
 /// What the machine is told at its start.
@@ -145,18 +146,17 @@ impl Cluster {
                     .push(Action::Log { job: Some(job.clone()), text: format!("its history is damaged: {reason}") });
                 self.unreadable.insert(job, reason);
             }
-            Event::Attached { node, incarnation, connection, slots, workers, epoch, draining } => {
-                if self.obeys_another(&node, epoch) {
+            Event::Attached { node, incarnation, connection, slots, home, state } => {
+                if self.obeys_another(&node, state.epoch) {
                     return;
                 }
                 self.displace(&node, &incarnation);
-                self.members.attach(now, &node, incarnation, connection, slots);
-                self.members.report(now, &node, connection, workers, draining);
+                self.members.attach(now, &node, incarnation, connection, slots, home);
+                self.members.report(now, &node, connection, state);
                 self.welcome(node, connection);
             }
-            Event::Report { node, connection, workers, epoch, draining } => {
-                if !self.obeys_another(&node, epoch) && !self.members.report(now, &node, connection, workers, draining)
-                {
+            Event::Report { node, connection, state } => {
+                if !self.obeys_another(&node, state.epoch) && !self.members.report(now, &node, connection, state) {
                     // Of an agent that was taken for lost: it is to attach anew.
                     self.out.push(Action::Close { connection });
                 }
@@ -166,8 +166,11 @@ impl Cluster {
                 self.with(now, &job, |job, cx| job.stepped(cx, &report));
             }
             Event::Receipt { job, name, entry } => self.receipt(now, &job, name, entry),
-            Event::Skipped { job, name } => {
-                self.with(now, &job, |job, cx| job.skipped(cx, name));
+            Event::Skipped { job, name, reason } => {
+                self.with(now, &job, |job, cx| job.skipped(cx, name, &reason));
+            }
+            Event::SaveFailed { job, text } => {
+                self.with(now, &job, |job, cx| job.save_failed(cx, text));
             }
             Event::Stored { job, outcome } => {
                 if self.with(now, &job, |job, cx| job.stored(cx, outcome)) == Some(false) {

@@ -2,10 +2,11 @@
 //!
 //! Nothing is announced, published or answered before the record it rests on is stored.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use proto::event::{JobEvent, Tier};
-use proto::ids::{Step, WorldSize};
+use proto::ids::{NodeName, Rank, Step, WorldSize};
 
 use super::action::{Action, Answer, Operation, Outcome, Refusal};
 use super::budget::Budget;
@@ -13,6 +14,7 @@ use super::commit::Gathering;
 use super::job::{Context, Flight, Job, Verdict, Waiting};
 use super::ledger::{Checkpoint, End, Entry, Membership};
 use super::live::Live;
+use super::memory::{self, Group};
 
 /// The longest pause between two tries of a failing operation.
 const MOST_BACKOFF: Duration = Duration::from_secs(10);
@@ -38,12 +40,17 @@ impl Job {
                 self.ledger.apply(&entry);
                 self.after(cx, entry, flight.waiting);
             }
-            (Operation::Append(entry), Outcome::Failed(reason) | Outcome::Impossible(reason)) => {
-                if let Entry::Submitted { .. } = entry {
-                    let refusal = Refusal::Unavailable(format!("the job could not be stored: {reason}"));
-                    self.refuse_all(cx, flight.waiting, &refusal);
-                    return false;
-                }
+            (Operation::Append(Entry::Submitted { .. }), Outcome::Failed(reason) | Outcome::Impossible(reason)) => {
+                let refusal = Refusal::Unavailable(format!("the job could not be stored: {reason}"));
+                self.refuse_all(cx, flight.waiting, &refusal);
+                return false;
+            }
+            // What this coordinator thinks the chain says is not what it says: another reading of it is needed.
+            (Operation::Append(_), Outcome::Impossible(reason)) => {
+                let reason = format!("job {}: the chain does not take a record: {reason}", self.name);
+                cx.out.push(Action::StepDown { reason });
+            }
+            (Operation::Append(_), Outcome::Failed(reason)) => {
                 cx.log(&self.name, format!("the store does not take a record: {reason}; trying again"));
                 self.retry_at = Some(cx.now + backoff(flight.attempts));
                 self.flight = Some(Flight { attempts: flight.attempts.saturating_add(1), ..flight });
@@ -128,6 +135,9 @@ impl Job {
         self.cancelling = None;
         self.verdict = None;
         self.suspect = None;
+        self.restorable = None;
+        self.distrust.clear();
+        self.reached = Step::ZERO;
         self.broken = None;
         self.live = None;
         self.refused.clear();
@@ -142,19 +152,44 @@ impl Job {
 
     fn announce(&mut self, cx: &mut Context<'_>, membership: Membership) {
         let (generation, world_size) = (membership.generation, membership.members.len() as u32);
-        let start = membership.start.as_ref().map(|start| start.step);
+        let start = membership.start_step();
         if let Some(world) = WorldSize::new(world_size) {
             let owed = self.gathering.begin(generation, world);
             cx.settle(&self.name, owed);
         }
-        let from = start.map_or("the seed".to_string(), |step| format!("the checkpoint of step {step}"));
+        let from = match (&membership.memory, &membership.start) {
+            (Some(memory), _) => format!("step {} in memory", memory.step),
+            (None, Some(start)) => format!("the checkpoint of step {}", start.step),
+            (None, None) => "the seed".to_string(),
+        };
         cx.log(&self.name, format!("generation {generation}: {world_size} workers start from {from}"));
         cx.publish(&self.name, JobEvent::Generation { generation: generation.get(), world_size });
-        self.newest = (start.unwrap_or(Step::ZERO), None);
+        self.newest = (start, None);
+        if start > self.reached {
+            self.reached = start;
+            self.budget.progress();
+        }
         self.excused.clear();
         self.asked_to_scale = false;
         self.reason = String::new();
-        self.live = Some(Live::announced(cx.now, membership));
+        let groups = self.parity_groups(cx, &membership);
+        let mut live = Live::announced(cx.now, membership);
+        (live.groups, live.restorable) = (groups, self.restorable.take());
+        self.live = Some(live);
+    }
+
+    /// The parity groups of a membership, if the job keeps snapshots in memory.
+    fn parity_groups(&self, cx: &Context<'_>, membership: &Membership) -> Vec<Group> {
+        let checkpoint = &self.ledger.spec.checkpoint;
+        if !checkpoint.memory {
+            return vec![];
+        }
+        let mut nodes: BTreeMap<NodeName, (String, Vec<Rank>)> = BTreeMap::new();
+        for (member, rank) in membership.members.iter().zip(0..) {
+            let domain = cx.members.get(&member.node).map(|agent| agent.home.domain.clone()).unwrap_or_default();
+            nodes.entry(member.node.clone()).or_insert((domain, vec![])).1.push(Rank::new(rank));
+        }
+        memory::groups(&nodes, checkpoint.parity as usize)
     }
 
     fn quarantined(&mut self, cx: &mut Context<'_>, checkpoint: &Checkpoint, reason: String) {
@@ -215,7 +250,12 @@ impl Job {
             }
         }
         let until = cx.now + cx.settings.suspicion;
-        self.live = Some(Live::adopted(cx.now, membership, until));
+        let groups = self.parity_groups(cx, &membership);
+        let mut live = Live::adopted(cx.now, membership, until);
+        live.groups = groups;
+        self.live = Some(live);
+        // The coordinator before may have died between a commit and the collection it made due.
+        self.retain = !self.ledger.checkpoints.is_empty();
     }
 }
 

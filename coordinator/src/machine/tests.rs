@@ -2,5 +2,6 @@
 
 mod failure;
 mod life;
+mod memory;
 mod random;
 mod rig;

@@ -1,12 +1,15 @@
 //! A job as people see it.
 
-use proto::ids::Step;
-use proto::wire::{Failure, JobStatus, WorkerState};
+use std::collections::BTreeMap;
+
+use proto::ids::{NodeName, Step};
+use proto::wire::{Failure, JobStatus, Room, WorkerState};
 
 use super::Settings;
 use super::job::Job;
 use super::ledger::End;
-use super::members::{Members, Worker};
+use super::members::{Agent, Members, Worker};
+use super::memory::{self, Inventory};
 
 impl Job {
     fn state(&self) -> &'static str {
@@ -72,6 +75,49 @@ impl Job {
             },
             epoch: settings.epoch.get(),
             tokens_per_step: self.ledger.spec.training.tokens_per_step(),
+            memory_step: self.memory_step(members),
+            memory: self.memory_words(),
+            rooms: self.rooms(members),
+            memory_skipped: members
+                .iter()
+                .filter_map(|(_, agent)| agent.memory.get(&self.name))
+                .map(|m| m.skipped)
+                .sum(),
+        }
+    }
+
+    fn rooms(&self, members: &Members) -> Vec<Room> {
+        let here = members.iter().filter(|(_, agent)| agent.of(&self.name).next().is_some());
+        let room = |(node, agent): (&NodeName, &Agent)| Room {
+            node: node.to_string(),
+            budget: agent.room.budget,
+            used: agent.room.used,
+        };
+        here.map(room).collect()
+    }
+
+    /// The newest step that could be restored from memory now.
+    fn memory_step(&self, members: &Members) -> Option<u64> {
+        let generation = self.live.as_ref()?.generation();
+        let held: BTreeMap<&NodeName, &Inventory> =
+            members.iter().filter_map(|(node, agent)| Some((node, agent.memory.get(&self.name)?))).collect();
+        memory::newest(&held, |point| point.generation == generation).map(|newest| newest.point.step.get())
+    }
+
+    /// What may be lost without losing more than the steps since the last snapshot.
+    fn memory_words(&self) -> String {
+        let Some(live) = &self.live else { return String::new() };
+        match live.groups.as_slice() {
+            [] => "off: checkpoint.memory = false".into(),
+            [one] if one.members.len() == 1 => {
+                "a worker may be lost; one node alone has no parity, so not the node".into()
+            }
+            [one] if one.parities == 0 => "a worker may be lost; checkpoint.parity = 0, so no node".into(),
+            [one] => format!("{} of {} nodes may be lost at once", one.parities, one.members.len()),
+            groups => {
+                let parities = groups.iter().map(|group| group.parities).min().unwrap_or(0);
+                format!("{parities} of the nodes of each of {} parity groups may be lost at once", groups.len())
+            }
         }
     }
 }

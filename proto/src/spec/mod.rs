@@ -171,6 +171,23 @@ pub struct CheckpointSpec {
     pub every_steps: u64,
     /// How many of the newest checkpoints are kept.
     pub keep_last: usize,
+    /// Whether snapshots are kept in the nodes' memory between stored checkpoints.
+    #[serde(default = "yes")]
+    pub memory: bool,
+    /// Steps between snapshots in memory; 0: as often as they cost under 2% of a step.
+    #[serde(default)]
+    pub memory_every: u64,
+    /// Nodes of a parity group that may be lost at once; a group of n nodes can afford n - 1.
+    #[serde(default = "one")]
+    pub parity: u32,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn one() -> u32 {
+    1
 }
 
 /// The device kind a worker computes on.

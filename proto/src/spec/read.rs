@@ -214,6 +214,9 @@ fn checkpoint(mut r: Reader, folder: &Path) -> Result<CheckpointSpec, SpecError>
         store: if store.contains("://") { store } else { store_path(&folder.join(store)) },
         every_steps: r.whole("every_steps", 1, 100)?,
         keep_last: r.size("keep_last", 3)?,
+        memory: r.boolean("memory", true)?,
+        memory_every: r.whole("memory_every", 0, 0)?,
+        parity: r.whole("parity", 0, 1)?.try_into().unwrap_or(u32::MAX),
     };
     r.finish()?;
     Ok(spec)

@@ -9,6 +9,8 @@ use super::{DeviceKind, JobSpec, MOST_SEED, MOST_THREADS, ModelSpec};
 
 /// Most micro-batches of one update: their losses travel in one message, and the exact grid leaves room for so many.
 const MOST_MICRO_BATCHES: usize = 1 << 20;
+/// Most parities of a group: a group has at most eight nodes.
+const MOST_PARITY: u64 = 7;
 /// The smallest and largest time of `[fault]`, in seconds.
 const SECONDS: (f64, f64) = (0.01, 86_400.0);
 /// A number greater than 0; see [`number_wanted`].
@@ -60,6 +62,8 @@ impl JobSpec {
             ("schedule.decay_steps", s.decay_steps, 1..=MOST),
             ("checkpoint.every_steps", c.every_steps, 1..=MOST),
             ("checkpoint.keep_last", c.keep_last as u64, 1..=MOST),
+            ("checkpoint.memory_every", c.memory_every, 0..=MOST),
+            ("checkpoint.parity", u64::from(c.parity), 0..=MOST_PARITY),
             ("resources.threads", self.resources.threads as u64, 0..=MOST_THREADS),
         ];
         match ranges.into_iter().find(|(_, value, range)| !range.contains(value)) {

@@ -18,7 +18,7 @@ use worker::device::cpu::CpuDevice;
 use worker::exact::{ExactGradient, mean_scale};
 use worker::init::initialize;
 use worker::model::{Model, parameters};
-use worker::optimizer::{AdamW, clip_scale};
+use worker::optimizer::{AdamW, ShardUpdate, clip_scale};
 use worker::rng::{Counter, Place};
 
 use crate::timed::Timed;
@@ -79,7 +79,9 @@ fn train<D: Device<Buffer: std::ops::DerefMut<Target = [f32]>>>(
         device.block_square_sums(n, BLOCK, &gradient, &mut norms).expect("norms");
         let norm = norms.iter().sum::<f64>().sqrt();
         let scalars = rule.scalars(times.len() as u64 + 1, 1e-3, clip_scale(Some(1.0), norm));
-        rule.update(device, &scalars, 0..n, &mut weights, &mut exp_avg, &mut exp_avg_sq, &gradient).expect("an update");
+        let to = [&mut exp_avg, &mut exp_avg_sq];
+        let update = ShardUpdate { parameters: &mut weights, mirror: None, from: None, to, gradient: &gradient };
+        rule.update(device, &scalars, 0..n, update).expect("an update");
         times.push(begin.elapsed().as_secs_f64());
     }
     times.sort_by(f64::total_cmp);

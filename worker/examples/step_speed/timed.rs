@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use worker::device::{AttentionShape, Device, DeviceResult, MatmulShape, NormShape, Part, PartMut, Product, Write};
+use worker::device::{
+    AdamwParts, AttentionShape, Device, DeviceResult, MatmulShape, NormShape, Part, PartMut, Product, Write,
+};
 use worker::exact::GradientFault;
 use worker::optimizer::AdamwScalars;
 
@@ -68,6 +70,10 @@ impl<D: Device> Device for Timed<D> {
     type Buffer = D::Buffer;
     type Sums = D::Sums;
     type Tokens = D::Tokens;
+
+    fn threads(&self) -> usize {
+        self.inner.threads()
+    }
 
     fn numeric_identity(&self) -> String {
         self.inner.numeric_identity()
@@ -142,8 +148,7 @@ impl<D: Device> Device for Timed<D> {
         ) -> DeviceResult;
         fn block_square_sums(elements: usize, block: usize, gradient: &D::Buffer, out: &mut [f64]) -> DeviceResult;
         fn adamw(
-            elements: usize, scalars: &AdamwScalars, decay: bool, parameters: PartMut<'_, D::Buffer>,
-            exp_avg: PartMut<'_, D::Buffer>, exp_avg_sq: PartMut<'_, D::Buffer>, gradient: Part<'_, D::Buffer>,
+            elements: usize, scalars: &AdamwScalars, decay: bool, state: AdamwParts<'_, D::Buffer>,
         ) -> DeviceResult;
     }
 }

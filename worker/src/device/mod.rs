@@ -116,6 +116,9 @@ pub trait Device: Send + Sync + Sized {
     /// Names the arithmetic: instruction set, kernel and library versions. Equal strings, equal bits.
     fn numeric_identity(&self) -> String;
 
+    /// Host threads that compute; at least 1.
+    fn threads(&self) -> usize;
+
     /// Runs `work` with the device's threads or context at hand, so that the operations inside start faster.
     fn enter<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R;
 
@@ -288,17 +291,28 @@ pub trait Device: Send + Sync + Sized {
         out: &mut [f64],
     ) -> DeviceResult;
     /// One AdamW update of `elements` elements.
-    #[allow(clippy::too_many_arguments)]
     fn adamw(
         &self,
         elements: usize,
         scalars: &AdamwScalars,
         decay: bool,
-        parameters: PartMut<'_, Self::Buffer>,
-        exp_avg: PartMut<'_, Self::Buffer>,
-        exp_avg_sq: PartMut<'_, Self::Buffer>,
-        gradient: Part<'_, Self::Buffer>,
+        state: AdamwParts<'_, Self::Buffer>,
     ) -> DeviceResult;
+}
+
+/// The operands of an AdamW update.
+#[derive(Debug)]
+pub struct AdamwParts<'a, B> {
+    /// Updated in place.
+    pub parameters: PartMut<'a, B>,
+    /// Gets the new parameters too, for a snapshot.
+    pub mirror: Option<PartMut<'a, B>>,
+    /// First and second moment before the update; in place if not given.
+    pub from: Option<[Part<'a, B>; 2]>,
+    /// First and second moment after it.
+    pub to: [PartMut<'a, B>; 2],
+    /// The mean gradient.
+    pub gradient: Part<'a, B>,
 }
 
 /// The shape of a norm.

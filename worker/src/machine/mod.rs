@@ -1,3 +1,4 @@
-//! The worker's decisions, pure: no clock, no randomness, no I/O, no threads.
+//! Decisions of a worker, pure.
 
+pub mod cadence;
 pub mod session;

@@ -25,7 +25,7 @@ pub enum Input {
         /// The step it goes on from.
         step: u64,
         /// Where the state came from.
-        source: &'static str,
+        source: String,
     },
     /// The trainer finished a step.
     Stepped {
@@ -95,7 +95,7 @@ struct Current {
     phase: WorkerPhase,
     step: Option<u64>,
     loss: Option<f64>,
-    source: &'static str,
+    source: String,
     failure: Option<wire::Failure>,
     /// The trainer is at work in it.
     busy: bool,
@@ -157,7 +157,7 @@ impl Session {
             state.rank = Some(current.rank);
             state.step = current.step;
             state.loss = current.loss;
-            state.source = current.source.into();
+            state.source.clone_from(&current.source);
             state.failure.clone_from(&current.failure);
         } else if let Some(failure) = &self.broken {
             state.set_phase(WorkerPhase::Failed);
@@ -210,7 +210,7 @@ impl Session {
             phase: WorkerPhase::Joining,
             step: None,
             loss: None,
-            source: "",
+            source: String::new(),
             failure: None,
             busy: true,
             stopping: announcement.stop,
@@ -305,7 +305,7 @@ mod tests {
         let mut session = prepared();
         assert_eq!(session.handle(Input::Run(run(3, false))), [Action::Start(run(3, false)), Action::Report]);
         assert!(session.handle(Input::Run(run(3, false))).is_empty(), "the same again is no news");
-        session.handle(Input::Joined { generation: 3, step: 7, source: "store" });
+        session.handle(Input::Joined { generation: 3, step: 7, source: "store".into() });
         assert_eq!(session.state().phase(), WorkerPhase::Running);
         assert_eq!(session.handle(Input::Run(run(3, true))), [Action::Stop(3)]);
         assert!(session.handle(Input::Run(run(3, true))).is_empty());
@@ -331,7 +331,10 @@ mod tests {
         let failed = Input::Failed { generation: Some(1), kind: FailureKind::Exchange, reason: "closed".into() };
         assert_eq!(session.handle(failed), [Action::Report]);
         assert_eq!(session.state().phase(), WorkerPhase::Ready);
-        assert!(session.handle(Input::Joined { generation: 1, step: 0, source: "store" }).is_empty(), "too late");
+        assert!(
+            session.handle(Input::Joined { generation: 1, step: 0, source: "store".into() }).is_empty(),
+            "too late"
+        );
     }
 
     #[test]

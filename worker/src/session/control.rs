@@ -1,11 +1,15 @@
-//! How the session reaches into a running generation: a flag to stop after the step, and a way to break off at once.
+//! How the session reaches into a running generation: a flag to stop after the step, a way to break off at once, and the
+//! agent's answer to a request to restore.
 //!
 //! The training thread is blocked in computation, in the ring or in the store when it must be told something, so it
 //! cannot be sent a message. It looks at these flags between micro-batches, the ring's sockets are shut down under it,
-//! and its waiting for the store is woken.
+//! and its waiting for the store or the agent is woken.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
+use proto::wire;
 use tokio::sync::Notify;
 
 use crate::collective::AbortHandle;
@@ -17,6 +21,8 @@ pub struct Control {
     aborted: AtomicBool,
     wake: Notify,
     ring: AbortHandle,
+    restored: Mutex<Option<wire::Restored>>,
+    answered: Condvar,
 }
 
 impl Control {
@@ -37,8 +43,11 @@ impl Control {
 
     /// Breaks the generation off: whatever the training thread waits for returns with an error.
     pub fn abort(&self) {
+        let answer = self.answer();
         self.aborted.store(true, Ordering::SeqCst);
+        drop(answer);
         self.wake.notify_one();
+        self.answered.notify_all();
         self.ring.abort();
     }
 
@@ -54,8 +63,34 @@ impl Control {
         }
     }
 
+    /// The agent has filled the slot it was asked to fill, or could not.
+    pub fn restored(&self, answer: wire::Restored) {
+        *self.answer() = Some(answer);
+        self.answered.notify_all();
+    }
+
+    /// Waits for the agent's answer; `None` once the generation is broken off or the time has passed.
+    pub fn wait_restored(&self, within: Duration) -> Option<wire::Restored> {
+        let deadline = Instant::now() + within;
+        let mut answer = self.answer();
+        loop {
+            if self.is_aborted() {
+                return None;
+            }
+            if let Some(answer) = answer.take() {
+                return Some(answer);
+            }
+            let left = deadline.checked_duration_since(Instant::now())?;
+            answer = self.answered.wait_timeout(answer, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// What the generation's ring is formed with, so that [`Control::abort`] ends it too.
     pub fn ring(&self) -> &AbortHandle {
         &self.ring
+    }
+
+    fn answer(&self) -> MutexGuard<'_, Option<wire::Restored>> {
+        self.restored.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

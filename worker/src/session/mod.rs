@@ -23,9 +23,9 @@ use tonic::transport::{Channel, Endpoint};
 pub use control::Control;
 pub use thread::{News, Order};
 
-use crate::capture::Slots;
 use crate::machine::session::{Action, Input, Session};
 use crate::run::{Options, WorkerError};
+use crate::slots::{Complete, Slots};
 
 /// For the agent to take the worker in.
 const ATTACH: Duration = Duration::from_secs(20);
@@ -98,6 +98,14 @@ impl Server<'_> {
             Some(agent_command::Body::Run(run)) => self.take(Input::Run(run)).await,
             Some(agent_command::Body::Hold(generation)) => self.take(Input::Hold(generation)).await,
             Some(agent_command::Body::SlotFree(slot)) => self.slots.free(slot),
+            Some(agent_command::Body::Complete(wire::StepComplete { generation, step, seconds })) => {
+                self.slots.completed(Complete { generation, step, seconds });
+            }
+            Some(agent_command::Body::Restored(answer)) => {
+                if let Some(control) = self.control_of(answer.generation) {
+                    control.restored(answer);
+                }
+            }
             Some(agent_command::Body::Quit(_)) | None => {}
         }
     }
@@ -111,6 +119,8 @@ impl Server<'_> {
             }
             News::Captured(captured) => self.send(worker_message::Body::Captured(captured)).await,
             News::Skipped(skipped) => self.send(worker_message::Body::Skipped(skipped)).await,
+            News::Restore(restore) => self.send(worker_message::Body::Restore(restore)).await,
+            News::Complete(complete) => self.send(worker_message::Body::Complete(complete)).await,
         }
     }
 

@@ -12,9 +12,10 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::Control;
-use crate::capture::{Capturer, Slots};
+use crate::capture::Capturer;
 use crate::machine::session::Input;
 use crate::run::Options;
+use crate::slots::Slots;
 use crate::trainer::{Ended, Failure, Prepared};
 
 /// What the session tells the training thread.
@@ -34,8 +35,12 @@ pub enum News {
     Step(wire::StepReport),
     /// For the agent: a slot to upload.
     Captured(wire::Captured),
-    /// For the agent: a checkpoint that did not happen.
+    /// For the agent: a capture that did not happen.
     Skipped(wire::SaveSkipped),
+    /// For the agent: fill the live slot.
+    Restore(wire::Restore),
+    /// For the agent: a step is complete in all parity groups.
+    Complete(wire::StepComplete),
 }
 
 /// Starts the thread; it ends when the sender of its orders is dropped.

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use checkpoint_store::{
-    BlockHash, Capture, Chain, CheckpointRef, Event, Manifest, Receipt, Record, Store, commit, upload_shard,
+    BlockHash, Capture, Chain, CheckpointRef, Dtype, Event, Manifest, Receipt, Record, ShardSource, Store, commit,
+    hash_blocks, upload_shard,
 };
 use futures::StreamExt;
 use proto::ids::{Epoch, Generation, WorldSize};
@@ -128,6 +129,7 @@ impl Agent {
             threads,
             slots: slots.display().to_string(),
             ring_host: "127.0.0.1".into(),
+            slot_budget: 0,
         };
         self.tell(worker, agent_command::Body::Prepare(prepare)).await;
     }
@@ -168,6 +170,7 @@ impl Agent {
             start: start.map(|start| serde_json::to_vec(start).unwrap()).unwrap_or_default(),
             stop_at,
             stop,
+            ..Default::default()
         };
         for (rank, worker) in self.workers.clone().iter().enumerate() {
             let run = wire::WorkerRun { rank: rank as u32, announcement: Some(announcement.clone()) };
@@ -187,6 +190,7 @@ impl Agent {
             world_size: WorldSize::new(world as u32).unwrap(),
             members: vec![],
             start: start.cloned(),
+            memory: None,
             identity: "cpu".into(),
             fingerprint: "data".into(),
         };
@@ -205,7 +209,11 @@ impl Agent {
                     validation.extend(step.validation_loss.map(|loss| (step.step, loss)));
                 }
                 worker_message::Body::Captured(captured) => {
-                    receipts.push(self.store(&worker, &captured).await);
+                    if captured.store {
+                        receipts.push(self.store(&worker, &captured).await);
+                    } else {
+                        self.check(&worker, &captured);
+                    }
                     self.tell(&worker, agent_command::Body::SlotFree(captured.slot)).await;
                 }
                 _ => {}
@@ -233,10 +241,20 @@ impl Agent {
         }
     }
 
-    async fn store(&self, worker: &str, captured: &wire::Captured) -> Receipt {
+    /// A snapshot in memory is what its hashes say, whatever training has done since.
+    fn check(&self, worker: &str, captured: &wire::Captured) -> ShardSource {
         let path: PathBuf = self.folder.path().join(worker).join(format!("slot-{}", captured.slot));
         let capture = Capture::from_json(&captured.capture).unwrap();
+        let block = capture.space.block_elements();
         let source = capture.source(std::fs::read(path).unwrap()).unwrap();
+        for state in &source.states {
+            assert_eq!(state.hashes.0, hash_blocks(&state.bytes, block, Dtype::F32), "step {}", captured.step);
+        }
+        source
+    }
+
+    async fn store(&self, worker: &str, captured: &wire::Captured) -> Receipt {
+        let source = self.check(worker, captured);
         let store = Store::open(&self.spec.checkpoint.store).unwrap();
         upload_shard(&store, &source, uuid::Uuid::new_v4()).await.unwrap()
     }

@@ -226,7 +226,8 @@ fn a_failed_commit_is_tried_again_and_a_lost_one_fences() {
 fn an_agent_of_a_higher_epoch_fences() {
     let mut rig = Rig::running("1", 1);
     let connection = rig.nodes[&node("a")].connection;
-    rig.handle(Event::Report { node: node("a"), connection, workers: vec![], epoch: 2, draining: false });
+    let state = NodeState { epoch: 2, ..NodeState::default() };
+    rig.handle(Event::Report { node: node("a"), connection, state });
     assert!(rig.fenced.is_some());
     assert_eq!(rig.live(), Some((1, 1)), "its report is not believed");
 }

@@ -188,9 +188,8 @@ fn a_restarted_coordinator_adopts_a_living_generation() {
             incarnation: "same".into(),
             connection,
             slots,
-            workers,
-            epoch: 1,
-            draining: false,
+            home: Home::default(),
+            state: NodeState { workers, epoch: 1, ..NodeState::default() },
         });
     }
     next.pass(Duration::from_secs(7));

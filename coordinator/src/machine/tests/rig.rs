@@ -8,11 +8,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::event::JobEvent;
-use proto::ids::{Epoch, Generation, JobName, NodeName, Rank, Step, WorkerId};
+use proto::ids::{Epoch, Generation, JobName, NodeName, Rank, Step, WorkerId, WorldSize};
 use proto::spec::{JobSpec, Overrides};
 use proto::wire::coordinator_message::Body;
-use proto::wire::{Desired, FailureKind, StepReport, SubmitMode, WorkerPhase};
+use proto::wire::{Desired, FailureKind, GroupMember, StepReport, SubmitMode, WorkerPhase};
 
+use super::super::memory::{Group, Inventory};
 use super::super::*;
 
 pub(super) const STEPS: u64 = 20;
@@ -55,6 +56,8 @@ pub(super) struct FakeNode {
     pub(super) identity: String,
     pub(super) fingerprint: String,
     pub(super) desired: BTreeMap<JobName, Desired>,
+    /// What it holds in memory of the one job.
+    pub(super) memory: Inventory,
 }
 
 pub(super) struct Rig {
@@ -161,6 +164,7 @@ impl Rig {
             identity: "x86-64 avx2".into(),
             fingerprint: "f".into(),
             desired: BTreeMap::new(),
+            memory: Inventory::default(),
         };
         self.nodes.insert(node(name), fake);
         let incarnation = connection.to_string();
@@ -169,9 +173,8 @@ impl Rig {
             incarnation,
             connection,
             slots,
-            workers: vec![],
-            epoch: 0,
-            draining: false,
+            home: Home { snapshots: format!("{name}:1"), domain: String::new() },
+            state: NodeState::default(),
         });
     }
 
@@ -185,7 +188,13 @@ impl Rig {
     pub(super) fn report(&mut self, name: &NodeName) {
         let Some(fake) = self.nodes.get(name) else { return };
         let (connection, workers) = (fake.connection, fake.workers.clone());
-        self.handle(Event::Report { node: name.clone(), connection, workers, epoch: 1, draining: false });
+        let memory = fake.desired.iter().map(|(job, desired)| {
+            let run = desired.run.as_ref();
+            let fenced = run.map_or(desired.fenced, |run| run.generation.saturating_sub(1));
+            (job.clone(), Inventory { fenced: Generation::new(fenced), ..fake.memory.clone() })
+        });
+        let state = NodeState { workers, epoch: 1, memory: memory.collect(), ..NodeState::default() };
+        self.handle(Event::Report { node: name.clone(), connection, state });
     }
 
     /// Answers the oldest store operation with success.
@@ -262,6 +271,24 @@ impl Rig {
             }
             self.handle(Event::Tick);
             self.settle();
+        }
+    }
+
+    /// Every node of the live generation holds a step in memory, its group's parity too.
+    pub(super) fn snapshot(&mut self, step: u64) {
+        for (name, fake) in &mut self.nodes {
+            let Some(run) = fake.desired.get(&job_name()).and_then(|desired| desired.run.clone()) else { continue };
+            let key = (Generation::new(run.generation), Step::new(step));
+            let ranks = run.placements.iter().map(|placement| Rank::new(placement.rank)).collect();
+            fake.memory.snapshots.insert(key, (WorldSize::new(run.world_size).unwrap(), ranks));
+            let group = run.group.unwrap();
+            let member =
+                |member: &GroupMember| (node(&member.node), member.ranks.iter().map(|r| Rank::new(*r)).collect());
+            assert!(group.members.iter().any(|member| node(&member.node) == *name), "it is in its own group");
+            if group.parities > 0 {
+                let members = group.members.iter().map(member).collect();
+                fake.memory.parity.insert(key, Group { members, parities: group.parities as usize });
+            }
         }
     }
 

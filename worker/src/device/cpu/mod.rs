@@ -23,12 +23,18 @@ mod tests;
 mod x86;
 
 pub use buffer::CpuBuffer;
+use std::sync::Arc;
 
 use self::lanes::Isa;
 use self::pool::Pool;
-use super::{AttentionShape, Device, DeviceError, DeviceResult, MatmulShape, NormShape, Part, PartMut, Product, Write};
+use super::{
+    AdamwParts, AttentionShape, Device, DeviceError, DeviceResult, MatmulShape, NormShape, Part, PartMut, Product,
+    Write,
+};
 use crate::exact::GradientFault;
+use crate::generation::HostDevice;
 use crate::optimizer::AdamwScalars;
+use crate::slots::SlotMap;
 
 /// Version of the kernels' arithmetic; raised by any change that changes bits.
 const KERNELS: u32 = 1;
@@ -52,11 +58,6 @@ impl CpuDevice {
     pub fn new(threads: usize) -> DeviceResult<Self> {
         Ok(Self { pool: Pool::new(threads)?, isa: Isa::detect() })
     }
-
-    /// Number of compute threads.
-    pub fn threads(&self) -> usize {
-        self.pool.len()
-    }
 }
 
 impl Device for CpuDevice {
@@ -67,6 +68,10 @@ impl Device for CpuDevice {
     fn numeric_identity(&self) -> String {
         let libraries: Vec<String> = LIBRARIES.iter().map(|(name, version)| format!("{name}-{version}")).collect();
         format!("cpu {} {} kernels-{KERNELS} {}", std::env::consts::ARCH, self.isa.name(), libraries.join(" "))
+    }
+
+    fn threads(&self) -> usize {
+        self.pool.len()
     }
 
     fn enter<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
@@ -282,22 +287,31 @@ impl Device for CpuDevice {
         elements: usize,
         scalars: &AdamwScalars,
         decay: bool,
-        parameters: PartMut<'_, CpuBuffer>,
-        exp_avg: PartMut<'_, CpuBuffer>,
-        exp_avg_sq: PartMut<'_, CpuBuffer>,
-        gradient: Part<'_, CpuBuffer>,
+        state: AdamwParts<'_, CpuBuffer>,
     ) -> DeviceResult {
-        state::adamw(
-            &self.pool,
-            self.isa,
-            scalars,
-            decay,
-            &mut parameters.0[parameters.1..][..elements],
-            &mut exp_avg.0[exp_avg.1..][..elements],
-            &mut exp_avg_sq.0[exp_avg_sq.1..][..elements],
-            &gradient.0[gradient.1..][..elements],
-        );
+        fn read(part: Part<'_, CpuBuffer>, elements: usize) -> &[f32] {
+            &part.0[part.1..][..elements]
+        }
+        fn write(part: PartMut<'_, CpuBuffer>, elements: usize) -> &mut [f32] {
+            &mut part.0[part.1..][..elements]
+        }
+        let AdamwParts { parameters, mirror, from, to, gradient } = state;
+        let operands = state::Operands {
+            parameters: write(parameters, elements),
+            mirror: mirror.map(|part| write(part, elements)),
+            from: from.map(|parts| parts.map(|part| read(part, elements))),
+            to: to.map(|part| write(part, elements)),
+            gradient: read(gradient, elements),
+        };
+        state::adamw(&self.pool, self.isa, scalars, decay, operands);
         Ok(())
+    }
+}
+
+impl HostDevice for CpuDevice {
+    unsafe fn over(map: &Arc<SlotMap>, first: usize, elements: usize) -> CpuBuffer {
+        // SAFETY: the caller promises what the buffer asks for.
+        unsafe { CpuBuffer::over(map.clone(), first, elements) }
     }
 }
 

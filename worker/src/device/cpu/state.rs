@@ -145,15 +145,17 @@ pub(super) fn block_square_sums(pool: &Pool, block: usize, gradient: &[f32], out
     });
 }
 
-/// AdamW on `n` elements: decay, moments, step.
+/// AdamW on `n` elements: decay, moments, step. The moments are read from one place and written to another, which may
+/// be the same; a mirror that is not null gets the new parameters too.
 #[inline(always)]
 unsafe fn adamw_chunk<L: Lanes>(
     n: usize,
     scalars: AdamwScalars,
     keep: f32,
     parameters: *mut f32,
-    exp_avg: *mut f32,
-    exp_avg_sq: *mut f32,
+    mirror: *mut f32,
+    from: [*const f32; 2],
+    to: [*mut f32; 2],
     gradient: *const f32,
 ) {
     unsafe {
@@ -163,14 +165,18 @@ unsafe fn adamw_chunk<L: Lanes>(
         for i in (0..n).step_by(16) {
             let m = 16.min(n - i);
             let g = L::load_first(gradient.add(i), m).mul(s(scalars.clip));
-            let first = g.mul(a1).add(L::load_first(exp_avg.add(i), m).mul(b1));
-            let second = g.mul(g).mul(a2).add(L::load_first(exp_avg_sq.add(i), m).mul(b2));
+            let first = g.mul(a1).add(L::load_first(from[0].add(i), m).mul(b1));
+            let second = g.mul(g).mul(a2).add(L::load_first(from[1].add(i), m).mul(b2));
             let denominator = second.sqrt().mul(s(scalars.inverse_root_correction2)).add(s(scalars.epsilon));
             let step = first.mul(s(scalars.step_size)).div(denominator);
             let kept = L::load_first(parameters.add(i), m).mul(s(keep));
-            first.store_first(exp_avg.add(i), m);
-            second.store_first(exp_avg_sq.add(i), m);
-            kept.sub(step).store_first(parameters.add(i), m);
+            first.store_first(to[0].add(i), m);
+            second.store_first(to[1].add(i), m);
+            let updated = kept.sub(step);
+            updated.store_first(parameters.add(i), m);
+            if !mirror.is_null() {
+                updated.store_first(mirror.add(i), m);
+            }
         }
     }
 }
@@ -178,34 +184,43 @@ unsafe fn adamw_chunk<L: Lanes>(
 kernel! {
     /// [`adamw_chunk`] for an instruction set.
     fn adamw_kernel(
-        n: usize, scalars: AdamwScalars, keep: f32, parameters: *mut f32, exp_avg: *mut f32, exp_avg_sq: *mut f32,
-        gradient: *const f32,
+        n: usize, scalars: AdamwScalars, keep: f32, parameters: *mut f32, mirror: *mut f32, from: [*const f32; 2],
+        to: [*mut f32; 2], gradient: *const f32,
     ) = adamw_chunk
 }
 
+/// The operands of one update, all of one length; see [`crate::device::Device::adamw`].
+pub(super) struct Operands<'a> {
+    pub(super) parameters: &'a mut [f32],
+    pub(super) mirror: Option<&'a mut [f32]>,
+    pub(super) from: Option<[&'a [f32]; 2]>,
+    pub(super) to: [&'a mut [f32]; 2],
+    pub(super) gradient: &'a [f32],
+}
+
 /// One update; see [`crate::device::Device::adamw`].
-#[allow(clippy::too_many_arguments)]
-pub(super) fn adamw(
-    pool: &Pool,
-    isa: Isa,
-    scalars: &AdamwScalars,
-    decay: bool,
-    parameters: &mut [f32],
-    exp_avg: &mut [f32],
-    exp_avg_sq: &mut [f32],
-    gradient: &[f32],
-) {
+pub(super) fn adamw(pool: &Pool, isa: Isa, scalars: &AdamwScalars, decay: bool, operands: Operands<'_>) {
+    let Operands { parameters, mirror, from, to: [first, second], gradient } = operands;
     let n = parameters.len();
-    assert!(exp_avg.len() == n && exp_avg_sq.len() == n && gradient.len() == n, "all operands have {n} elements");
+    let lengths = [first.len(), second.len(), gradient.len(), mirror.as_ref().map_or(n, |mirror| mirror.len())];
+    let from_fits = from.is_none_or(|from| from.iter().all(|part| part.len() == n));
+    assert!(from_fits && lengths.iter().all(|length| *length == n), "all operands have {n} elements");
     let keep = if decay { scalars.keep } else { 1.0 };
-    let (parameters, exp_avg, exp_avg_sq) = (Shared::new(parameters), Shared::new(exp_avg), Shared::new(exp_avg_sq));
+    let (parameters, first, second) = (Shared::new(parameters), Shared::new(first), Shared::new(second));
+    let mirror = mirror.map(Shared::new);
     pool.each(n.div_ceil(CHUNK), |task| {
         let part = chunk(task, CHUNK, n);
         let at = part.start;
-        // SAFETY: the part belongs to this task and lies within all four operands.
+        // SAFETY: the part belongs to this task and lies within all operands, which do not overlap.
         unsafe {
-            let (p, m, v) = (parameters.at(at), exp_avg.at(at), exp_avg_sq.at(at));
-            adamw_kernel(isa, part.len(), *scalars, keep, p, m, v, gradient.as_ptr().add(at));
+            let to = [first.at(at), second.at(at)];
+            let from = match from {
+                Some(from) => from.map(|part| part.as_ptr().add(at)),
+                None => to.map(<*mut f32>::cast_const),
+            };
+            let mirror = mirror.as_ref().map_or(std::ptr::null_mut(), |mirror| mirror.at(at));
+            let gradient = gradient.as_ptr().add(at);
+            adamw_kernel(isa, part.len(), *scalars, keep, parameters.at(at), mirror, from, to, gradient);
         }
     });
 }

@@ -4,19 +4,21 @@
 //! orders of the coordinator, finished uploads, the clock. The machine says what to do, and it is done at once; nothing
 //! in the loop waits for storage or for a peer.
 
+mod holding;
+
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::time::{Duration, Instant};
 
-use proto::ids::{Epoch, WorkerId};
-use proto::spec::JobSpec;
+use proto::ids::{Epoch, JobName, WorkerId};
 use proto::wire::{self, agent_command, agent_message, coordinator_message, worker_message};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::children::Children;
 use crate::folder::Folder;
 use crate::link::{self, Outgoing};
 use crate::machine::{Action, Command, Event, Machine};
+use crate::memory::{self, Encoded, Memory};
 use crate::receipts::{SaveKey, Waiting};
 use crate::socket::{self, Commands};
 use crate::uploads::{Finished, Uploads};
@@ -54,6 +56,14 @@ pub(crate) enum Input {
     Exited { worker: WorkerId, reason: String },
     /// An upload is over.
     Uploaded(Finished),
+    /// A try to upload failed; it goes on.
+    SaveFailed(wire::SaveFailed),
+    /// Another agent says what it holds, and is told whether that was taken in.
+    Peer(wire::GroupState, oneshot::Sender<bool>),
+    /// Parity is made, or could not be.
+    Encoded(Encoded),
+    /// A worker's slot is filled, or could not be.
+    Restored { worker: WorkerId, answer: wire::Restored },
     /// No worker can attach any more.
     SocketFailed(String),
 }
@@ -77,6 +87,9 @@ struct Driver {
     welcomed: bool,
     waiting: Waiting,
     uploads: Uploads,
+    memory: Memory,
+    /// Where other agents read this node's snapshots.
+    snapshots: String,
     heartbeat: Duration,
     reported: Instant,
     resent: Instant,
@@ -90,19 +103,26 @@ pub(crate) async fn run(
 ) -> Result<(), AgentError> {
     let endpoint = link::endpoint(&options.coordinator)?;
     let incarnation = uuid::Uuid::new_v4().to_string();
-    let folder = Folder::create(&options.memory_dir, &incarnation)?;
+    let (folder, left) = Folder::create(&options.memory_dir, &incarnation, &options.node)?;
     let (sender, mut inputs) = mpsc::channel(INPUTS);
     socket::serve(&folder.socket(), sender.clone())?;
+    let budget = folder.budget(options.memory_budget);
+    let (node, token) = (options.node.to_string(), options.token.clone());
+    let mut memory = Memory::new(node, token.clone(), folder.path().into(), budget, sender.clone());
+    let adopted = memory.adopt(&left);
+    let snapshots = memory::serve(options.ring_host, token, memory.vault.clone(), sender.clone()).await?.to_string();
     let link = tokio::spawn(link::run(endpoint, options.token.clone(), sender.clone()));
     let now = Instant::now();
     let mut driver = Driver {
         machine: Machine::new(options.cores),
         children: Children::new(options.executable.clone(), folder.socket(), sender.clone()),
         uploads: Uploads::new(sender),
+        memory,
+        snapshots,
         options,
         incarnation,
         began: now,
-        folder,
+        folder: folder.with(adopted),
         present: BTreeMap::new(),
         link: None,
         welcomed: false,
@@ -172,6 +192,21 @@ impl Driver {
                 self.gone(worker);
             }
             Input::Uploaded(finished) => self.uploaded(finished),
+            Input::SaveFailed(failed) => {
+                self.waiting.push(agent_message::Body::Failed(failed));
+                self.flush();
+            }
+            Input::Peer(state, taken) => {
+                // The peer may have given up waiting.
+                let _ = taken.send(self.memory.peer(&state));
+                self.keep(JobName::new(state.job).ok());
+            }
+            Input::Encoded(encoded) => {
+                let job = encoded.job.clone();
+                self.memory.encoded(encoded);
+                self.keep(Some(job));
+            }
+            Input::Restored { worker, answer } => self.tell(worker, agent_command::Body::Restored(answer)),
             Input::LinkFailed(_) | Input::SocketFailed(_) => {} // the loop has ended
         }
     }
@@ -223,6 +258,8 @@ impl Driver {
             Action::Forget(job) => {
                 self.uploads.forget(&job);
                 self.waiting.forget(&job);
+                let effects = self.memory.forget(&job);
+                self.follow(effects);
             }
             Action::Refused(reason) => tracing::warn!(reason, "an order was refused"),
         }
@@ -235,6 +272,7 @@ impl Driver {
                 threads,
                 slots: self.folder.slots(worker).display().to_string(),
                 ring_host: self.options.ring_host.to_string(),
+                slot_budget: self.memory.budget() / u64::from(self.options.slots.max(1)),
             }),
             Command::Run(run) => agent_command::Body::Run(run),
             Command::Hold(generation) => agent_command::Body::Hold(generation),
@@ -275,16 +313,19 @@ impl Driver {
                 self.waiting.push(agent_message::Body::Step(wire::StepReport { job: job.to_string(), ..step }));
                 self.flush();
             }
+            worker_message::Body::Skipped(skipped) if skipped.memory => self.memory.skipped(&job),
             worker_message::Body::Skipped(skipped) => {
-                let skipped = wire::SaveSkipped { job: job.to_string(), ..skipped };
-                self.waiting.push(agent_message::Body::Skipped(skipped));
-                self.flush();
+                self.skipped(wire::SaveSkipped { job: job.to_string(), ..skipped })
             }
-            worker_message::Body::Captured(captured) => {
-                let slot = captured.slot;
-                if !self.uploads.start(job, worker, &self.folder.slots(worker), captured) {
-                    self.tell(worker, agent_command::Body::SlotFree(slot));
-                }
+            worker_message::Body::Captured(captured) => self.captured(&job, worker, &captured),
+            worker_message::Body::Restore(restore) => {
+                let slot = self.folder.slots(worker).join(format!("slot-{}", restore.slot));
+                let rank = self.machine.rank_of(worker).unwrap_or_default();
+                self.memory.restore(&job, worker, rank, slot, restore.generation);
+            }
+            worker_message::Body::Complete(complete) => {
+                let effects = self.memory.complete_everywhere(&job, &complete);
+                self.follow(effects);
             }
         }
     }
@@ -297,19 +338,8 @@ impl Driver {
         }
         let reason = self.present.remove(&worker).and_then(|presence| presence.exited).unwrap_or_default();
         tracing::info!(%worker, reason, "a worker is gone");
-        if let Err(error) = self.folder.remove_slots(worker) {
-            tracing::warn!(%worker, %error, "cannot remove the slots of a worker");
-        }
+        self.clear(worker);
         self.event(Event::Exited { worker, reason });
-    }
-
-    fn uploaded(&mut self, finished: Finished) {
-        self.tell(finished.worker, agent_command::Body::SlotFree(finished.slot));
-        self.uploads.ended(&finished.key);
-        if let Some(receipt) = finished.receipt {
-            self.send(agent_message::Body::Receipt(receipt.clone()));
-            self.waiting.receipt(finished.key, receipt);
-        }
     }
 
     fn link_up(&mut self, link: Outgoing) {
@@ -318,7 +348,9 @@ impl Driver {
             incarnation: self.incarnation.clone(),
             slots: self.options.slots,
             build: wire::BUILD.into(),
-            report: Some(self.machine.report()),
+            report: Some(self.full_report()),
+            snapshots: self.snapshots.clone(),
+            domain: self.options.domain.clone(),
         };
         self.welcomed = false;
         self.link = Some(link);
@@ -340,11 +372,12 @@ impl Driver {
                 self.flush();
             }
             Some(coordinator_message::Body::Desired(desired)) => {
-                self.learn_store(&desired);
+                self.learn(epoch, &desired);
                 self.event(Event::Desired { epoch, desired });
             }
             Some(coordinator_message::Body::Settled(settled)) => {
-                if let Some(key) = SaveKey::of(&settled) {
+                // One of a coordinator that has been superseded says nothing.
+                if let Some(key) = SaveKey::of(&settled).filter(|_| epoch >= self.machine.epoch()) {
                     self.waiting.settle(&key);
                     self.uploads.cancel(&key);
                 }
@@ -353,19 +386,9 @@ impl Driver {
         }
     }
 
-    /// A job's shards go to the store its spec names, which is the coordinator's.
-    fn learn_store(&mut self, desired: &wire::Desired) {
-        let spec: Result<JobSpec, _> = serde_json::from_slice(&desired.spec);
-        if let Ok(spec) = spec
-            && spec.name.as_str() == desired.job
-        {
-            self.uploads.store(spec.name, spec.checkpoint.store);
-        }
-    }
-
     fn report(&mut self) {
         self.reported = Instant::now();
-        let report = self.machine.report();
+        let report = self.full_report();
         self.send(agent_message::Body::Report(report));
     }
 

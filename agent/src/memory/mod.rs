@@ -1,0 +1,416 @@
+//! The memory tier on this node (§8): snapshots in slots, parity among agents, and restoring from both.
+//!
+//! [`crate::machine::keeper`] decides what is kept; this file carries it out. `vault` holds the bytes, `service` and
+//! `peers` are the two ends between agents, `encode` makes parity, `restore` fills a slot by the `plan` of where bytes
+//! lie, `adopt` takes over what an earlier life of this agent left.
+
+pub(crate) mod adopt;
+mod encode;
+mod peers;
+mod plan;
+mod restore;
+mod service;
+mod sync;
+mod vault;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use checkpoint_store::{BlockHash, Capture, CheckpointRef, ShardSource, Space, StoreError};
+use memmap2::Mmap;
+use proto::auth::Token;
+use proto::ids::{JobName, WorkerId, WorldSize};
+use proto::spec::JobSpec;
+use proto::wire;
+use tokio::sync::{mpsc, watch};
+
+use self::encode::{Encode, Stripe};
+use self::peers::Peers;
+use self::vault::{Described, Held, Vault};
+use crate::driver::Input;
+use crate::machine::keeper::{Keep, Keeper, Membership, PeerStep, StepKey};
+
+pub(crate) use self::service::serve;
+
+/// What follows for the node's workers.
+#[derive(Debug)]
+pub(crate) enum Effect {
+    /// A slot is free again.
+    Free(WorkerId, u32),
+    /// A step is complete in the job's parity group.
+    Complete(JobName, wire::StepComplete),
+}
+
+/// This node's parity of a step is made, or could not be.
+#[derive(Debug)]
+pub(crate) struct Encoded {
+    pub(crate) job: JobName,
+    pub(crate) key: StepKey,
+    pub(crate) made: Result<(Vec<Stripe>, f64), String>,
+}
+
+#[derive(Debug, Default)]
+struct OfJob {
+    keeper: Keeper,
+    space: Option<Space>,
+    /// Snapshots outlive their upload.
+    enabled: bool,
+    /// Parity group of the present generation, and its size in ranks.
+    group: wire::ParityGroup,
+    world: Option<WorldSize>,
+    /// The group each parity was made in.
+    parity_groups: BTreeMap<StepKey, wire::ParityGroup>,
+    /// What peers are told; dropping it ends the telling.
+    state: Option<watch::Sender<wire::GroupState>>,
+    /// Processor seconds of the last parity, for each of this node's ranks.
+    seconds: f64,
+    skipped: u64,
+    /// What the present generation starts from, and where checkpoints are stored.
+    start: Option<wire::MemoryStart>,
+    reference: Vec<u8>,
+    store: String,
+}
+
+/// The memory tier of this node.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    node: String,
+    pub(crate) vault: Vault,
+    peers: Peers,
+    folder: PathBuf,
+    budget: u64,
+    inputs: mpsc::Sender<Input>,
+    jobs: BTreeMap<JobName, OfJob>,
+}
+
+impl Memory {
+    pub(crate) fn new(node: String, token: Token, folder: PathBuf, budget: u64, inputs: mpsc::Sender<Input>) -> Self {
+        let (vault, peers) = (Vault::default(), Peers::new(token));
+        Self { node, vault, peers, folder, budget, inputs, jobs: BTreeMap::new() }
+    }
+
+    /// Bytes that snapshots and parity may take on this node.
+    pub(crate) fn budget(&self) -> u64 {
+        self.budget
+    }
+
+    /// Takes in what the coordinator wants of a job.
+    pub(crate) fn desired(&mut self, job: &JobName, desired: &wire::Desired, spec: &JobSpec) -> Vec<Effect> {
+        let of = self.jobs.entry(job.clone()).or_default();
+        of.enabled = spec.checkpoint.memory;
+        of.store.clone_from(&spec.checkpoint.store);
+        of.space = Space::of_model(&spec.model).ok();
+        let Some(run) = &desired.run else {
+            of.keeper.fence(desired.fenced);
+            return vec![];
+        };
+        of.keeper.fence(run.generation.saturating_sub(1));
+        let alone = || wire::ParityGroup {
+            parities: 0,
+            members: vec![wire::GroupMember {
+                node: self.node.clone(),
+                snapshots: String::new(),
+                ranks: run.placements.iter().map(|placement| placement.rank).collect(),
+            }],
+        };
+        let group = run.group.clone().unwrap_or_else(alone);
+        let Some(me) = group.members.iter().position(|member| member.node == self.node) else { return vec![] };
+        let membership = Membership {
+            generation: run.generation,
+            members: group.members.iter().map(|member| member.ranks.clone()).collect(),
+            me,
+            parities: group.parities as usize,
+            groups: run.groups,
+            start: run.memory.as_ref().map(|start| (start.generation, start.step)),
+        };
+        let todo = of.keeper.announce(membership);
+        if !todo.is_empty() {
+            of.world = WorldSize::new(run.world_size);
+            of.start.clone_from(&run.memory);
+            of.reference.clone_from(&run.start);
+            let state = wire::GroupState { job: job.to_string(), generation: run.generation, ..Default::default() };
+            let (sender, receiver) = watch::channel(wire::GroupState { node: self.node.clone(), ..state });
+            of.state = Some(sender);
+            for member in group.members.iter().filter(|member| member.node != self.node) {
+                tokio::spawn(sync::tell(self.peers.clone(), member.snapshots.clone(), receiver.clone()));
+            }
+            of.group = group;
+        }
+        self.carry_out(job, todo)
+    }
+
+    /// Maps a slot that a worker has captured into; the shard, for an upload.
+    pub(crate) fn captured(
+        &mut self,
+        job: &JobName,
+        worker: WorkerId,
+        slots: &Path,
+        captured: &wire::Captured,
+    ) -> Result<Arc<ShardSource>, StoreError> {
+        let path = slots.join(format!("slot-{}", captured.slot));
+        let (capture, map) = open(&path, job, captured)?;
+        let described = Described { capture: Arc::new(capture.clone()), json: captured.capture.clone().into() };
+        let payload = Bytes::from_owner(map);
+        let source = Arc::new(capture.source(payload.clone())?);
+        let length: usize = source.states.iter().map(|state| state.bytes.len()).sum();
+        let of = self.jobs.entry(job.clone()).or_default();
+        let key = (captured.generation, captured.step);
+        let kept = of.enabled && of.keeper.captured(key, captured.rank);
+        if kept {
+            self.vault.describe(job, key, captured.rank, described);
+            if let Err(error) = adopt::note(&path, &captured.capture) {
+                tracing::warn!(path = %path.display(), %error, "a snapshot would not survive this agent");
+            }
+        }
+        let payload = payload.slice(..length);
+        let (slot, uploading) = (captured.slot, captured.store);
+        let held = Held { worker, slot, source: source.clone(), payload, kept, uploading };
+        self.vault.put(job, key, captured.rank, held);
+        Ok(source)
+    }
+
+    /// After any change: what the keeper wants done.
+    pub(crate) fn advance(&mut self, job: &JobName) -> Vec<Effect> {
+        let todo = self.jobs.get_mut(job).map(|of| of.keeper.next()).unwrap_or_default();
+        self.carry_out(job, todo)
+    }
+
+    /// No upload reads a snapshot any more.
+    pub(crate) fn uploaded(&mut self, job: &JobName, key: StepKey, rank: u32) -> Vec<Effect> {
+        let free = self.vault.let_go(job, key, |of, held| held.uploading &= of != rank);
+        free.into_iter().map(|held| Effect::Free(held.worker, held.slot)).collect()
+    }
+
+    /// A peer says what it holds. `false`: not of the generation this node is in; it is to say it again.
+    pub(crate) fn peer(&mut self, state: &wire::GroupState) -> bool {
+        let Ok(job) = JobName::new(state.job.as_str()) else { return true };
+        let Some(of) = self.jobs.get_mut(&job) else { return false };
+        let current = of.state.as_ref().map_or(0, |sender| sender.borrow().generation);
+        if state.generation != current {
+            // One of a generation that is over has nothing more to say.
+            return state.generation < current;
+        }
+        let Some(member) = of.group.members.iter().position(|member| member.node == state.node) else { return true };
+        let ranks = of.group.members[member].ranks.clone();
+        let mut steps = vec![];
+        for held in &state.steps {
+            let key = (state.generation, held.step);
+            let captures: Vec<(Capture, &Vec<u8>)> =
+                held.captures.iter().filter_map(|json| Some((Capture::from_json(json).ok()?, json))).collect();
+            let whole = ranks.iter().all(|rank| captures.iter().any(|(capture, _)| capture.rank.get() == *rank));
+            for (capture, json) in captures {
+                let rank = capture.rank.get();
+                if ranks.contains(&rank) && of.keeper.keeps(key) {
+                    let described = Described { capture: Arc::new(capture), json: json.clone().into() };
+                    self.vault.describe(&job, key, rank, described);
+                }
+            }
+            if whole {
+                steps.push(PeerStep { step: held.step, encoded: held.encoded });
+            }
+        }
+        // What this node does not hold itself yet, it does not describe yet: the peer is to say it again.
+        let known = steps.iter().all(|held| of.keeper.keeps((state.generation, held.step)));
+        of.keeper.peer(member, state.generation, steps);
+        known
+    }
+
+    /// This node's parity of a step is made, or could not be.
+    pub(crate) fn encoded(&mut self, encoded: Encoded) {
+        let Encoded { job, key, made } = encoded;
+        let Some(of) = self.jobs.get_mut(&job).filter(|of| of.keeper.keeps(key)) else {
+            // Released meanwhile.
+            return encode::remove(&self.folder, &job, key);
+        };
+        match made {
+            Ok((stripes, seconds)) => {
+                let mine = of.group.members.iter().find(|member| member.node == self.node);
+                let ranks = mine.map_or(1, |member| member.ranks.len());
+                of.seconds = seconds / ranks.max(1) as f64;
+                of.parity_groups.insert(key, of.group.clone());
+                if let Err(error) = adopt::note_parity(&self.folder, &job, key, &of.group) {
+                    tracing::warn!(%job, step = key.1, %error, "parity would not survive this agent");
+                }
+                for (stripe, bytes) in stripes {
+                    self.vault.put_parity(&job, key, stripe, bytes);
+                }
+                of.keeper.encoded(key, true);
+            }
+            Err(reason) => {
+                tracing::warn!(%job, generation = key.0, step = key.1, reason, "parity was not made");
+                of.keeper.encoded(key, false);
+            }
+        }
+        let todo = vec![Keep::Publish];
+        self.carry_out(&job, todo);
+    }
+
+    /// A step is complete in all groups.
+    pub(crate) fn complete_everywhere(&mut self, job: &JobName, complete: &wire::StepComplete) -> Vec<Effect> {
+        let key = (complete.generation, complete.step);
+        let todo = self.jobs.get_mut(job).map(|of| of.keeper.complete_everywhere(key)).unwrap_or_default();
+        self.carry_out(job, todo)
+    }
+
+    /// A snapshot in memory was due and found no slot.
+    pub(crate) fn skipped(&mut self, job: &JobName) {
+        self.jobs.entry(job.clone()).or_default().skipped += 1;
+    }
+
+    /// Fills a worker's slot in the background; the answer comes as an input.
+    pub(crate) fn restore(&mut self, job: &JobName, worker: WorkerId, rank: u32, slot: PathBuf, generation: u64) {
+        let answer = move |step, result: Result<&'static str, restore::Failure>| {
+            let (source, failure) = match result {
+                Ok(source) => (source.to_string(), None),
+                Err((kind, reason)) => (String::new(), Some(wire::Failure { kind: kind.into(), reason })),
+            };
+            Input::Restored { worker, answer: wire::Restored { generation, step, source, failure } }
+        };
+        let of = self.jobs.entry(job.clone()).or_default();
+        let known = of.start.clone().zip(of.space.clone()).zip(of.world);
+        let inputs = self.inputs.clone();
+        let Some(((start, space), world)) = known else {
+            let failure = (wire::FailureKind::Transient, "there is no step in memory to restore".to_string());
+            drop(inputs.try_send(answer(0, Err(failure))));
+            return;
+        };
+        let step = start.step;
+        let checkpoint = serde_json::from_slice::<CheckpointRef>(&of.reference).ok();
+        let checkpoint = checkpoint.map(|reference| (of.store.clone(), reference));
+        let node = self.node.clone();
+        let task = restore::Restore { job: job.clone(), space, rank, world, start, slot, checkpoint, node };
+        let (vault, peers) = (self.vault.clone(), self.peers.clone());
+        tokio::spawn(async move {
+            let work = tokio::spawn(async move { restore::restore(&vault, &peers, &task).await });
+            let broken = |error| Err((wire::FailureKind::Fatal, format!("a defect in restoring: {error}")));
+            let result = work.await.unwrap_or_else(broken).map(restore::Source::name);
+            let _ = inputs.send(answer(step, result)).await;
+        });
+    }
+
+    /// The job is gone from this node.
+    pub(crate) fn forget(&mut self, job: &JobName) -> Vec<Effect> {
+        if let Some(of) = self.jobs.remove(job) {
+            of.parity_groups.keys().for_each(|key| encode::remove(&self.folder, job, *key));
+        }
+        self.vault.forget(job).into_iter().map(|held| Effect::Free(held.worker, held.slot)).collect()
+    }
+
+    /// What this node holds, for the coordinator.
+    pub(crate) fn inventory(&self) -> Vec<wire::JobMemory> {
+        let of_job = |(job, of): (&JobName, &OfJob)| {
+            let snapshots = self.vault.inventory(job).into_iter().map(|(key, rank, source)| wire::HeldSnapshot {
+                generation: key.0,
+                step: key.1,
+                rank,
+                world_size: source.world_size.get(),
+                hash: content_hash(&source).as_bytes().to_vec(),
+            });
+            let parity = of.parity_groups.iter().filter(|(key, _)| self.vault.stripes(job, **key) > 0);
+            let parity = parity.map(|(key, group)| wire::HeldParity {
+                generation: key.0,
+                step: key.1,
+                group: Some(group.clone()),
+            });
+            wire::JobMemory {
+                job: job.to_string(),
+                fenced: of.keeper.fenced(),
+                snapshots: snapshots.collect(),
+                parity: parity.collect(),
+                skipped: of.skipped,
+            }
+        };
+        self.jobs.iter().map(of_job).collect()
+    }
+
+    fn carry_out(&mut self, job: &JobName, todo: Vec<Keep>) -> Vec<Effect> {
+        let mut effects = vec![];
+        for keep in todo {
+            match keep {
+                Keep::Encode(key) => self.encode(job, key),
+                Keep::Publish => self.publish(job),
+                Keep::Complete(key) => {
+                    let seconds = self.jobs.get(job).map_or(0.0, |of| of.seconds);
+                    let complete = wire::StepComplete { generation: key.0, step: key.1, seconds };
+                    effects.push(Effect::Complete(job.clone(), complete));
+                }
+                Keep::Release(key) => {
+                    let free = self.vault.let_go(job, key, |_, held| held.kept = false);
+                    effects.extend(free.into_iter().map(|held| Effect::Free(held.worker, held.slot)));
+                    self.vault.forget_step(job, key);
+                    if let Some(of) = self.jobs.get_mut(job) {
+                        of.parity_groups.remove(&key);
+                    }
+                    encode::remove(&self.folder, job, key);
+                }
+            }
+        }
+        effects
+    }
+
+    fn publish(&mut self, job: &JobName) {
+        let Some(of) = self.jobs.get_mut(job) else { return };
+        let Some(sender) = &of.state else { return };
+        let generation = sender.borrow().generation;
+        let ranks = of.group.members.iter().find(|member| member.node == self.node).map(|member| &member.ranks);
+        let mine = |rank: &u32| ranks.is_some_and(|ranks| ranks.contains(rank));
+        let steps = of.keeper.holds().map(|held| {
+            let captures = self.vault.captures(job, (generation, held.step)).into_iter();
+            let captures = captures.filter(|(rank, _)| mine(rank)).map(|(_, described)| described.json.to_vec());
+            wire::HeldStep { step: held.step, captures: captures.collect(), encoded: held.encoded }
+        });
+        let steps = steps.collect();
+        sender.send_modify(|state| state.steps = steps);
+    }
+
+    fn encode(&mut self, job: &JobName, key: StepKey) {
+        let Some(of) = self.jobs.get_mut(job) else { return };
+        let ranks: Vec<Vec<u32>> = of.group.members.iter().map(|member| member.ranks.clone()).collect();
+        let shape = of.space.as_ref().zip(of.world);
+        let layout = shape.and_then(|(space, world)| plan::layout(space, &ranks, world, of.group.parities as usize));
+        let me = of.group.members.iter().position(|member| member.node == self.node);
+        let (Some(layout), Some(me)) = (layout, me) else { return of.keeper.encoded(key, true) };
+        let needed = self.vault.bytes().saturating_add(layout.parity_bytes());
+        if self.budget > 0 && needed > self.budget {
+            tracing::warn!(
+                %job, step = key.1, needed, budget = self.budget,
+                "no parity on this node: it would be over its memory budget; raise --memory-budget"
+            );
+            return of.keeper.encoded(key, true);
+        }
+        let addresses = of.group.members.iter().map(|member| member.snapshots.clone()).collect();
+        let task = Encode { job: job.clone(), key, layout, me, addresses, folder: self.folder.clone() };
+        let (peers, inputs) = (self.peers.clone(), self.inputs.clone());
+        tokio::spawn(async move {
+            let job = task.job.clone();
+            let work = tokio::spawn(async move { encode::encode(&peers, &task).await });
+            let made = work.await.unwrap_or_else(|error| Err(format!("a defect in encoding: {error}")));
+            let _ = inputs.send(Input::Encoded(Encoded { job, key, made })).await;
+        });
+    }
+}
+
+/// Equal for equal content.
+fn content_hash(source: &ShardSource) -> BlockHash {
+    let lists = source.states.iter().flat_map(|state| &state.hashes.0);
+    let bytes: Vec<u8> = lists.flat_map(|hash| *hash.as_bytes()).collect();
+    BlockHash::of(&bytes)
+}
+
+/// Maps a slot and checks that it holds what the worker says.
+fn open(path: &Path, job: &JobName, captured: &wire::Captured) -> Result<(Capture, Mmap), StoreError> {
+    let unusable = |error: std::io::Error| StoreError::Input(format!("{}: {error}", path.display()));
+    let file = File::open(path).map_err(unusable)?;
+    // SAFETY: the slot is in this agent's folder of mode 0700, is never shortened (a worker removes a file rather than
+    // resizing it), and is not written again before this agent frees it.
+    let map = unsafe { Mmap::map(&file) }.map_err(unusable)?;
+    let capture = Capture::from_json(&captured.capture)?;
+    let named = (capture.generation.get(), capture.scalar.step.get(), capture.rank.get());
+    if capture.job != *job || named != (captured.generation, captured.step, captured.rank) {
+        return Err(StoreError::Input(format!("{} is announced as another save than it is", path.display())));
+    }
+    Ok((capture, map))
+}

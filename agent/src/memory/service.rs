@@ -1,0 +1,109 @@
+//! What this node gives to other agents: its state, descriptions, and bytes.
+//!
+//! Every call needs the cluster's token. Sizes are checked before anything is sent; bytes are slices of mapped memory.
+
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+
+use futures::{Stream, StreamExt};
+use proto::auth::Token;
+use proto::ids::JobName;
+use proto::wire::snapshots_server::{Snapshots, SnapshotsServer};
+use proto::wire::{self, Chunk, GroupReply, GroupState, ReadRequest, StepDescription, StepRequest};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{Request, Response, Status};
+
+use super::vault::Vault;
+use crate::AgentError;
+use crate::driver::Input;
+
+/// Bytes of one message of a read.
+const CHUNK: usize = 1 << 20;
+/// Most bytes of one read.
+const MOST_READ: u64 = 1 << 40;
+/// Steps a peer can hold of one generation; three slots hold fewer.
+const MOST_STEPS: usize = 8;
+
+struct Service {
+    vault: Vault,
+    inputs: mpsc::Sender<Input>,
+}
+
+fn job_name(name: &str) -> Result<JobName, Status> {
+    JobName::new(name).map_err(|error| Status::invalid_argument(error.to_string()))
+}
+
+#[tonic::async_trait]
+impl Snapshots for Service {
+    type ReadStream = Pin<Box<dyn Stream<Item = Result<Chunk, Status>> + Send>>;
+
+    async fn sync(&self, request: Request<GroupState>) -> Result<Response<GroupReply>, Status> {
+        let state = request.into_inner();
+        job_name(&state.job)?;
+        if state.steps.len() > MOST_STEPS {
+            return Err(Status::invalid_argument(format!("{} steps held, more than {MOST_STEPS}", state.steps.len())));
+        }
+        let (taken, answer) = oneshot::channel();
+        let ending = || Status::unavailable("the agent is ending");
+        self.inputs.send(Input::Peer(state, taken)).await.map_err(|_| ending())?;
+        match answer.await {
+            Ok(true) => Ok(Response::new(GroupReply {})),
+            Ok(false) => Err(Status::failed_precondition("this node is not that far; say it again")),
+            Err(_) => Err(ending()),
+        }
+    }
+
+    async fn describe(&self, request: Request<StepRequest>) -> Result<Response<StepDescription>, Status> {
+        let request = request.into_inner();
+        let captures = self.vault.captures(&job_name(&request.job)?, (request.generation, request.step));
+        let captures = captures.into_values().map(|described| described.json.to_vec()).collect();
+        Ok(Response::new(StepDescription { captures }))
+    }
+
+    async fn read(&self, request: Request<ReadRequest>) -> Result<Response<Self::ReadStream>, Status> {
+        let request = request.into_inner();
+        let (job, key) = (job_name(&request.job)?, (request.generation, request.step));
+        let range = request.start..request.end;
+        if range.start > range.end || range.end - range.start > MOST_READ {
+            return Err(Status::invalid_argument(format!("bytes {range:?} cannot be read at once")));
+        }
+        let parts = match request.stripe {
+            None => self.vault.payload(&job, key, range),
+            Some(stripe) => self.vault.parity(&job, key, stripe as usize, range).map(|bytes| vec![bytes]),
+        };
+        let parts = parts.ok_or_else(|| {
+            Status::not_found(format!("step {} of generation {} is not held here", request.step, request.generation))
+        })?;
+        let chunks = parts.into_iter().flat_map(|mut part| {
+            std::iter::from_fn(move || (!part.is_empty()).then(|| part.split_to(part.len().min(CHUNK))))
+        });
+        let chunks = futures::stream::iter(chunks).map(|data| Ok(Chunk { data }));
+        Ok(Response::new(Box::pin(chunks)))
+    }
+}
+
+/// Listens on a free port of `host` and serves in the background; its failure is reported as an input. Returns the
+/// address for peers.
+pub(crate) async fn serve(
+    host: IpAddr,
+    token: Token,
+    vault: Vault,
+    inputs: mpsc::Sender<Input>,
+) -> Result<SocketAddr, AgentError> {
+    let failed = |source| AgentError::Listen { address: SocketAddr::new(host, 0), source };
+    let listener = TcpListener::bind((host, 0)).await.map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    let service = SnapshotsServer::new(Service { vault, inputs: inputs.clone() })
+        .max_decoding_message_size(wire::MOST_MESSAGE_BYTES)
+        .max_encoding_message_size(wire::MOST_MESSAGE_BYTES);
+    let service = tonic::service::interceptor::InterceptedService::new(service, move |request| token.check(request));
+    tokio::spawn(async move {
+        let server = tonic::transport::Server::builder().add_service(service);
+        let ended = server.serve_with_incoming(TcpListenerStream::new(listener)).await;
+        let reason = ended.err().map_or_else(|| "it was closed".to_string(), |error| error.to_string());
+        let _ = inputs.send(Input::SocketFailed(format!("the snapshots' listener: {reason}"))).await;
+    });
+    Ok(address)
+}

@@ -1,0 +1,111 @@
+//! Starting from the nodes' memory: the newest step of which every block can be had, or an older state.
+
+use std::time::Duration;
+
+use proto::wire::{Announcement, FailureKind, SubmitMode, WorkerPhase};
+
+use super::rig::{Rig, job_name, node, spec};
+use crate::machine::Entry;
+
+/// Three nodes with a worker each, a checkpoint at step 5, and step 7 in memory.
+fn trained() -> Rig {
+    let mut rig = Rig::new();
+    for name in ["a", "b", "c"] {
+        rig.attach(name, 1);
+    }
+    rig.submit(spec("{ min = 1, max = 3 }"), SubmitMode::New, None);
+    rig.settle();
+    rig.train(5);
+    rig.snapshot(7);
+    rig
+}
+
+fn last_start(rig: &Rig) -> (Option<u64>, Option<u64>) {
+    let generations = rig.records.iter().filter_map(|entry| match entry {
+        Entry::Generation(membership) => Some(membership),
+        _ => None,
+    });
+    let last = generations.last().unwrap();
+    (last.start.as_ref().map(|start| start.step.get()), last.memory.map(|memory| memory.step.get()))
+}
+
+fn announced(rig: &Rig, name: &str) -> Announcement {
+    rig.nodes[&node(name)].desired[&job_name()].run.clone().unwrap()
+}
+
+#[test]
+fn a_killed_worker_costs_the_steps_since_the_last_snapshot() {
+    let mut rig = trained();
+    rig.kill("b", 0);
+    rig.pass(Duration::from_secs(1));
+    assert_eq!(rig.live(), Some((2, 3)));
+    assert_eq!(last_start(&rig), (Some(5), Some(7)));
+    let start = announced(&rig, "b").memory.unwrap();
+    assert_eq!((start.generation, start.step, start.world_size, start.groups.len()), (1, 7, 3, 1));
+    assert!(start.groups[0].members.iter().all(|member| member.snapshots == format!("{}:1", member.node)));
+}
+
+#[test]
+fn a_lost_node_is_made_up_for_by_parity_and_two_by_the_store() {
+    let mut rig = trained();
+    rig.lose("c");
+    rig.pass(Duration::from_secs(8));
+    assert_eq!(rig.live(), Some((2, 2)));
+    assert_eq!(last_start(&rig), (Some(5), Some(7)));
+    let members = announced(&rig, "a").memory.unwrap().groups.remove(0).members;
+    assert_eq!(members.iter().filter(|member| member.snapshots.is_empty()).count(), 1, "the lost one");
+    assert_eq!(announced(&rig, "a").group.unwrap().members.len(), 2, "the new generation's group");
+
+    let mut rig = trained();
+    rig.lose("c");
+    rig.lose("b");
+    rig.pass(Duration::from_secs(8));
+    assert_eq!(rig.live(), Some((2, 1)));
+    assert_eq!(last_start(&rig), (Some(5), None));
+}
+
+#[test]
+fn a_failure_during_recovery_starts_from_the_same_step_again() {
+    let mut rig = trained();
+    rig.kill("b", 0);
+    rig.pass(Duration::from_secs(1));
+    // Nothing of generation 2 is in memory yet when it fails.
+    rig.kill("a", 0);
+    rig.pass(Duration::from_secs(1));
+    assert_eq!(rig.live(), Some((3, 3)));
+    assert_eq!(last_start(&rig), (Some(5), Some(7)));
+}
+
+#[test]
+fn a_step_that_cannot_be_restored_is_given_up() {
+    let mut rig = trained();
+    rig.kill("b", 0);
+    for _ in 0..3 {
+        // Nobody joins: each time a worker says that its slot could not be filled.
+        for _ in 0..20 {
+            if rig.live().is_some() && rig.records.len() > 2 {
+                break;
+            }
+            rig.pass(Duration::from_millis(100));
+        }
+        rig.fail("a", 0, WorkerPhase::Failed, FailureKind::Transient, "rank 1's snapshot cannot be had");
+        rig.pass(Duration::from_secs(1));
+    }
+    // The rig's workers join at once, so these were failures of a running generation; the step stays trusted.
+    assert_eq!(last_start(&rig).1, Some(7));
+}
+
+#[test]
+fn without_the_memory_tier_checkpoints_are_what_there_is() {
+    let mut rig = Rig::new();
+    rig.attach("a", 2);
+    let mut spec = spec("2");
+    spec.checkpoint.memory = false;
+    rig.submit(spec, SubmitMode::New, None);
+    rig.settle();
+    assert_eq!(announced(&rig, "a").group, None);
+    rig.train(5);
+    rig.kill("a", 0);
+    rig.pass(Duration::from_secs(1));
+    assert_eq!(last_start(&rig), (Some(5), None));
+}

@@ -1,0 +1,181 @@
+//! When the state is captured, into memory only or for the store too.
+//!
+//! Every rank must capture the same steps, or no snapshot would ever be whole. So each says in the step's message
+//! whether it has a free slot and how often a snapshot is worth its cost to it, and all decide the same from the same
+//! messages. With a slot missing anywhere the capture is skipped and counted; training never waits for one (P3).
+
+use proto::spec::CheckpointSpec;
+
+/// The share of a step that snapshots in memory may cost, on average.
+const SHARE: f64 = 0.02;
+/// Steps between a snapshot and the next stored one, at the least: a slot must be free again by then.
+const LEAST_GUARD: u32 = 2;
+/// The longest interval between two snapshots that a measurement can ask for.
+const LONGEST_INTERVAL: u32 = 10_000;
+
+/// How far a capture goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tier {
+    /// Kept in the nodes' memory.
+    Memory,
+    /// Kept in memory and uploaded.
+    Store,
+}
+
+/// One rank's word on the next capture.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Wish {
+    /// A slot is free to go on in once this one is frozen.
+    pub ready: bool,
+    /// Steps between two snapshots in memory; 0: none.
+    pub interval: u32,
+    /// Steps a snapshot needs to become complete.
+    pub guard: u32,
+    /// The newest step that is complete in this rank's parity group; 0: none in this generation.
+    pub complete: u64,
+}
+
+/// What all ranks do after this step.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Decision {
+    /// Capture the state, and how far it goes.
+    pub capture: Option<Tier>,
+    /// A capture that was due and for which some rank had no slot.
+    pub skipped: Option<Tier>,
+    /// The newest step that is complete in every group; 0: none.
+    pub complete: u64,
+}
+
+/// What a rank has measured of its snapshots.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Measured {
+    /// Seconds of one thread that hashing and parity took.
+    pub cost: f64,
+    /// Seconds of a step.
+    pub step: f64,
+    /// Threads that compute steps.
+    pub threads: usize,
+    /// Steps from the last capture to its completion.
+    pub latency: u32,
+}
+
+/// The rhythm of captures in one generation.
+#[derive(Debug)]
+pub struct Cadence {
+    store_every: u64,
+    /// `None`: as often as it is cheap; 0: never.
+    memory_every: Option<u32>,
+    last: u64,
+}
+
+impl Cadence {
+    /// The rhythm a job asks for, from the step the generation starts at.
+    pub fn new(spec: &CheckpointSpec, start: u64) -> Self {
+        let fixed = u32::try_from(spec.memory_every).unwrap_or(LONGEST_INTERVAL);
+        let memory_every = match (spec.memory, fixed) {
+            (false, _) => Some(0),
+            (true, 0) => None,
+            (true, every) => Some(every),
+        };
+        Self { store_every: spec.every_steps.max(1), memory_every, last: start }
+    }
+
+    /// This rank's word.
+    pub fn wish(&self, ready: bool, complete: u64, measured: Measured) -> Wish {
+        let budget = SHARE * measured.step * measured.threads.max(1) as f64;
+        let cheap = if budget > 0.0 { (measured.cost / budget).ceil() } else { 1.0 };
+        let interval = self.memory_every.unwrap_or((cheap as u32).clamp(1, LONGEST_INTERVAL));
+        let guard = LEAST_GUARD.max(measured.latency.saturating_add(1)).min(LONGEST_INTERVAL);
+        Wish { ready, interval, guard, complete }
+    }
+
+    /// What all ranks do after `step`, from all their words. The `last` step of a generation is always captured: no
+    /// slot is needed to go on in.
+    pub fn decide(&mut self, step: u64, last: bool, wishes: &[Wish]) -> Decision {
+        let interval = u64::from(wishes.iter().map(|wish| wish.interval).max().unwrap_or(0));
+        let guard = u64::from(wishes.iter().map(|wish| wish.guard).max().unwrap_or(0));
+        let complete = wishes.iter().map(|wish| wish.complete).min().unwrap_or(0);
+        let to_store = self.store_every - step % self.store_every;
+        let is_memory_due = interval > 0 && step.saturating_sub(self.last) >= interval && to_store >= guard;
+        let due = match () {
+            () if last || step.is_multiple_of(self.store_every) => Some(Tier::Store),
+            () if is_memory_due => Some(Tier::Memory),
+            () => None,
+        };
+        let can = last || wishes.iter().all(|wish| wish.ready);
+        if can && due.is_some() {
+            self.last = step;
+        }
+        Decision { capture: due.filter(|_| can), skipped: due.filter(|_| !can), complete }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use proto::spec::{JobSpec, Overrides};
+
+    use super::*;
+
+    fn spec(every: u64, memory: bool, memory_every: u64) -> CheckpointSpec {
+        let text = format!(
+            "name = \"c\"\n[model]\npreset = \"tiny\"\n[data]\ntrain = \"x\"\n[training]\nsteps = 100\n\
+             [checkpoint]\nevery_steps = {every}\nmemory = {memory}\nmemory_every = {memory_every}\n"
+        );
+        JobSpec::parse("test", &text, std::path::Path::new("/"), &Overrides::new()).unwrap().checkpoint
+    }
+
+    fn ready() -> Wish {
+        Wish { ready: true, interval: 1, guard: 2, complete: 0 }
+    }
+
+    #[test]
+    fn stored_steps_come_first_and_memory_keeps_out_of_their_way() {
+        let mut cadence = Cadence::new(&spec(5, true, 1), 0);
+        let tiers: Vec<_> = (1..=10).map(|step| cadence.decide(step, step == 10, &[ready(); 2]).capture).collect();
+        let (m, s) = (Some(Tier::Memory), Some(Tier::Store));
+        assert_eq!(tiers, [m, m, m, None, s, m, m, m, None, s]);
+    }
+
+    #[test]
+    fn one_rank_without_a_slot_skips_for_all_but_never_the_last() {
+        let mut cadence = Cadence::new(&spec(2, true, 1), 0);
+        let wishes = [ready(), Wish { ready: false, complete: 7, ..ready() }];
+        let decided = cadence.decide(2, false, &wishes);
+        assert_eq!((decided.capture, decided.skipped, decided.complete), (None, Some(Tier::Store), 0));
+        assert_eq!(cadence.decide(3, true, &wishes).capture, Some(Tier::Store));
+        let mut none = Cadence::new(&spec(100, false, 0), 0);
+        let wish = none.wish(true, 0, Measured::default());
+        assert_eq!(none.decide(1, false, &[wish]), Decision::default());
+    }
+
+    #[test]
+    fn snapshots_cost_two_percent_of_a_step() {
+        let cadence = Cadence::new(&spec(100, true, 0), 0);
+        let measured = |cost| Measured { cost, step: 1.0, threads: 2, latency: 3 };
+        assert_eq!(cadence.wish(true, 0, measured(0.03)).interval, 1);
+        assert_eq!(cadence.wish(true, 0, measured(0.1)).interval, 3);
+        assert_eq!(cadence.wish(true, 0, measured(f64::INFINITY)).interval, LONGEST_INTERVAL);
+        assert_eq!(cadence.wish(true, 0, measured(0.1)).guard, 4);
+        assert_eq!(Cadence::new(&spec(100, true, 7), 0).wish(true, 0, measured(9.0)).interval, 7);
+    }
+
+    proptest! {
+        /// Whatever single ranks wish, all decide the same, because all decide from the same list; and with every rank
+        /// ready no stored step is missed.
+        #[test]
+        fn no_stored_step_is_missed_while_slots_are_free(
+            every in 1u64..12, interval in 0u32..5, guard in 0u32..6, steps in 1u64..60,
+        ) {
+            let mut cadence = Cadence::new(&spec(every, true, 1), 0);
+            for step in 1..=steps {
+                let wish = Wish { ready: true, interval, guard, complete: 0 };
+                let decided = cadence.decide(step, step == steps, &[wish, ready()]);
+                prop_assert_eq!(decided.skipped, None);
+                if step % every == 0 || step == steps {
+                    prop_assert_eq!(decided.capture, Some(Tier::Store));
+                }
+            }
+        }
+    }
+}
