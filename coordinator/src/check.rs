@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use checkpoint_store::Receipt;
+use checkpoint_store::{Receipt, Space};
 use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId};
 use proto::spec::{JobSpec, SPEC_FORMAT};
 use proto::wire::{
@@ -160,6 +160,7 @@ pub(crate) fn submit(request: &SubmitRequest) -> Result<Ask, Fault> {
         return Err(format!("the specification has format {}, this coordinator reads {SPEC_FORMAT}", spec.format));
     }
     spec.validate("job").map_err(|error| error.to_string())?;
+    Space::of_model(&spec.model).map_err(|error| format!("job: [model] is too large: {error}"))?;
     let mode =
         SubmitMode::try_from(request.mode).map_err(|_| format!("unknown mode {} of submission", request.mode))?;
     if request.stop_at.is_some_and(|stop_at| stop_at == 0 || stop_at > spec.training.steps) {
