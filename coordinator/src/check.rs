@@ -202,6 +202,13 @@ mod tests {
         for spec in [&b"{"[..], b"{}", b"[[[[[[[[", &vec![b' '; MOST_SPEC + 1]] {
             assert!(submit(&SubmitRequest { spec: spec.to_vec(), ..Default::default() }).is_err());
         }
+        let job = "name = \"a\"\nmodel = { preset = \"tiny\" }\ndata.train = \"d\"\ntraining.steps = 2\n";
+        let mut spec = JobSpec::parse("job", job, std::path::Path::new("/"), &Default::default()).unwrap();
+        let ask =
+            |spec: &JobSpec| submit(&SubmitRequest { spec: serde_json::to_vec(spec).unwrap(), ..Default::default() });
+        assert!(ask(&spec).is_ok());
+        (spec.model.hidden_size, spec.model.intermediate_size) = (1 << 24, 1 << 24);
+        assert!(ask(&spec).unwrap_err().contains("[model] is too large"));
         let hello =
             |build: &str, slots| AgentHello { node: "n".into(), build: build.into(), slots, ..Default::default() };
         assert!(super::hello(&hello(BUILD, 1)).is_ok());

@@ -175,7 +175,10 @@ fn a_text_is_never_written_over() {
     fs::create_dir(place("out")).unwrap();
     std::os::unix::fs::symlink(place("b.txt"), place("out/b.bin.partial")).unwrap();
     refused(&place("out"), &[place("b.txt")], &place("b.txt"));
-    assert_eq!((fs::read(place("b.txt")).unwrap(), fs::read(place("b.bin.txt")).unwrap()), (b"one".into(), b"two".into()));
+    assert_eq!(
+        (fs::read(place("b.txt")).unwrap(), fs::read(place("b.bin.txt")).unwrap()),
+        (b"one".into(), b"two".into())
+    );
     // A dataset of before is made anew.
     fs::remove_file(place("out/b.bin.partial")).unwrap();
     for _ in 0..2 {

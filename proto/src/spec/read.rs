@@ -116,8 +116,7 @@ fn model(mut r: Reader) -> Result<ModelSpec, SpecError> {
     let vocab_size = size("vocab_size", |m| m.vocab_size)?;
     let num_key_value_heads = r.whole_if("num_key_value_heads", 1)?;
     let head_dim = r.whole_if("head_dim", 2)?;
-    let tie_word_embeddings =
-        r.boolean("tie_word_embeddings", base.as_ref().is_some_and(|m| m.tie_word_embeddings))?;
+    let tie_word_embeddings = r.boolean("tie_word_embeddings", base.as_ref().is_some_and(|m| m.tie_word_embeddings))?;
     let rope_theta = r.number("rope_theta", (1.0, POSITIVE.1), 10_000.0)?;
     let rms_norm_eps = r.number("rms_norm_eps", (POSITIVE.0, 1.0), 1e-5)?;
     let initializer_range = r.number("initializer_range", (0.0, 10.0), 0.02)?;

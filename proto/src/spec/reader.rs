@@ -14,8 +14,8 @@ use super::Overrides;
 /// of two of them inside u128, of one and a small number in u64.
 pub(super) const MOST: u64 = 1 << 48;
 
-/// The least and the greatest positive number of a key that is computed with in 32 bits: a smaller one would be zero, or
-/// lose its digits; a greater one would be infinite.
+/// The least and the greatest positive number of a key that is computed with in 32 bits: a smaller one would be zero
+/// or lose digits, a greater one would be infinite.
 pub(super) const POSITIVE: (f64, f64) = (f32::MIN_POSITIVE as f64, f32::MAX as f64);
 /// The same for a key that may be zero; see [`is_zero_or_normal`].
 pub(super) const NOT_NEGATIVE: (f64, f64) = (0.0, POSITIVE.1);

@@ -134,7 +134,8 @@ fn numbers_keep_their_meaning_in_32_bits() {
     }
     let tiny = parse(GOOD, &[("optimizer.epsilon", "1e-40")]).unwrap_err();
     assert!(tiny.contains("greater than 0 (from 1.2e-38 to 3.4e38, what a 32-bit float can hold)"), "{tiny}");
-    for (key, value) in [("optimizer.epsilon", "1.2e-38"), ("optimizer.weight_decay", "0"), ("optimizer.betas", "[0, 0]")]
+    for (key, value) in
+        [("optimizer.epsilon", "1.2e-38"), ("optimizer.weight_decay", "0"), ("optimizer.betas", "[0, 0]")]
     {
         parse(GOOD, &[(key, value)]).expect(key);
     }

@@ -4,8 +4,8 @@
 //! range the reader has is repeated here, and only then come the rules that span several keys: what they divide by is
 //! known not to be zero, and what they multiply is small.
 
-use super::reader::{BELOW_ONE, MOST, NOT_NEGATIVE, POSITIVE, SpecError, is_within, number_wanted, whole_wanted};
 use super::read::scheme;
+use super::reader::{BELOW_ONE, MOST, NOT_NEGATIVE, POSITIVE, SpecError, is_within, number_wanted, whole_wanted};
 use super::{DataSpec, DeviceKind, JobSpec, MOST_SEED, MOST_THREADS, ModelSpec, SECONDS};
 
 /// Most micro-batches of one update: their losses travel in one message, and the exact grid leaves room for so many.
