@@ -203,7 +203,7 @@ mod tests {
             assert!(submit(&SubmitRequest { spec: spec.to_vec(), ..Default::default() }).is_err());
         }
         let job = "name = \"a\"\nmodel = { preset = \"tiny\" }\ndata.train = \"d\"\ntraining.steps = 2\n";
-        let mut spec = JobSpec::parse("job", job, std::path::Path::new("/"), &Default::default()).unwrap();
+        let mut spec = JobSpec::parse("job", job, std::path::Path::new("/"), &proto::spec::Overrides::new()).unwrap();
         let ask =
             |spec: &JobSpec| submit(&SubmitRequest { spec: serde_json::to_vec(spec).unwrap(), ..Default::default() });
         assert!(ask(&spec).is_ok());
