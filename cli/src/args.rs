@@ -17,7 +17,8 @@ Start here:
   cairn train examples/tiny.toml                 train the shipped example on this machine
   cairn checkpoint list --store examples/cairn-store tiny   what it left behind
 
-Exit codes: 0 done; 2 the request is wrong; 3 the job failed; 4 data is corrupt or missing; 130 interrupted."
+Exit codes: 0 done; 2 the request is wrong; 3 the job failed or was cancelled; 4 data is corrupt or missing;
+130 interrupted."
 )]
 pub(crate) struct Cairn {
     /// Log what happens to standard error (CAIRN_LOG sets a finer filter).
@@ -44,7 +45,7 @@ pub(crate) enum Command {
     Jobs(OperatorArgs),
     /// Show one job: state, step, workers.
     Status(JobArgs),
-    /// Follow a job until it ends.
+    /// Follow a job until it ends: exit code 0 if it finished or was paused, 3 if it failed or was cancelled.
     Watch(JobArgs),
     /// Change how many workers a running job uses.
     Scale(ScaleArgs),
@@ -115,7 +116,8 @@ Examples:
   cairn train examples/tiny.toml --set training.steps=50 --fresh
   cairn train examples/tiny.toml --resume --workers 1 --output json
 
-Ctrl-C saves a checkpoint and stops; a second one stops at once. --resume goes on from there.")]
+Ctrl-C saves a checkpoint and stops; a second one stops at once. --resume goes on from there.
+A job that somebody else pauses ends this command with exit code 0, one that is cancelled with 3.")]
 pub(crate) struct TrainArgs {
     #[command(flatten)]
     pub(crate) job: JobFileArgs,
@@ -224,7 +226,8 @@ pub(crate) struct OperatorArgs {
 Example:
   cairn submit examples/tiny.toml --coordinator 127.0.0.1:7070 && cairn watch tiny
 
-The job's checkpoints go to the coordinator's store, whatever checkpoint.store says.")]
+The job's checkpoints go to the coordinator's store, whatever checkpoint.store says.
+With --resume, a job that has finished already prints its `finished` event.")]
 pub(crate) struct SubmitArgs {
     #[command(flatten)]
     pub(crate) job: JobFileArgs,

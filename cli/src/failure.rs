@@ -33,6 +33,11 @@ impl Failure {
         Self::new(JOB_FAILED, message)
     }
 
+    /// A job that was cancelled did not get to its end, and nobody interrupted the command that waits for it.
+    pub(crate) fn cancelled() -> Self {
+        Self::job("the job was cancelled; submit it again with --resume or --fresh")
+    }
+
     pub(crate) fn code(&self) -> u8 {
         self.code
     }

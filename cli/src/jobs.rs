@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use proto::event::JobEvent;
+use proto::spec::JobSpec;
 use proto::wire::{JobRequest, JobStatus, ListRequest, ScaleRequest, WorkerPhase};
 use serde_json::json;
 
 use crate::args::{JobArgs, OperatorArgs, Output, ScaleArgs, SubmitArgs};
-use crate::client;
+use crate::client::{self, Client};
 use crate::failure::Failure;
 use crate::render::Renderer;
 use crate::size;
@@ -27,13 +28,30 @@ pub(crate) async fn submit(args: SubmitArgs) -> Result<u8, Failure> {
     let mut client = client::operator(&args.operator).await?;
     let address = &args.operator.coordinator;
     let finished = train::submit(&mut client, request, SUBMIT).await.map_err(|s| client::explain(s, address))?;
+    if finished {
+        return show_finish(client, &args, &spec).await;
+    }
     let name = &spec.name;
     match args.operator.output {
-        Output::Json => say!("{}", json!({"event": "submitted", "job": name, "finished": finished})),
-        Output::Text if finished => say!("job {name} had already finished; nothing was started"),
+        Output::Json => say!("{}", json!({"event": "submitted", "job": name, "finished": false})),
         Output::Text => say!("job {name} submitted; follow it with: cairn watch {name}"),
     }
     Ok(0)
+}
+
+/// Shows the event a finished job ended with, and none of those before it.
+async fn show_finish(client: Client, args: &SubmitArgs, spec: &JobSpec) -> Result<u8, Failure> {
+    let mut renderer = Renderer::new(args.operator.output, spec.training.steps, spec.training.tokens_per_step());
+    renderer.note(&format!("job {} had already finished; nothing was started", spec.name));
+    let mut events = client::follow(client, spec.name.to_string(), SUBMIT);
+    while let Some(event) = events.recv().await {
+        let event = event?;
+        if matches!(event, JobEvent::Finished { .. }) {
+            renderer.event(&event);
+            return Ok(0);
+        }
+    }
+    Err(Failure::job("the stream of events ended early"))
 }
 
 pub(crate) async fn list(args: OperatorArgs) -> Result<u8, Failure> {
@@ -108,12 +126,14 @@ pub(crate) async fn watch(args: JobArgs) -> Result<u8, Failure> {
         .map_err(|status| client::explain(status, address))?
         .into_inner();
     let mut renderer = Renderer::new(args.operator.output, status.steps, status.tokens_per_step);
+    renderer.found(status.checkpoint_step);
     let mut events = client::follow(client, args.name.to_string(), PATIENCE);
     while let Some(event) = events.recv().await {
         let event = event?;
         renderer.event(&event);
         match event {
             JobEvent::Failed { reason, code } => return Err(Failure::new(code, reason)),
+            JobEvent::Cancelled {} => return Err(Failure::cancelled()),
             event if event.is_last() => return Ok(0),
             _ => {}
         }

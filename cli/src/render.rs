@@ -1,4 +1,6 @@
 //! A job's events on the terminal: a progress bar and a line for each event worth knowing, or JSON lines.
+//!
+//! Lines are results and go to standard output, wherever that leads; the bar is for whoever watches, on standard error.
 
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
@@ -17,7 +19,8 @@ const LINE_EVERY: Duration = Duration::from_secs(5);
 pub(crate) struct Renderer {
     output: Output,
     bar: ProgressBar,
-    has_bar: bool,
+    /// Whether steps are lines: nobody sees a bar, or what is written goes to a file or another program.
+    step_lines: bool,
     steps: u64,
     tokens_per_step: u64,
     last_line: Option<Instant>,
@@ -38,7 +41,13 @@ impl Renderer {
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style.progress_chars("━╸─"));
         }
-        Self { output, bar, has_bar, steps, tokens_per_step, last_line: None, last_checkpoint: None, pace: None }
+        let step_lines = !has_bar || !std::io::stdout().is_terminal();
+        Self { output, bar, step_lines, steps, tokens_per_step, last_line: None, last_checkpoint: None, pace: None }
+    }
+
+    /// Tells of a checkpoint that was there before the first event.
+    pub(crate) fn found(&mut self, checkpoint: Option<u64>) {
+        self.last_checkpoint = self.last_checkpoint.max(checkpoint);
     }
 
     /// Says something to a person; silent in JSON, whose lines are events only.
@@ -83,18 +92,17 @@ impl Renderer {
         self.bar.set_position(step);
         self.bar.set_message(message.clone());
         let due = self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) || step == self.steps;
-        if !self.has_bar && due {
+        if self.step_lines && due {
             self.last_line = Some(Instant::now());
             self.line(&format!("step {step}/{}  {message}", self.steps));
         }
     }
 
+    /// Writes a line to standard output; the bar, on standard error, makes room for it if both are one terminal.
     fn line(&self, text: &str) {
-        if self.has_bar {
-            self.bar.println(text);
-        } else {
+        self.bar.suspend(|| {
             let _ = writeln!(std::io::stdout(), "{text}");
-        }
+        });
     }
 }
 

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::failure::Failure;
+use crate::failure::{BAD_DATA, Failure, WRONG_REQUEST};
 
 /// A part that keeps dying is started again at most this often.
 const RESTART_EVERY: Duration = Duration::from_millis(500);
@@ -39,7 +39,7 @@ impl Part {
     /// Starts `cairn <arguments> <first>` and keeps `cairn <arguments>` running until [`Part::stop`]: what is in
     /// `first` holds for the first start only.
     ///
-    /// An end that another start cannot mend (codes 0, 2 and 4) is final and told to `refused`; any other is met with a
+    /// An end that another start cannot mend ([`is_final`]) is final and told to `refused`; any other is met with a
     /// restart.
     pub(crate) fn start(
         name: &'static str,
@@ -62,6 +62,12 @@ impl Part {
         let _ = self.stop.send(true);
         let _ = self.task.await;
     }
+}
+
+/// Whether starting a part again cannot mend what ended it: a wrong request or damaged data stay what they are. A part
+/// that ended well was asked to by somebody else, with SIGTERM, and the job still needs it.
+fn is_final(code: i32) -> bool {
+    [WRONG_REQUEST, BAD_DATA].map(i32::from).contains(&code)
 }
 
 /// Completes when the part shall stop, or nobody is left to say so.
@@ -108,7 +114,7 @@ async fn keep(
             }
         };
         let code = status.as_ref().ok().and_then(std::process::ExitStatus::code);
-        if let Some(code) = code.filter(|code| matches!(code, 0 | 2 | 4)) {
+        if let Some(code) = code.filter(|code| is_final(*code)) {
             let _ = refused.send(Refused { part: name, code: u8::try_from(code).unwrap_or(3) }).await;
             return;
         }

@@ -4,12 +4,13 @@
 //! Whatever dies below is started again; the job goes on. The first Ctrl-C or SIGTERM saves a checkpoint and stops, the
 //! second stops at once.
 
+use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 
 use proto::auth::Token;
 use proto::event::JobEvent;
-use proto::spec::{JobSpec, Overrides};
+use proto::spec::{JobSpec, Overrides, Reduction};
 use proto::wire::{JobRequest, SubmitMode, SubmitRequest};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
@@ -47,7 +48,20 @@ pub(crate) fn read_job(args: &JobFileArgs) -> Result<JobSpec, Failure> {
             spec.training.steps
         )));
     }
+    checkpoint_store::Space::of_model(&spec.model)
+        .map_err(|error| Failure::request(format!("{}: [model] is too large: {error}", args.file.display())))?;
+    if spec.training.reduction == Reduction::Fast {
+        warn(
+            "training.reduction is \"fast\": the weights will depend on the number of workers; \"exact\" gives the \
+             same bits for any number",
+        );
+    }
     Ok(spec)
+}
+
+/// Says on standard error what the caller should know and may have meant. Nobody may be reading.
+fn warn(text: &str) {
+    let _ = writeln!(std::io::stderr(), "cairn: {text}");
 }
 
 /// What a submission asks for.
@@ -193,6 +207,7 @@ async fn follow(args: &TrainArgs, spec: &JobSpec, local: &Local, signals: &mut S
             f.suspicion, f.collective, f.hang, f.restart
         ));
     }
+    renderer.found(newest_checkpoint(&mut client, spec).await);
     let mut events = client::follow(client.clone(), spec.name.to_string(), PATIENCE);
     let mut stopping: Option<Instant> = None;
     loop {
@@ -205,7 +220,7 @@ async fn follow(args: &TrainArgs, spec: &JobSpec, local: &Local, signals: &mut S
                     JobEvent::Finished { .. } => return Ok(0),
                     JobEvent::Paused { .. } => return Ok(if stopping.is_some() { INTERRUPTED } else { 0 }),
                     JobEvent::Failed { reason, code } => return Err(Failure::new(code, reason)),
-                    JobEvent::Cancelled {} => return Ok(INTERRUPTED),
+                    JobEvent::Cancelled {} => return Err(Failure::cancelled()),
                     _ => {}
                 }
             }
@@ -252,6 +267,12 @@ pub(crate) async fn submit(client: &mut Client, request: SubmitRequest, within: 
             Err(status) => return Err(status),
         }
     }
+}
+
+/// The step the job goes on from, for the progress bar; what cannot be had is not worth failing for.
+async fn newest_checkpoint(client: &mut Client, spec: &JobSpec) -> Option<u64> {
+    let reply = client.status(client::timed(JobRequest { job: spec.name.to_string() })).await;
+    reply.ok().and_then(|reply| reply.into_inner().checkpoint_step)
 }
 
 /// Asks for a pause until someone hears it; the watch tells when it is done.

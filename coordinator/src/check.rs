@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use checkpoint_store::Receipt;
+use checkpoint_store::{Receipt, Space};
 use checkpoint_store::parity::MAX_GROUP;
 use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId, WorldSize};
 use proto::spec::{JobSpec, SPEC_FORMAT};
@@ -225,6 +225,7 @@ pub(crate) fn submit(request: &SubmitRequest) -> Result<Ask, Fault> {
         return Err(format!("the specification has format {}, this coordinator reads {SPEC_FORMAT}", spec.format));
     }
     spec.validate("job").map_err(|error| error.to_string())?;
+    Space::of_model(&spec.model).map_err(|error| format!("job: [model] is too large: {error}"))?;
     let mode =
         SubmitMode::try_from(request.mode).map_err(|_| format!("unknown mode {} of submission", request.mode))?;
     if request.stop_at.is_some_and(|stop_at| stop_at == 0 || stop_at > spec.training.steps) {
@@ -281,6 +282,13 @@ mod tests {
         for spec in [&b"{"[..], b"{}", b"[[[[[[[[", &vec![b' '; MOST_SPEC + 1]] {
             assert!(submit(&SubmitRequest { spec: spec.to_vec(), ..Default::default() }).is_err());
         }
+        let job = "name = \"a\"\nmodel = { preset = \"tiny\" }\ndata.train = \"d\"\ntraining.steps = 2\n";
+        let mut spec = JobSpec::parse("job", job, std::path::Path::new("/"), &proto::spec::Overrides::new()).unwrap();
+        let ask =
+            |spec: &JobSpec| submit(&SubmitRequest { spec: serde_json::to_vec(spec).unwrap(), ..Default::default() });
+        assert!(ask(&spec).is_ok());
+        (spec.model.hidden_size, spec.model.intermediate_size) = (1 << 24, 1 << 24);
+        assert!(ask(&spec).unwrap_err().contains("[model] is too large"));
         let snapshots = "127.0.0.1:1".to_string();
         let hello = |build: &str, slots| AgentHello {
             node: "n".into(),

@@ -132,12 +132,23 @@ fn pause_resume_and_cancel() {
     let outcome = Run::start(&cluster.words(&["watch", "t"])).finish();
     assert_eq!(outcome.digest(), expected);
 
+    // There is nothing to go on with; it ends as it ended before.
+    let again = cluster.call(&["submit", &file, "--resume"]);
+    assert_eq!(again.digest(), expected);
+    assert_eq!(again.events, [(*outcome.of("finished")[0]).clone()], "one event, the same");
+
     let long = ["--fresh", "--set", "training.steps=100000"];
     assert_eq!(cluster.call(&[&["submit", &file][..], &long].concat()).code, Some(0));
     let mut watch = Run::start(&cluster.words(&["watch", "t"]));
     watch.wait_for_step(2);
     assert_eq!(cluster.call(&["cancel", "t"]).code, Some(0));
     watch.wait_for("cancelled", |_| true);
+    let outcome = watch.finish();
+    assert_eq!(outcome.code, Some(3), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("the job was cancelled"), "{}", outcome.stderr);
+    let fast = cluster.call(&["submit", &file, "--fresh", "--steps", "1", "--set", "training.reduction=fast"]);
+    assert_eq!(fast.code, Some(0), "{}", fast.stderr);
+    assert!(fast.stderr.contains("the weights will depend on the number of workers"), "{}", fast.stderr);
 }
 
 #[test]

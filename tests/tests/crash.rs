@@ -71,8 +71,29 @@ fn a_killed_worker_changes_nothing_ten_times_over() {
 fn a_killed_agent_with_its_workers_changes_nothing() {
     let expected = undisturbed();
     let mut moments = Moments::new(2);
+    let mut recoveries = 0;
     for round in 0..10 {
-        assert_eq!(struck("agent", &mut moments, 1).0, expected, "round {round}");
+        let (digest, recovered) = struck("agent", &mut moments, 1);
+        assert_eq!(digest, expected, "round {round}");
+        recoveries += recovered;
+    }
+    assert!(recoveries >= 5, "only {recoveries} of 10 strikes met a running generation");
+}
+
+/// A plain `kill` of a part is no wish to end the job: the part leaves in order and is started again.
+#[test]
+fn a_part_asked_to_stop_is_started_again() {
+    let expected = undisturbed();
+    for part in ["coordinator", "agent"] {
+        let job = Job::with(&LONG);
+        let mut run = Run::train(&job, &["--workers", "3"]);
+        run.wait_for_step(30);
+        let asked = run.parts(part)[0].id;
+        assert!(tests::process::signal(asked, "TERM"), "the {part} is gone");
+        let outcome = run.finish();
+        assert_eq!(outcome.digest(), expected, "{part}: {}", outcome.stderr);
+        let again = format!("the {part} process ended");
+        assert!(outcome.stderr.contains(&again), "the {part} did not leave: {}", outcome.stderr);
     }
 }
 

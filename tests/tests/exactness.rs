@@ -38,6 +38,25 @@ fn training_learns() {
     assert!(losses[losses.len() - 1] < 3.9 && losses[losses.len() - 1] < losses[0], "{losses:?}");
 }
 
+/// The first command of the README, with its store elsewhere.
+#[test]
+fn the_readmes_job_learns() {
+    let store = tempfile::tempdir().expect("a temporary folder");
+    let file = tests::root().join("examples/tiny.toml").display().to_string();
+    let place = store.path().join("store").display().to_string();
+    let mut run = Run::start(&["train", &file, "--store", &place, "--output", "json"]);
+    let loss = |event: &serde_json::Value| event["loss"].as_f64().expect("a loss");
+    let losses: Vec<f64> =
+        [50, 100, 150, 200].map(|step| loss(&run.wait_for("validation", |e| e["step"] == step))).into();
+    let outcome = run.finish();
+    assert_eq!(outcome.digest().len(), 64);
+    assert_eq!(outcome.of("step").len(), 200);
+    let first = loss(outcome.of("step")[0]);
+    println!("training loss {first} at first, validation losses {losses:?}");
+    assert!(first > 5.0, "an untrained model knows nothing: {first}");
+    assert!(losses.windows(2).all(|pair| pair[1] < pair[0]) && losses[3] < 2.0, "{losses:?}");
+}
+
 #[test]
 fn another_seed_is_another_model() {
     let one = Run::train(&Job::new(), &["--workers", "2"]).finish().digest();
@@ -47,9 +66,13 @@ fn another_seed_is_another_model() {
 
 #[test]
 fn fast_sums_train_too_and_stay_near_the_exact_ones() {
-    let exact = Run::train(&Job::new(), &["--workers", "1"]).finish().losses();
+    let exact = Run::train(&Job::new(), &["--workers", "1"]).finish();
+    let warning = "the weights will depend on the number of workers";
+    assert!(!exact.stderr.contains(warning), "{}", exact.stderr);
+    let exact = exact.losses();
     let fast = Run::train(&Job::new(), &["--workers", "3", "--set", "training.reduction=fast"]).finish();
     assert!(!fast.digest().is_empty());
+    assert!(fast.stderr.contains(warning), "{}", fast.stderr);
     let fast = fast.losses();
     assert_eq!(fast.len(), exact.len());
     for (step, (loss, _)) in &fast {

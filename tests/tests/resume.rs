@@ -3,8 +3,11 @@
 use std::path::Path;
 use std::process::Command;
 
+use checkpoint_store::{HashList, ScalarState, Space, StateDecl, TensorDecl, hash_blocks, state_digest};
+use proto::ids::Step;
+use proto::spec::{JobSpec, Overrides};
 use tests::job::Job;
-use tests::run::{Run, cairn, undisturbed};
+use tests::run::{Outcome, Run, cairn, undisturbed};
 
 #[test]
 fn stop_with_four_resume_with_one_stop_resume_with_three() {
@@ -21,6 +24,31 @@ fn stop_with_four_resume_with_one_stop_resume_with_three() {
     assert_eq!(third.digest(), expected);
 }
 
+/// An operator's command to the coordinator of a running `cairn train`.
+fn operate(run: &Run, words: &[&str]) -> Outcome {
+    let coordinator = &run.parts("coordinator")[0].words;
+    let value = |key: &str| {
+        let at = coordinator.iter().position(|word| word == key).expect("the coordinator was told");
+        coordinator[at + 1].clone()
+    };
+    let (address, token) = (value("--listen"), value("--token-file"));
+    let to = ["--coordinator", &address, "--token-file", &token, "--output", "json"];
+    cairn(&[words, &to].concat())
+}
+
+/// The command was not interrupted, and the job did not get to its end.
+#[test]
+fn a_job_that_somebody_cancels_ends_the_command_with_3() {
+    let job = Job::with(&["training.steps=100000"]);
+    let mut run = Run::train(&job, &["--workers", "2"]);
+    run.wait_for_step(3);
+    assert_eq!(operate(&run, &["cancel", "t"]).code, Some(0));
+    let outcome = run.finish();
+    assert_eq!(outcome.code, Some(3), "{}", outcome.stderr);
+    assert_eq!(outcome.of("cancelled").len(), 1);
+    assert!(outcome.stderr.contains("the job was cancelled"), "{}", outcome.stderr);
+}
+
 #[test]
 fn scale_in_mid_run() {
     let long = ["training.steps=300", "checkpoint.every_steps=100"];
@@ -28,13 +56,7 @@ fn scale_in_mid_run() {
     let job = Job::with(&long);
     let mut run = Run::train(&job, &["--workers", "2"]);
     run.wait_for_step(3);
-    let coordinator = &run.parts("coordinator")[0].words;
-    let value = |key: &str| {
-        let at = coordinator.iter().position(|word| word == key).expect("the coordinator was told");
-        coordinator[at + 1].clone()
-    };
-    let (address, token) = (value("--listen"), value("--token-file"));
-    let scaled = cairn(&["scale", "t", "3", "--coordinator", &address, "--token-file", &token, "--output", "json"]);
+    let scaled = operate(&run, &["scale", "t", "3"]);
     assert_eq!(scaled.code, Some(0), "{}", scaled.stderr);
     run.wait_for("generation", |event| event["world_size"] == 3);
     assert_eq!(run.finish().digest(), expected);
@@ -130,8 +152,10 @@ fn objects_open_with_pythons_safetensors_and_make_up_the_parameters() {
     assert_eq!(Run::train(&single, &["--workers", "1"]).finish().digest(), digest);
     let read = |job: &Job| {
         let script = tests::root().join("tests/peers/read_checkpoint.py");
-        let store: &Path = &job.store();
-        let output = Command::new(&python).arg(script).arg(store).args(["t", "30"]).output().expect("python runs");
+        let tensors = job.folder().join("tensors");
+        let mut command = Command::new(&python);
+        command.arg(script).arg(job.store()).args(["t", "30"]).arg(&tensors);
+        let output = command.output().expect("python runs");
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "{error}");
         String::from_utf8(output.stdout).expect("the script prints text")
@@ -140,4 +164,37 @@ fn objects_open_with_pythons_safetensors_and_make_up_the_parameters() {
     assert!(three.contains("param/model.embed_tokens.weight [256, 96]"), "{three}");
     assert!(three.contains("exp_avg_sq/model.norm.weight [96]"), "{three}");
     assert_eq!(three, one, "the slices of three ranks and of one make up the same tensors");
+    // The workers hashed what they had in memory; what Python read from the store has the same digest.
+    for job in [&job, &single] {
+        assert_eq!(digest_of_tensors(job, &job.folder().join("tensors")), digest);
+    }
+    let lost = job.folder().join("tensors/exp_avg/model.norm.weight");
+    let mut bytes = std::fs::read(&lost).expect("read");
+    bytes[5] ^= 1;
+    std::fs::write(&lost, bytes).expect("written");
+    assert_ne!(digest_of_tensors(&job, &job.folder().join("tensors")), digest, "each bit counts");
+}
+
+/// The digest of a finished job's last state, from the bytes of whole tensors in `<folder>/<state>/<tensor>` and from
+/// the job file alone.
+fn digest_of_tensors(job: &Job, folder: &Path) -> String {
+    let spec = JobSpec::load(&job.file(), &Overrides::new()).expect("a good job file");
+    let space = Space::of_model(&spec.model).expect("a good model");
+    let states = StateDecl::adamw();
+    let hashes: Vec<HashList> = states
+        .iter()
+        .map(|state| {
+            let read = |tensor: &TensorDecl| std::fs::read(folder.join(&state.name).join(&tensor.name)).expect("read");
+            let bytes: Vec<u8> = space.tensors().iter().flat_map(read).collect();
+            assert_eq!(bytes.len() as u64, space.elements() * state.dtype.size());
+            HashList(hash_blocks(&bytes, space.block_elements(), state.dtype))
+        })
+        .collect();
+    let training = &spec.training;
+    let scalar = ScalarState {
+        step: Step::new(training.steps),
+        cursor: training.steps * training.global_batch as u64,
+        ..ScalarState::start(training.seed, training.steps)
+    };
+    state_digest(&scalar, &space, &states, &hashes).to_string()
 }

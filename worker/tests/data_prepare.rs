@@ -149,6 +149,45 @@ fn input_that_cannot_be_used_is_named() {
     assert_eq!(left, 0, "nothing was made, nothing is left");
 }
 
+/// A text that is one of the files to be made, by its name or by another, or of another text's dataset.
+#[test]
+fn a_text_is_never_written_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = |name: &str| folder.path().join(name);
+    let refused = |output: &Path, files: &[PathBuf], named: &Path| {
+        let options = PrepareOptions { tokenizer: Tokenizer::Bytes, output: output.into(), files: files.to_vec() };
+        let error = prepare(&options, &mut |_| ()).unwrap_err().to_string();
+        for part in [&*named.display().to_string(), "written over", "--output"] {
+            assert!(error.contains(part), "{error:?} should contain {part:?}");
+        }
+    };
+    for name in ["a.bin", "a.idx"] {
+        fs::write(place(name), "precious").unwrap();
+        refused(folder.path(), &[place(name)], &place(name));
+        assert_eq!(fs::read(place(name)).unwrap(), b"precious");
+    }
+    // `b.bin` as a text of its own would make b.bin.bin, but the text b.txt makes b.bin.
+    fs::write(place("b.txt"), "one").unwrap();
+    fs::write(place("b.bin.txt"), "two").unwrap();
+    fs::hard_link(place("b.bin.txt"), place("b.idx.partial")).unwrap();
+    refused(folder.path(), &[place("b.txt"), place("b.bin.txt")], &place("b.bin.txt"));
+    // By a link elsewhere.
+    fs::create_dir(place("out")).unwrap();
+    std::os::unix::fs::symlink(place("b.txt"), place("out/b.bin.partial")).unwrap();
+    refused(&place("out"), &[place("b.txt")], &place("b.txt"));
+    assert_eq!(
+        (fs::read(place("b.txt")).unwrap(), fs::read(place("b.bin.txt")).unwrap()),
+        (b"one".into(), b"two".into())
+    );
+    // A dataset of before is made anew.
+    fs::remove_file(place("out/b.bin.partial")).unwrap();
+    for _ in 0..2 {
+        let files = vec![place("b.txt")];
+        let options = PrepareOptions { tokenizer: Tokenizer::Bytes, output: place("out"), files };
+        prepare(&options, &mut |_| ()).unwrap();
+    }
+}
+
 #[test]
 fn the_shipped_corpus_is_whole() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../data");

@@ -30,6 +30,8 @@ pub const SPEC_FORMAT: u32 = 1;
 const MOST_SEED: u64 = i64::MAX as u64;
 /// The most CPU threads of one worker.
 const MOST_THREADS: u64 = 1024;
+/// The smallest and largest time of `[fault]`, in seconds.
+const SECONDS: (f64, f64) = (0.01, 86_400.0);
 
 /// Everything that defines a job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

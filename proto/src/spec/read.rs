@@ -1,13 +1,14 @@
 //! From a TOML job file to a [`JobSpec`]: the one place that names every key and its default.
 
+use std::io::Read;
 use std::path::Path;
 
 use toml::{Table, Value};
 
-use super::reader::{Reader, SpecError, set_place};
+use super::reader::{BELOW_ONE, NOT_NEGATIVE, POSITIVE, Reader, SpecError, set_place};
 use super::{
     Architecture, CheckpointSpec, DataSpec, DeviceKind, FaultSpec, JobSpec, MOST_SEED, MOST_THREADS, ModelSpec,
-    OptimizerKind, OptimizerSpec, Overrides, PRESETS, Reduction, ResourcesSpec, SPEC_FORMAT, ScheduleKind,
+    OptimizerKind, OptimizerSpec, Overrides, PRESETS, Reduction, ResourcesSpec, SECONDS, SPEC_FORMAT, ScheduleKind,
     ScheduleSpec, TrainingSpec, Workers,
 };
 use crate::ids::JobName;
@@ -23,12 +24,7 @@ impl JobSpec {
     /// Relative paths become absolute, seen from the job file's folder.
     pub fn load(path: &Path, overrides: &Overrides) -> Result<Self, SpecError> {
         let read_error = |source| SpecError::Read { path: path.display().to_string(), source };
-        let size = std::fs::metadata(path).map_err(read_error)?.len();
-        if size > MOST_BYTES {
-            let too_big = std::io::Error::other(format!("{size} bytes is no job file (at most {MOST_BYTES})"));
-            return Err(read_error(too_big));
-        }
-        let text = std::fs::read_to_string(path).map_err(read_error)?;
+        let text = read_text(path).map_err(read_error)?;
         let folder = std::path::absolute(path).map_err(read_error)?;
         let folder = folder.parent().unwrap_or(Path::new("/")).to_path_buf();
         Self::parse(&path.display().to_string(), &text, &folder, overrides)
@@ -46,26 +42,41 @@ impl JobSpec {
 
     fn build(place: &str, table: Table, folder: &Path) -> Result<Self, SpecError> {
         let mut top = Reader::new(place, table);
-        let name = top.text("name")?.ok_or_else(|| top.missing("name", "the job's name, such as name = \"tiny\""))?;
+        let name = top.text("name")?;
+        let (in_model, in_data, in_training) = (top.section("model")?, top.section("data")?, top.section("training")?);
+        let (in_optimizer, in_schedule) = (top.section("optimizer")?, top.section("schedule")?);
+        let (in_checkpoint, in_resources) = (top.section("checkpoint")?, top.section("resources")?);
+        let in_fault = top.section("fault")?;
+        top.finish()?;
+        let name = name.ok_or_else(|| top.missing("name", "the job's name, such as name = \"tiny\""))?;
         let name = JobName::new(&name)
             .map_err(|error| top.refuse("name", format!("{name:?}"), format!("a usable name: {error}")))?;
-        let training = training(top.section("training")?)?;
+        let training = training(in_training)?;
         let spec = Self {
             format: SPEC_FORMAT,
             name,
-            model: model(top.section("model")?)?,
-            data: data(top.section("data")?, folder)?,
-            optimizer: optimizer(top.section("optimizer")?)?,
-            schedule: schedule(top.section("schedule")?, training.steps)?,
-            checkpoint: checkpoint(top.section("checkpoint")?, folder)?,
-            resources: resources(top.section("resources")?)?,
-            fault: fault(top.section("fault")?)?,
+            model: model(in_model)?,
+            data: data(in_data, folder)?,
+            optimizer: optimizer(in_optimizer)?,
+            schedule: schedule(in_schedule, training.steps)?,
+            checkpoint: checkpoint(in_checkpoint, folder)?,
+            resources: resources(in_resources)?,
+            fault: fault(in_fault)?,
             training,
         };
-        top.finish()?;
         spec.validate(place)?;
         Ok(spec)
     }
+}
+
+/// The text of a job file. What does not end, such as a device, is read no further than a job file can be.
+fn read_text(path: &Path) -> std::io::Result<String> {
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?.take(MOST_BYTES + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MOST_BYTES {
+        return Err(std::io::Error::other(format!("a job file has at most {MOST_BYTES} bytes, this is longer")));
+    }
+    String::from_utf8(bytes).map_err(|error| std::io::Error::new(std::io::ErrorKind::InvalidData, error))
 }
 
 /// Puts one `--set section.key=value` into the table. A value that is not TOML is taken as a string.
@@ -95,21 +106,28 @@ fn model(mut r: Reader) -> Result<ModelSpec, SpecError> {
         })?),
     };
     let architecture = r.choice("architecture", &[("llama", Architecture::Llama)], Architecture::Llama)?;
-    let base_size = |r: &Reader, key: &str, of: fn(&ModelSpec) -> usize| {
-        base.as_ref().map(of).ok_or_else(|| r.missing(key, "a whole number of at least 1, or give model.preset"))
-    };
-    let mut size = |key: &'static str, of: fn(&ModelSpec) -> usize| match r.whole_if(key, 1)? {
-        Some(value) => Ok(value as usize),
-        None => base_size(&r, key, of),
+    let mut size = |key: &'static str, of: fn(&ModelSpec) -> usize| {
+        Ok(r.whole_if(key, 1)?.map(|value| value as usize).or_else(|| base.as_ref().map(of)))
     };
     let hidden_size = size("hidden_size", |m| m.hidden_size)?;
     let num_hidden_layers = size("num_hidden_layers", |m| m.num_hidden_layers)?;
     let num_attention_heads = size("num_attention_heads", |m| m.num_attention_heads)?;
     let intermediate_size = size("intermediate_size", |m| m.intermediate_size)?;
     let vocab_size = size("vocab_size", |m| m.vocab_size)?;
+    let num_key_value_heads = r.whole_if("num_key_value_heads", 1)?;
+    let head_dim = r.whole_if("head_dim", 2)?;
+    let tie_word_embeddings = r.boolean("tie_word_embeddings", base.as_ref().is_some_and(|m| m.tie_word_embeddings))?;
+    let rope_theta = r.number("rope_theta", (1.0, POSITIVE.1), 10_000.0)?;
+    let rms_norm_eps = r.number("rms_norm_eps", (POSITIVE.0, 1.0), 1e-5)?;
+    let initializer_range = r.number("initializer_range", (0.0, 10.0), 0.02)?;
+    r.finish()?;
+    let given = |key: &str, value: Option<usize>| {
+        value.ok_or_else(|| r.missing(key, "a whole number of at least 1, or give model.preset"))
+    };
+    let hidden_size = given("hidden_size", hidden_size)?;
+    let num_attention_heads = given("num_attention_heads", num_attention_heads)?;
     let kv_default = base.as_ref().map_or(num_attention_heads, |m| m.num_key_value_heads.min(num_attention_heads));
-    let num_key_value_heads = r.size("num_key_value_heads", kv_default)?;
-    let head_dim = match r.whole_if("head_dim", 2)? {
+    let head_dim = match head_dim {
         Some(head_dim) => head_dim as usize,
         None if hidden_size.is_multiple_of(num_attention_heads) => hidden_size / num_attention_heads,
         None => {
@@ -117,36 +135,80 @@ fn model(mut r: Reader) -> Result<ModelSpec, SpecError> {
             return Err(r.refuse("num_attention_heads", num_attention_heads.to_string(), wanted));
         }
     };
-    let spec = ModelSpec {
+    Ok(ModelSpec {
         architecture,
         hidden_size,
-        num_hidden_layers,
+        num_hidden_layers: given("num_hidden_layers", num_hidden_layers)?,
         num_attention_heads,
-        num_key_value_heads,
+        num_key_value_heads: num_key_value_heads.map_or(kv_default, |heads| heads as usize),
         head_dim,
-        intermediate_size,
-        vocab_size,
-        tie_word_embeddings: r.boolean("tie_word_embeddings", base.as_ref().is_some_and(|m| m.tie_word_embeddings))?,
-        rope_theta: r.number("rope_theta", 1.0, f64::MAX, 10_000.0)?,
-        rms_norm_eps: r.number("rms_norm_eps", f64::MIN_POSITIVE, 1.0, 1e-5)?,
-        initializer_range: r.number("initializer_range", 0.0, 10.0, 0.02)?,
-    };
-    r.finish()?;
-    Ok(spec)
+        intermediate_size: given("intermediate_size", intermediate_size)?,
+        vocab_size: given("vocab_size", vocab_size)?,
+        tie_word_embeddings,
+        rope_theta,
+        rms_norm_eps,
+        initializer_range,
+    })
 }
 
 fn data(mut r: Reader, folder: &Path) -> Result<DataSpec, SpecError> {
-    let wanted = "the path of an indexed dataset without its .idx ending (make one with `cairn data prepare`)";
-    let train = r.text("train")?.ok_or_else(|| r.missing("train", wanted))?;
-    let validation = r.text("validation")?;
+    let (train, validation) = (r.text("train")?, r.text("validation")?);
     r.finish()?;
-    let resolve = |text: String| folder.join(text).display().to_string();
-    Ok(DataSpec { train: resolve(train), validation: validation.map(resolve) })
+    let wanted = "the path of an indexed dataset without its .idx ending (make one with `cairn data prepare`)";
+    let train = train.ok_or_else(|| r.missing("train", wanted))?;
+    let resolve = |key: &str, text: String| match scheme(&text) {
+        None => Ok(folder.join(text).display().to_string()),
+        Some(scheme) => local_path(&text).map_err(|wanted| {
+            r.refuse(key, format!("{text:?}"), wanted.unwrap_or_else(|| {
+                format!(
+                    "a path, or file:/// and an absolute path; datasets are not read from {scheme}:// in this release: \
+                     copy it to a disk the workers see"
+                )
+            }))
+        }),
+    };
+    Ok(DataSpec {
+        train: resolve("train", train)?,
+        validation: validation.map(|text| resolve("validation", text)).transpose()?,
+    })
+}
+
+/// The scheme of a text that is a URL; `None` if it is a path.
+pub(super) fn scheme(text: &str) -> Option<&str> {
+    let (scheme, _) = text.split_once("://")?;
+    let good = scheme.starts_with(|c: char| c.is_ascii_alphabetic())
+        && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c));
+    good.then_some(scheme)
+}
+
+/// The path of a `file://` URL on this machine; otherwise what would be right, if the scheme is not to blame.
+fn local_path(url: &str) -> Result<String, Option<String>> {
+    let rest = url.get(..7).filter(|start| start.eq_ignore_ascii_case("file://")).map(|_| &url[7..]).ok_or(None)?;
+    let path = rest.strip_prefix("localhost").unwrap_or(rest);
+    if !path.starts_with('/') {
+        return Err(Some("file:/// and an absolute path, such as file:///data/corpus.train".into()));
+    }
+    let mut bytes = Vec::with_capacity(path.len());
+    let mut left = path.as_bytes();
+    while let [first, rest @ ..] = left {
+        left = rest;
+        if *first != b'%' {
+            bytes.push(*first);
+            continue;
+        }
+        let digits = left.get(..2).and_then(|two| std::str::from_utf8(two).ok());
+        let byte = digits.filter(|two| two.bytes().all(|b| b.is_ascii_hexdigit()));
+        let byte = byte.and_then(|two| u8::from_str_radix(two, 16).ok()).filter(|byte| *byte != 0);
+        bytes.push(byte.ok_or_else(|| Some("a URL in which % is followed by two hexadecimal digits".to_string()))?);
+        left = &left[2..];
+    }
+    String::from_utf8(bytes).map_err(|_| Some("a URL whose path is UTF-8".into()))
 }
 
 fn training(mut r: Reader) -> Result<TrainingSpec, SpecError> {
+    let steps = r.whole_if("steps", 1)?;
     let spec = TrainingSpec {
-        steps: r.whole_if("steps", 1)?.ok_or_else(|| r.missing("steps", "a whole number of at least 1"))?,
+        steps: steps.unwrap_or_default(),
         sequence_length: r.size("sequence_length", 256)?,
         global_batch: r.size("global_batch", 16)?,
         micro_batch: r.size("micro_batch", 1)?,
@@ -160,17 +222,19 @@ fn training(mut r: Reader) -> Result<TrainingSpec, SpecError> {
         validate_sequences: r.size("validate_sequences", 64)?,
     };
     r.finish()?;
+    if steps.is_none() {
+        return Err(r.missing("steps", "a whole number of at least 1"));
+    }
     Ok(spec)
 }
 
 fn optimizer(mut r: Reader) -> Result<OptimizerSpec, SpecError> {
     let kind = r.choice("kind", &[("adamw", OptimizerKind::Adamw)], OptimizerKind::Adamw)?;
-    let learning_rate = r.number("learning_rate", f64::MIN_POSITIVE, f64::MAX, 1e-3)?;
+    let learning_rate = r.number("learning_rate", POSITIVE, 1e-3)?;
     let betas = match r.take("betas") {
         None => [0.9, 0.95],
         Some(Value::Array(items)) if items.len() == 2 => {
-            let below_one = 1.0 - f64::EPSILON;
-            [r.as_number("betas", &items[0], 0.0, below_one)?, r.as_number("betas", &items[1], 0.0, below_one)?]
+            [r.as_number("betas", &items[0], BELOW_ONE)?, r.as_number("betas", &items[1], BELOW_ONE)?]
         }
         Some(other) => return Err(r.wrong("betas", &other, "a list of two numbers, such as [0.9, 0.95]".into())),
     };
@@ -178,13 +242,13 @@ fn optimizer(mut r: Reader) -> Result<OptimizerSpec, SpecError> {
         kind,
         learning_rate,
         betas,
-        epsilon: r.number("epsilon", f64::MIN_POSITIVE, f64::MAX, 1e-8)?,
-        weight_decay: r.number("weight_decay", 0.0, f64::MAX, 0.1)?,
+        epsilon: r.number("epsilon", POSITIVE, 1e-8)?,
+        weight_decay: r.number("weight_decay", NOT_NEGATIVE, 0.1)?,
         no_decay: r.texts("no_decay", &["norm"])?,
         clip_norm: match r.take("clip_norm") {
             None => Some(1.0),
             Some(Value::Boolean(false)) => None,
-            Some(value) => Some(r.as_number("clip_norm", &value, f64::MIN_POSITIVE, f64::MAX)?),
+            Some(value) => Some(r.as_number("clip_norm", &value, POSITIVE)?),
         },
     };
     r.finish()?;
@@ -202,7 +266,7 @@ fn schedule(mut r: Reader, steps: u64) -> Result<ScheduleSpec, SpecError> {
         kind: r.choice("kind", &kinds, ScheduleKind::Cosine)?,
         warmup_steps: r.whole("warmup_steps", 0, 0)?,
         decay_steps: r.whole("decay_steps", 1, steps.div_ceil(5))?,
-        minimum_ratio: r.number("minimum_ratio", 0.0, 1.0, 0.1)?,
+        minimum_ratio: r.number("minimum_ratio", (0.0, 1.0), 0.1)?,
     };
     r.finish()?;
     Ok(spec)
@@ -262,7 +326,7 @@ fn resources(mut r: Reader) -> Result<ResourcesSpec, SpecError> {
 }
 
 fn fault(mut r: Reader) -> Result<FaultSpec, SpecError> {
-    let mut seconds = |key, default| r.number(key, 0.01, 86_400.0, default);
+    let mut seconds = |key, default| r.number(key, SECONDS, default);
     let spec = FaultSpec {
         heartbeat: seconds("heartbeat", 1.0)?,
         suspicion: seconds("suspicion", 5.0)?,

@@ -14,6 +14,19 @@ use super::Overrides;
 /// of two of them inside u128, of one and a small number in u64.
 pub(super) const MOST: u64 = 1 << 48;
 
+/// The least and the greatest positive number of a key that is computed with in 32 bits: a smaller one would be zero
+/// or lose digits, a greater one would be infinite.
+pub(super) const POSITIVE: (f64, f64) = (f32::MIN_POSITIVE as f64, f32::MAX as f64);
+/// The same for a key that may be zero; see [`is_zero_or_normal`].
+pub(super) const NOT_NEGATIVE: (f64, f64) = (0.0, POSITIVE.1);
+/// A decay rate: below 1 in 32 bits, too.
+pub(super) const BELOW_ONE: (f64, f64) = (0.0, (1.0 - f32::EPSILON / 2.0) as f64);
+
+/// Whether a number keeps its meaning in 32 bits.
+pub(super) fn is_zero_or_normal(number: f64) -> bool {
+    number == 0.0 || (number as f32).is_normal()
+}
+
 /// What is wrong with a job file, and what would be right.
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
@@ -101,13 +114,19 @@ pub(super) fn whole_wanted(low: bool, range: &RangeInclusive<u64>) -> String {
     }
 }
 
-/// What a number should have been; `f64::MAX` stands for no upper bound and the smallest positive number for "above 0".
-pub(super) fn number_wanted(low: f64, high: f64) -> String {
+/// What a number should have been.
+pub(super) fn number_wanted((low, high): (f64, f64)) -> String {
+    let floats = format!("{:.1e} to {:.1e}, what a 32-bit float can hold", POSITIVE.0, POSITIVE.1);
     match (low, high) {
-        (low, f64::MAX) if low == f64::MIN_POSITIVE => "a number greater than 0".to_string(),
-        (low, f64::MAX) => format!("a number of at least {low}"),
+        range if range == POSITIVE => format!("a number greater than 0 (from {floats})"),
+        range if range == NOT_NEGATIVE => format!("0 or a number greater than 0 (from {floats})"),
         (low, high) => format!("a number from {low} to {high}"),
     }
+}
+
+/// Whether a number lies in a range and keeps its meaning in 32 bits; not-a-number lies in none.
+pub(super) fn is_within(number: f64, (low, high): (f64, f64)) -> bool {
+    number >= low && number <= high && is_zero_or_normal(number)
 }
 
 /// Reads one table; see the module header.
@@ -192,24 +211,21 @@ impl<'a> Reader<'a> {
         Ok(self.whole(key, 1, default as u64)? as usize)
     }
 
-    /// A number in `low..=high`.
-    pub(super) fn number(&mut self, key: &'static str, low: f64, high: f64, default: f64) -> Result<f64, SpecError> {
+    /// A number in `range`, which is given as its least and its greatest.
+    pub(super) fn number(&mut self, key: &'static str, range: (f64, f64), default: f64) -> Result<f64, SpecError> {
         match self.take(key) {
             None => Ok(default),
-            Some(value) => self.as_number(key, &value, low, high),
+            Some(value) => self.as_number(key, &value, range),
         }
     }
 
-    pub(super) fn as_number(&self, key: &str, value: &Value, low: f64, high: f64) -> Result<f64, SpecError> {
+    pub(super) fn as_number(&self, key: &str, value: &Value, range: (f64, f64)) -> Result<f64, SpecError> {
         let number = match value {
             Value::Float(number) => *number,
             Value::Integer(number) => *number as f64,
             other => return Err(self.wrong(key, other, "a number".into())),
         };
-        if number >= low && number <= high {
-            return Ok(number);
-        }
-        Err(self.wrong(key, value, number_wanted(low, high)))
+        if is_within(number, range) { Ok(number) } else { Err(self.wrong(key, value, number_wanted(range))) }
     }
 
     /// One of a fixed set of words.
@@ -237,6 +253,7 @@ impl<'a> Reader<'a> {
         texts.ok_or_else(|| self.wrong(key, &value, "a list of strings".into()))
     }
 
+    /// A required key is absent; what is left over was refused before, see [`Reader::finish`].
     pub(super) fn missing(&self, key: &str, wanted: &str) -> SpecError {
         SpecError::Missing { place: self.place.into(), key: format!("{}{key}", self.prefix), wanted: wanted.into() }
     }
@@ -249,8 +266,9 @@ impl<'a> Reader<'a> {
         SpecError::Value { place: self.place.into(), key: format!("{}{key}", self.prefix), found, wanted }
     }
 
-    /// Refuses what is left over.
-    pub(super) fn finish(self) -> Result<(), SpecError> {
+    /// Refuses what is left over. Called when every known key was asked for, and before a required one is found
+    /// missing: what is there under a wrong name is not missing, but misspelt.
+    pub(super) fn finish(&self) -> Result<(), SpecError> {
         let Some(key) = self.table.keys().next() else { return Ok(()) };
         let hint = match nearest(key, self.asked.iter().copied()) {
             Some(near) => format!(" (did you mean `{}{near}`?)", self.prefix),

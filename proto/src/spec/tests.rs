@@ -87,6 +87,107 @@ fn each_mistake_names_its_place_and_what_would_be_right() {
     }
 }
 
+/// What is there under a wrong name is misspelt, not missing.
+#[test]
+fn a_misspelt_required_key_is_named_with_the_right_one() {
+    let shape = "hidden_size = 8\nnum_hidden_layers = 1\nnum_attention_heads = 2\nintermediate_size = 8\n\
+                 vocab_size = 9";
+    let whole = GOOD.replace("preset = \"tiny\"", shape);
+    assert_eq!(parse(&whole, &[]).unwrap().model.head_dim, 4);
+    let cases = [
+        ("name = ", "nmae = ", "unknown key `nmae` (did you mean `name`?)"),
+        ("[model]", "[modle]", "unknown key `modle` (did you mean `model`?)"),
+        ("[data]", "[dta]", "unknown key `dta` (did you mean `data`?)"),
+        ("[training]", "[trainig]", "unknown key `trainig` (did you mean `training`?)"),
+        ("train = ", "trian = ", "unknown key `data.trian` (did you mean `data.train`?)"),
+        ("steps = ", "stepz = ", "unknown key `training.stepz` (did you mean `training.steps`?)"),
+        ("hidden_size", "hiden_size", "unknown key `model.hiden_size` (did you mean `model.hidden_size`?)"),
+        ("vocab_size", "vocabulary_size", "unknown key `model.vocabulary_size` (did you mean `model.vocab_size`?)"),
+    ];
+    for (right, wrong, message) in cases {
+        let found = parse(&whole.replace(right, wrong), &[]).expect_err(wrong);
+        assert_eq!(found, format!("job.toml: {message}"));
+    }
+    // What is truly absent is missing.
+    for (line, key) in [("steps = 20", "training.steps"), ("vocab_size = 9", "model.vocab_size")] {
+        let found = parse(&whole.replace(line, ""), &[]).expect_err(key);
+        assert!(found.starts_with(&format!("job.toml: key `{key}` is missing: ")), "{found}");
+    }
+    assert!(parse(&whole.replace("name = \"t\"", ""), &[]).unwrap_err().contains("key `name` is missing"));
+}
+
+#[test]
+fn numbers_keep_their_meaning_in_32_bits() {
+    for (key, value) in [
+        ("optimizer.epsilon", "1e-40"),
+        ("optimizer.epsilon", "1e39"),
+        ("optimizer.learning_rate", "1e-300"),
+        ("optimizer.weight_decay", "1e-39"),
+        ("optimizer.clip_norm", "1e300"),
+        ("optimizer.betas", "[0.9, 0.9999999999]"),
+        ("model.rms_norm_eps", "1e-46"),
+        ("model.rope_theta", "1e39"),
+        ("model.initializer_range", "1e-39"),
+    ] {
+        let message = parse(GOOD, &[(key, value)]).expect_err(value);
+        assert!(message.contains(&format!("`{key}` is ")), "{key} = {value}: {message}");
+    }
+    let tiny = parse(GOOD, &[("optimizer.epsilon", "1e-40")]).unwrap_err();
+    assert!(tiny.contains("greater than 0 (from 1.2e-38 to 3.4e38, what a 32-bit float can hold)"), "{tiny}");
+    for (key, value) in
+        [("optimizer.epsilon", "1.2e-38"), ("optimizer.weight_decay", "0"), ("optimizer.betas", "[0, 0]")]
+    {
+        parse(GOOD, &[(key, value)]).expect(key);
+    }
+}
+
+#[test]
+fn a_validation_has_a_bounded_number_of_micro_batches() {
+    let message = parse(GOOD, &[("training.validate_sequences", "2097153")]).unwrap_err();
+    assert!(message.contains("`training.validate_sequences` is 2097153, but must be at most 2097152"), "{message}");
+    parse(GOOD, &[("training.validate_sequences", "2097152")]).unwrap();
+}
+
+#[test]
+fn data_may_be_a_path_or_a_file_url() {
+    let train = |text: &str| parse(GOOD, &[("data.train", &format!("{text:?}"))]).map(|spec| spec.data.train);
+    assert_eq!(train("file:///data/corpus.train").unwrap(), "/data/corpus.train");
+    assert_eq!(train("FILE://localhost/a%20b/%C3%A9").unwrap(), "/a b/é");
+    assert_eq!(train("/data/x").unwrap(), "/data/x");
+    assert_eq!(train("./odd://name").unwrap(), "/jobs/here/./odd://name");
+    for (text, wanted) in [
+        ("s3://bucket/train", "not read from s3:// in this release"),
+        ("https://host/train", "not read from https://"),
+        ("file://data/train", "file:/// and an absolute path"),
+        ("file:///a%2", "two hexadecimal digits"),
+        ("file:///a%é", "two hexadecimal digits"),
+        ("file:///a%00", "two hexadecimal digits"),
+        ("file:///a%ff", "UTF-8"),
+    ] {
+        let message = train(text).expect_err(text);
+        assert!(message.contains("`data.train` is ") && message.contains(wanted), "{text}: {message}");
+    }
+    let held_out = parse(GOOD, &[("data.validation", "\"gs://b/v\"")]).unwrap_err();
+    assert!(held_out.contains("`data.validation`") && held_out.contains("gs://"), "{held_out}");
+}
+
+/// A file without an end, and a pipe that somebody keeps filling.
+#[test]
+fn what_does_not_end_is_no_job_file() {
+    let none = Overrides::new();
+    let message = JobSpec::load(Path::new("/dev/zero"), &none).unwrap_err().to_string();
+    assert!(message.contains("/dev/zero") && message.contains("at most 1048576 bytes"), "{message}");
+    let mut endless = std::process::Command::new("yes").stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let pipe = endless.stdout.take().unwrap();
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&pipe));
+    let message = JobSpec::load(Path::new(&path), &none).unwrap_err().to_string();
+    endless.kill().unwrap();
+    endless.wait().unwrap();
+    assert!(message.contains("at most 1048576 bytes"), "{message}");
+    let binary = JobSpec::load(&std::env::current_exe().unwrap(), &none).unwrap_err().to_string();
+    assert!(binary.contains("cannot read job file"), "{binary}");
+}
+
 #[test]
 fn only_what_cannot_reach_the_weights_may_change() {
     let stored = parse(GOOD, &[]).unwrap();
@@ -138,12 +239,19 @@ fn a_complete_spec_is_held_to_the_same_ranges() {
         ("training.micro_batch", |s| (s.training.global_batch, s.training.micro_batch) = (1 << 40, 1 << 40)),
         ("training.seed", |s| s.training.seed = u64::MAX),
         ("training.validate_sequences", |s| s.training.validate_sequences = 0),
+        ("training.validate_sequences", |s| s.training.validate_sequences = (2 << 20) + 1),
+        ("data.train", |s| s.data.train = "s3://bucket/x".into()),
+        ("data.validation", |s| s.data.validation = Some("file:///x".into())),
         ("optimizer.learning_rate", |s| s.optimizer.learning_rate = 0.0),
         ("optimizer.learning_rate", |s| s.optimizer.learning_rate = f64::INFINITY),
         ("optimizer.betas", |s| s.optimizer.betas[0] = -0.1),
         ("optimizer.betas", |s| s.optimizer.betas[1] = 1.0),
         ("optimizer.epsilon", |s| s.optimizer.epsilon = f64::NAN),
+        ("optimizer.epsilon", |s| s.optimizer.epsilon = 1e-40),
+        ("optimizer.epsilon", |s| s.optimizer.epsilon = 1e39),
+        ("optimizer.betas", |s| s.optimizer.betas[1] = 1.0 - 1e-12),
         ("optimizer.weight_decay", |s| s.optimizer.weight_decay = -1.0),
+        ("optimizer.weight_decay", |s| s.optimizer.weight_decay = 1e-50),
         ("optimizer.clip_norm", |s| s.optimizer.clip_norm = Some(0.0)),
         ("schedule.minimum_ratio", |s| s.schedule.minimum_ratio = 1.5),
         ("schedule.decay_steps", |s| s.schedule.decay_steps = 0),
@@ -156,6 +264,7 @@ fn a_complete_spec_is_held_to_the_same_ranges() {
         ("fault.grace", |s| s.fault.grace = -1.0),
         ("model.rope_theta", |s| s.model.rope_theta = 0.5),
         ("model.rms_norm_eps", |s| s.model.rms_norm_eps = 0.0),
+        ("model.rms_norm_eps", |s| s.model.rms_norm_eps = 1e-39),
         ("model.initializer_range", |s| s.model.initializer_range = 11.0),
         ("model.num_key_value_heads", |s| s.model.num_key_value_heads = 0),
     ];
@@ -165,6 +274,10 @@ fn a_complete_spec_is_held_to_the_same_ranges() {
         let message = spec.validate("the wire").expect_err(key).to_string();
         assert!(message.starts_with(&format!("the wire: `{key}` is ")), "change {number}, {key}: {message}");
     }
+    let mut widest = good.clone();
+    (widest.training.validate_sequences, widest.optimizer.weight_decay) = (2 << 20, 0.0);
+    (widest.optimizer.epsilon, widest.optimizer.betas) = (f64::from(f32::MIN_POSITIVE), [0.0, 0.999_999]);
+    widest.validate("the wire").unwrap();
     let mut unclipped = good.clone();
     unclipped.optimizer.clip_norm = None;
     unclipped.validate("the wire").unwrap();

@@ -4,17 +4,14 @@
 //! range the reader has is repeated here, and only then come the rules that span several keys: what they divide by is
 //! known not to be zero, and what they multiply is small.
 
-use super::reader::{MOST, SpecError, number_wanted, whole_wanted};
-use super::{DeviceKind, JobSpec, MOST_SEED, MOST_THREADS, ModelSpec};
+use super::read::scheme;
+use super::reader::{BELOW_ONE, MOST, NOT_NEGATIVE, POSITIVE, SpecError, is_within, number_wanted, whole_wanted};
+use super::{DataSpec, DeviceKind, JobSpec, MOST_SEED, MOST_THREADS, ModelSpec, SECONDS};
 
 /// Most micro-batches of one update: their losses travel in one message, and the exact grid leaves room for so many.
 const MOST_MICRO_BATCHES: usize = 1 << 20;
 /// Most parities of a group: a group has at most eight nodes.
 const MOST_PARITY: u64 = 7;
-/// The smallest and largest time of `[fault]`, in seconds.
-const SECONDS: (f64, f64) = (0.01, 86_400.0);
-/// A number greater than 0; see [`number_wanted`].
-const POSITIVE: (f64, f64) = (f64::MIN_POSITIVE, f64::MAX);
 
 impl JobSpec {
     /// Checks a complete spec, whether it came from a job file or from the wire.
@@ -23,6 +20,7 @@ impl JobSpec {
             Err(SpecError::Value { place: place.into(), key: key.into(), found, wanted })
         };
         self.model.validate(place)?;
+        self.data.validate(place)?;
         self.validate_whole_numbers(place)?;
         self.validate_numbers(place)?;
         self.validate_batch(place)?;
@@ -79,14 +77,12 @@ impl JobSpec {
 
     fn validate_numbers(&self, place: &str) -> Result<(), SpecError> {
         let (o, f) = (&self.optimizer, &self.fault);
-        // The same bound as the reader's: the largest number below 1 that is not taken for 1.
-        let below_one = (0.0, 1.0 - f64::EPSILON);
         let ranges = [
             ("optimizer.learning_rate", o.learning_rate, POSITIVE),
-            ("optimizer.betas", o.betas[0], below_one),
-            ("optimizer.betas", o.betas[1], below_one),
+            ("optimizer.betas", o.betas[0], BELOW_ONE),
+            ("optimizer.betas", o.betas[1], BELOW_ONE),
             ("optimizer.epsilon", o.epsilon, POSITIVE),
-            ("optimizer.weight_decay", o.weight_decay, (0.0, f64::MAX)),
+            ("optimizer.weight_decay", o.weight_decay, NOT_NEGATIVE),
             ("optimizer.clip_norm", o.clip_norm.unwrap_or(1.0), POSITIVE),
             ("schedule.minimum_ratio", self.schedule.minimum_ratio, (0.0, 1.0)),
             ("fault.heartbeat", f.heartbeat, SECONDS),
@@ -114,6 +110,15 @@ impl JobSpec {
         if t.micro_batches() > MOST_MICRO_BATCHES {
             let wanted = format!("at most {MOST_MICRO_BATCHES} times training.micro_batch = {}", t.micro_batch);
             return refuse("training.global_batch", t.global_batch.to_string(), wanted);
+        }
+        // A validation goes by micro-batches as well, and their losses travel in the same way.
+        if t.validate_sequences.div_ceil(t.micro_batch) > MOST_MICRO_BATCHES {
+            let most = (MOST_MICRO_BATCHES as u64).saturating_mul(t.micro_batch as u64);
+            let wanted = format!(
+                "at most {most}, {MOST_MICRO_BATCHES} micro-batches of training.micro_batch = {} sequences",
+                t.micro_batch
+            );
+            return refuse("training.validate_sequences", t.validate_sequences.to_string(), wanted);
         }
         // The widest activation of one micro-batch must be addressable with room to spare.
         let wide = t.micro_batch as u128
@@ -161,6 +166,23 @@ impl JobSpec {
     }
 }
 
+impl DataSpec {
+    /// Checks that each dataset is a path: what a URL names elsewhere cannot be read.
+    fn validate(&self, place: &str) -> Result<(), SpecError> {
+        for (key, path) in [("data.train", Some(&self.train)), ("data.validation", self.validation.as_ref())] {
+            if let Some((path, scheme)) = path.and_then(|path| Some((path, scheme(path)?))) {
+                return Err(SpecError::Value {
+                    place: place.into(),
+                    key: key.into(),
+                    found: format!("{path:?}"),
+                    wanted: format!("a path; datasets are not read from {scheme}:// in this release"),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
 impl ModelSpec {
     /// Checks that the shape is one the kernels can compute.
     pub fn validate(&self, place: &str) -> Result<(), SpecError> {
@@ -193,23 +215,23 @@ impl ModelSpec {
             return refuse("num_hidden_layers", self.num_hidden_layers, "at most 4096".into());
         }
         let ranges = [
-            ("model.rope_theta", self.rope_theta, (1.0, f64::MAX)),
-            ("model.rms_norm_eps", self.rms_norm_eps, (f64::MIN_POSITIVE, 1.0)),
+            ("model.rope_theta", self.rope_theta, (1.0, POSITIVE.1)),
+            ("model.rms_norm_eps", self.rms_norm_eps, (POSITIVE.0, 1.0)),
             ("model.initializer_range", self.initializer_range, (0.0, 10.0)),
         ];
         check_numbers(place, &ranges)
     }
 }
 
-/// Refuses the first number outside its range; not-a-number is outside every range.
+/// Refuses the first number outside its range.
 fn check_numbers(place: &str, ranges: &[(&str, f64, (f64, f64))]) -> Result<(), SpecError> {
-    match ranges.iter().find(|(_, value, (low, high))| !(value >= low && value <= high)) {
+    match ranges.iter().find(|(_, value, range)| !is_within(*value, *range)) {
         None => Ok(()),
-        Some((key, value, (low, high))) => Err(SpecError::Value {
+        Some((key, value, range)) => Err(SpecError::Value {
             place: place.into(),
             key: (*key).into(),
             found: value.to_string(),
-            wanted: number_wanted(*low, *high),
+            wanted: number_wanted(*range),
         }),
     }
 }

@@ -7,12 +7,13 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
 use super::error::{DataError, Result};
-use super::layout::ElementType;
+use super::layout::{ElementType, with_ending};
 use super::tokenize::Tokenizer;
 use super::writer::IndexedWriter;
 
@@ -123,7 +124,27 @@ fn check_inputs(options: &PrepareOptions) -> Result<(Vec<(PathBuf, &PathBuf)>, u
         }
         out.push((prefix, file));
     }
+    check_outputs(&out)?;
     Ok((out, total))
+}
+
+/// Refuses an input that is, under whatever name, a file that making the datasets would write over.
+fn check_outputs(sets: &[(PathBuf, &PathBuf)]) -> Result<()> {
+    let identity = |path: &Path| fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
+    let inputs: BTreeMap<_, _> = sets.iter().filter_map(|(_, file)| Some((identity(file)?, *file))).collect();
+    for (prefix, _) in sets {
+        for ending in [".bin", ".idx", ".bin.partial", ".idx.partial"] {
+            let output = with_ending(prefix, ending);
+            if let Some(input) = identity(&output).and_then(|output| inputs.get(&output)) {
+                let problem = format!(
+                    "this text would be written over as {}, a file of a dataset to be made; give another --output",
+                    output.display()
+                );
+                return Err(DataError::input(input, problem));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// One line of a `.jsonl` file; what else it says is of no interest here.
