@@ -6,11 +6,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use checkpoint_store::Receipt;
+use checkpoint_store::{Change, Receipt};
 use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId};
 use proto::spec::{JobSpec, SPEC_FORMAT};
 use proto::wire::{
-    AgentHello, BUILD, NodeReport, SaveSkipped, ShardReceipt, StepReport, SubmitMode, SubmitRequest, WorkerPhase,
+    AgentHello, BUILD, CheckpointChange, NodeReport, SaveSkipped, ShardReceipt, StepReport, SubmitMode, SubmitRequest, WorkerPhase,
     WorkerState,
 };
 
@@ -47,6 +47,12 @@ pub(crate) fn hello(hello: &AgentHello) -> Result<Hello, Fault> {
         return Err(format!("{} slots: a node has 1 to {MOST_WORKERS}", hello.slots));
     }
     Ok(Hello { node, incarnation: hello.incarnation.clone(), slots: hello.slots })
+}
+
+/// A change of a job's checkpoints, well formed; whether it makes sense is for the chain to say.
+pub(crate) fn change(request: &CheckpointChange) -> Result<(JobName, Arc<[u8]>), Fault> {
+    Change::from_json(&request.change).map_err(|error| error.to_string())?;
+    Ok((job(&request.job)?, Arc::from(request.change.as_slice())))
 }
 
 pub(crate) fn report(report: NodeReport) -> Result<Vec<Worker>, Fault> {
