@@ -126,6 +126,8 @@ pub struct ChangeReport {
     pub files: u64,
     /// What came free with them.
     pub freed: Freed,
+    /// Why files that should go are still there; the next collection removes them.
+    pub unfinished: Option<String>,
     /// A checkpoint that was set aside, and why.
     pub quarantined: Option<(CheckpointRef, String)>,
 }
@@ -170,6 +172,7 @@ impl Keeper {
                 let open = Open::of(chain.history());
                 let done = self.collector.collect(chain, epoch, &policy, open).await?;
                 (report.deleted, report.files) = (done.deleted, done.files as u64);
+                report.unfinished = done.unfinished;
             }
             other => {
                 if let Some(event) = event(chain, other)? {

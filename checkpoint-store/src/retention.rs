@@ -76,6 +76,8 @@ pub struct Collected {
     pub deleted: Vec<CheckpointRef>,
     /// Files removed, leftovers of crashed writers included.
     pub files: usize,
+    /// Why files that should go are still there; the next sweep finds them.
+    pub unfinished: Option<String>,
 }
 
 /// What would come free.
@@ -94,7 +96,8 @@ pub struct Collector {
 }
 
 impl Collector {
-    /// Applies a policy: records what goes, then sweeps.
+    /// Applies a policy: records what goes, then sweeps. Once something is recorded as deleted, a store that fails is
+    /// no error any more: what is recorded has happened.
     pub async fn collect(
         &mut self,
         chain: &mut Chain,
@@ -102,10 +105,19 @@ impl Collector {
         policy: &Policy,
         open: Open<'_>,
     ) -> Result<Collected, ChainError> {
-        let deleted = policy.condemned(chain.history());
-        delete(chain, epoch, &deleted).await?;
-        let files = self.sweep(chain, open).await?;
-        Ok(Collected { deleted, files })
+        let (before, mut deleted) = (chain.history().records, policy.condemned(chain.history()));
+        let done = match delete(chain, epoch, &deleted).await {
+            Ok(()) => self.sweep(chain, open).await.map_err(ChainError::from),
+            Err(error) => Err(error),
+        };
+        match done {
+            Ok(files) => Ok(Collected { deleted, files, unfinished: None }),
+            Err(error) if error.kind() != Kind::Fenced && chain.history().records > before => {
+                deleted.retain(|gone| chain.history().find(&gone.manifest).is_none());
+                Ok(Collected { deleted, files: 0, unfinished: Some(error.to_string()) })
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Deletes the manifests and objects of the job that no checkpoint of its chain reaches and no open save may name;
@@ -173,9 +185,10 @@ pub async fn collect(
     keep_last: usize,
     open: &BTreeSet<Step>,
 ) -> Result<(Vec<CheckpointRef>, usize), ChainError> {
-    let policy = Policy::last(keep_last);
-    let done = Collector::default().collect(chain, epoch, &policy, Open::Steps(open)).await?;
-    Ok((done.deleted, done.files))
+    let condemned = condemned(chain.history(), keep_last);
+    delete(chain, epoch, &condemned).await?;
+    let removed = sweep(chain, open).await?;
+    Ok((condemned, removed))
 }
 
 /// Appends a `deleted` record for each checkpoint; their bytes go with the next [`sweep`].

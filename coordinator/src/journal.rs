@@ -215,17 +215,12 @@ impl Journal {
         let (Some(chain), Some(spec)) = (page.chain.as_mut(), page.spec.as_ref()) else { return Ok(Outcome::Done) };
         let before = chain.history().clone();
         let policy = Policy::from(&spec.checkpoint);
-        match page.keeper.collect(chain, self.epoch, self.now(), &policy).await {
-            Ok(done) if done.deleted.is_empty() => {}
-            Ok(done) => {
-                let (checkpoints, files) = (done.deleted.len(), done.files);
-                tracing::info!(job = %chain.job(), checkpoints, files, "retention");
-            }
-            // What is recorded as deleted is gone for the machine, whatever became of its files.
-            Err(error) if error.kind() == Kind::Retry && chain.history().records > before.records => {
-                tracing::warn!(job = %chain.job(), "retention did not finish: {error}; the next one will");
-            }
-            Err(error) => return Err(error),
+        let done = page.keeper.collect(chain, self.epoch, self.now(), &policy).await?;
+        if !done.deleted.is_empty() {
+            tracing::info!(job = %chain.job(), checkpoints = done.deleted.len(), files = done.files, "retention");
+        }
+        if let Some(why) = done.unfinished {
+            tracing::warn!(job = %chain.job(), "retention did not finish: {why}; the next one will");
         }
         Ok(Outcome::Collected(gone(&before, chain.history())))
     }
