@@ -1,12 +1,13 @@
 //! The difference between two checkpoints: which tensors, and by how much.
 //!
 //! Equal digests mean equal states, and nothing is read. Otherwise the manifests' block hashes say which blocks can
-//! differ, and only those are read, from both sides, verified as any read is. Checkpoints of models of other shapes have
-//! no common blocks: there, tensors of the same name and shape are compared element by element, and the rest is listed.
+//! differ, and only those are read, from both sides, verified as any read is. Checkpoints of models of other shapes
+//! have no common blocks: there, tensors of the same name and shape are compared element by element, and the rest is
+//! listed.
 //!
-//! Numbers: an element differs if its bits do. The largest difference and the root of the mean square are over the whole
-//! tensor, in 64-bit arithmetic in element order, so they are the same on every run; elements that are not finite on
-//! either side are counted apart.
+//! Numbers: an element differs if its bits do. The largest difference and the root of the mean square are over the
+//! whole tensor, in 64-bit arithmetic in element order, so they are the same on every run; elements that are not finite
+//! on either side are counted apart.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -161,13 +162,7 @@ impl Pair {
     }
 
     /// Reads a part of the tensor on both sides and adds up the differences; returns the bytes of one side.
-    async fn compare(
-        &self,
-        a: Side<'_>,
-        b: Side<'_>,
-        part: Range<u64>,
-        sum: &mut Sum,
-    ) -> Result<u64, StoreError> {
+    async fn compare(&self, a: Side<'_>, b: Side<'_>, part: Range<u64>, sum: &mut Sum) -> Result<u64, StoreError> {
         let bytes = (part.end - part.start) * self.dtype.size();
         let (mut left, mut right) = (vec![0; bytes as usize], vec![0; bytes as usize]);
         let within = |first: u64| first + part.start..first + part.end;

@@ -1,9 +1,9 @@
 //! Which checkpoints stay: the rules of retention, as one pure function of the history.
 //!
-//! A checkpoint stays if any rule keeps it; what no rule keeps is condemned. Four rules cannot be turned off: the newest
-//! good checkpoint, pinned ones, leased ones, and what the running generation started from. The others are a job's to
-//! choose: the last n, every k-th step, the best m by a metric, those within s steps of the newest. There is no age in
-//! hours: collection reads no clock.
+//! A checkpoint stays if any rule keeps it; what no rule keeps is condemned. Four rules cannot be turned off: the
+//! newest good checkpoint, pinned ones, leased ones, and what the running generation started from. The others are a
+//! job's to choose: the last n, every k-th step, the best m by a metric, those within s steps of the newest. There is
+//! no age in hours: collection reads no clock.
 //!
 //! The chosen rules keep good checkpoints. One that was abandoned or quarantined has no place among the steps any more,
 //! only one in the chain: it stays, for whoever wants to look at it, until as many good ones as are kept by `last` were
@@ -85,7 +85,9 @@ impl Policy {
                 () if kept_last.contains(&i) => Some(Why::Last),
                 () if self.every > 0 && step.is_multiple_of(self.every) => Some(Why::Every),
                 () if best.contains(&i) => Some(Why::Best),
-                () if self.within_steps > 0 && newest_step.saturating_sub(step) <= self.within_steps => Some(Why::Within),
+                () if self.within_steps > 0 && newest_step.saturating_sub(step) <= self.within_steps => {
+                    Some(Why::Within)
+                }
                 () => None,
             }
         };

@@ -12,8 +12,8 @@
 //! * **A commit that reuses older objects.** The leader commits and collects in one queue and refuses a commit that
 //!   names an object no kept checkpoint reaches. So whatever a later manifest reuses is reached by the history before
 //!   it, and is in `kept` here.
-//! * **A leader that was superseded and wakes in the middle of its sweep.** Its view is old, but the same argument holds
-//!   for it: what its successor has committed since is either of a higher generation (left alone), or of the same
+//! * **A leader that was superseded and wakes in the middle of its sweep.** Its view is old, but the same argument
+//!   holds for it: what its successor has committed since is either of a higher generation (left alone), or of the same
 //!   generation beyond the newest step it knows (open), or reused from what it knows to be kept.
 //! * **A manifest that a superseded leader wrote and could not commit.** Its record lost the append, so it never names
 //!   anything; the file goes like any other once its step is over.
@@ -121,8 +121,8 @@ impl Collector {
     }
 
     /// Deletes the manifests and objects of the job that no checkpoint of its chain reaches and no open save may name;
-    /// also what crashed writers left half-written. A kept manifest that cannot be read stops the sweep: what it reaches
-    /// is unknown.
+    /// also what crashed writers left half-written. A kept manifest that cannot be read stops the sweep: what it
+    /// reaches is unknown.
     pub async fn sweep(&mut self, chain: &Chain, open: Open<'_>) -> Result<usize, StoreError> {
         let (store, job, history) = (chain.store(), chain.job(), chain.history());
         let all: Vec<&Checkpoint> = history.checkpoints.iter().collect();
@@ -176,9 +176,9 @@ pub fn condemned(history: &History, keep_last: usize) -> Vec<CheckpointRef> {
     Policy::last(keep_last).condemned(history)
 }
 
-/// One collection that keeps only the last `keep_last`. Returns the deleted checkpoints and the number of files removed.
-/// `open` lists the steps of the present generation whose saves are not committed yet. Who collects again and again
-/// keeps a [`Collector`].
+/// One collection that keeps only the last `keep_last`. Returns the deleted checkpoints and the number of files
+/// removed. `open` lists the steps of the present generation whose saves are not committed yet. Who collects again and
+/// again keeps a [`Collector`].
 pub async fn collect(
     chain: &mut Chain,
     epoch: Epoch,

@@ -1,12 +1,12 @@
 //! What is known of a checkpoint besides its existence: trust, pins, leases and metrics.
 //!
-//! **Trust.** A committed checkpoint is a *candidate*: each rank hashed what it uploaded, but nobody has read it back. A
-//! full verification makes it *verified*; one that finds damage makes it *quarantined*, for good: resume falls back past
-//! it. A sample proves a share of the blocks and is told as that share; it does not make a checkpoint verified.
+//! **Trust.** A committed checkpoint is a *candidate*: each rank hashed what it uploaded, but nobody has read it back.
+//! A full verification makes it *verified*; one that finds damage makes it *quarantined*, for good: resume falls back
+//! past it. A sample proves a share of the blocks and is told as that share; it does not make a checkpoint verified.
 //!
 //! **Pins** keep a checkpoint until they are taken away. **Leases** keep one while somebody reads it. Neither needs a
-//! clock: both are records, and the fold refuses a `deleted` record of a checkpoint that has either. So a collector with
-//! an old view of the chain cannot delete what was leased meanwhile, for it loses the append first.
+//! clock: both are records, and the fold refuses a `deleted` record of a checkpoint that has either. So a collector
+//! with an old view of the chain cannot delete what was leased meanwhile, for it loses the append first.
 //!
 //! How a lease of a vanished reader ends is the leader's business ([`crate::leases`]): it appends `released`.
 

@@ -2,8 +2,8 @@
 //!
 //! Unlike a load it does not stop at the first damage, and it also checks what no load reads: the objects' sizes and
 //! their safetensors headers, which other tools rely on. A sample chooses blocks by a seed: the same seed chooses the
-//! same blocks, another one others, so that repeated samples of a large store reach all of it in time. Sizes and headers
-//! are always checked; the report says which share of the blocks was proved.
+//! same blocks, another one others, so that repeated samples of a large store reach all of it in time. Sizes and
+//! headers are always checked; the report says which share of the blocks was proved.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -95,8 +95,8 @@ impl VerifyReport {
     }
 }
 
-/// Re-reads a whole checkpoint. A damaged or missing manifest is an error; damaged or missing objects are in the report.
-/// A store that does not answer is an error too: it proves nothing.
+/// Re-reads a whole checkpoint. A damaged or missing manifest is an error; damaged or missing objects are in the
+/// report. A store that does not answer is an error too: it proves nothing.
 pub async fn verify(store: &Store, job: &JobName, checkpoint: &CheckpointRef) -> Result<VerifyReport, StoreError> {
     verify_sample(store, job, checkpoint, Sample::ALL, &|_| {}).await
 }

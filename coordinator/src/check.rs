@@ -10,8 +10,8 @@ use checkpoint_store::{Change, Receipt};
 use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId};
 use proto::spec::{JobSpec, SPEC_FORMAT};
 use proto::wire::{
-    AgentHello, BUILD, CheckpointChange, NodeReport, SaveSkipped, ShardReceipt, StepReport, SubmitMode, SubmitRequest, WorkerPhase,
-    WorkerState,
+    AgentHello, BUILD, CheckpointChange, NodeReport, SaveSkipped, ShardReceipt, StepReport, SubmitMode, SubmitRequest,
+    WorkerPhase, WorkerState,
 };
 
 use crate::machine::{Ask, Failure, ReceiptEntry, ReceiptName, Worker};

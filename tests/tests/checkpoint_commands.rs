@@ -50,9 +50,8 @@ fn files(job: &Job) -> BTreeSet<std::path::PathBuf> {
 /// Flips the last byte of an object of a step.
 fn damage(job: &Job, step: u64) {
     let start = format!("{step:012}-");
-    let named = |path: &std::path::PathBuf| {
-        path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&start))
-    };
+    let named =
+        |path: &std::path::PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&start));
     let object = job.stored(".safetensors").into_iter().find(named).expect("an object of the step");
     let mut bytes = std::fs::read(&object).expect("read");
     let last = bytes.len() - 1;
@@ -65,7 +64,8 @@ fn pins_and_rules_decide_what_a_pruning_takes() {
     let job = trained();
     let all = list(&job);
     assert_eq!(steps(&all), [5, 10, 15, 20, 25, 30]);
-    let losses: Vec<f64> = [10, 20, 30].iter().filter_map(|s| of(&all, *s)["metrics"]["validation_loss"].as_f64()).collect();
+    let losses: Vec<f64> =
+        [10, 20, 30].iter().filter_map(|s| of(&all, *s)["metrics"]["validation_loss"].as_f64()).collect();
     assert_eq!(losses.len(), 3, "each validated checkpoint has its loss: {all:?}");
     assert!(losses[2] < losses[0], "{losses:?}");
     assert!(of(&all, 5)["metrics"]["validation_loss"].is_null() && of(&all, 5)["trust"] == "candidate");
@@ -171,7 +171,10 @@ fn a_running_jobs_coordinator_records_what_is_asked() {
     let pinned = command(&job, "pin", 0, &with(&["5", "--reason", "first"]));
     assert_eq!(pinned.events[0]["changed"], true);
     let verified = command(&job, "verify", 0, &with(&["10"]));
-    assert_eq!((&verified.events[0]["recorded"], &verified.events[0]["share"]), (&Value::Bool(true), &Value::from(1.0)));
+    assert_eq!(
+        (&verified.events[0]["recorded"], &verified.events[0]["share"]),
+        (&Value::Bool(true), &Value::from(1.0))
+    );
     damage(&job, 15);
     command(&job, "verify", 4, &with(&["15"]));
     let now = list(&job);
@@ -221,5 +224,9 @@ fn a_jobs_own_rules_hold_while_it_trains() {
     assert_eq!(steps(&list(&best)), [20, 30], "the loss falls");
     let blind = Run::train(&best, &["--fresh", "--set", "training.validate_every=0"]).finish();
     assert_eq!(blind.code, Some(2));
-    assert!(blind.stderr.contains("checkpoint.keep_best") && blind.stderr.contains("validate_every"), "{}", blind.stderr);
+    assert!(
+        blind.stderr.contains("checkpoint.keep_best") && blind.stderr.contains("validate_every"),
+        "{}",
+        blind.stderr
+    );
 }

@@ -105,7 +105,9 @@ async fn a_sample_is_a_function_of_its_seed_and_finds_damage_where_it_looks() {
     let checkpoint = save(&mut chain, &space, 10).await;
     let sample = |share, seed| Sample { share, seed };
     let read = AtomicU64::new(0);
-    let count = |bytes: u64| drop(read.fetch_add(bytes, Ordering::Relaxed));
+    let count = |bytes: u64| {
+        read.fetch_add(bytes, Ordering::Relaxed);
+    };
     let full = verify_sample(&store, &job(), &checkpoint, Sample::ALL, &count).await.unwrap();
     assert_eq!((full.proved, full.blocks, full.share()), (60, 60, 1.0));
     assert_eq!(read.swap(0, Ordering::Relaxed), 60 * 4 * 65_536);
@@ -128,7 +130,8 @@ async fn a_sample_is_a_function_of_its_seed_and_finds_damage_where_it_looks() {
     assert!(!verify(&store, &job(), &checkpoint).await.unwrap().is_good());
     let mut found = 0;
     for seed in 0..40 {
-        found += u32::from(!verify_sample(&store, &job(), &checkpoint, sample(0.1, seed), &|_| {}).await.unwrap().is_good());
+        found +=
+            u32::from(!verify_sample(&store, &job(), &checkpoint, sample(0.1, seed), &|_| {}).await.unwrap().is_good());
     }
     assert!((1..30).contains(&found), "{found} of 40 samples of a tenth found one damaged block");
 }

@@ -138,8 +138,8 @@ fn what_is_out_of_bounds_does_not_enter_the_history() {
 fn records_of_format_1_are_read_and_newer_ones_refused() {
     let text = |format: u32| {
         format!(
-            r#"{{"format":{format},"number":1,"epoch":1,"generation":1,"author":"a","event":{{"kind":"deleted","manifest":"m"}},
-            "folded":null}}"#
+            r#"{{"format":{format},"number":1,"epoch":1,"generation":1,"author":"a",
+                "event":{{"kind":"deleted","manifest":"m"}}}}"#
         )
     };
     let old = Record::parse("r", 1, text(1).as_bytes()).unwrap();
@@ -195,7 +195,9 @@ proptest! {
         let mut history = History::default();
         history.apply(&submitted()).unwrap();
         history.apply(&formed(1, 2, None)).unwrap();
-        script.into_iter().for_each(|event| tell(&mut history, event));
+        for event in script {
+            tell(&mut history, event);
+        }
         let condemned: BTreeSet<String> = policy.condemned(&history).into_iter().map(|c| c.manifest).collect();
         let gone = |c: &CheckpointRef| condemned.contains(&c.manifest);
         prop_assert!(!history.newest_good().is_some_and(gone));
@@ -247,7 +249,11 @@ async fn a_lease_holds_a_checkpoint_against_every_collector() {
     let lease = Change::Lease { manifest, lease: "l".into(), holder: "a reader".into(), seconds: 60 };
     let done = keeper.perform(&mut chain, EPOCH, NOW, &policy, &lease).await.unwrap();
     assert_eq!(done.records, 1);
-    assert_eq!(keeper.perform(&mut chain, EPOCH, NOW, &policy, &lease).await.unwrap().records, 0, "repeats are harmless");
+    assert_eq!(
+        keeper.perform(&mut chain, EPOCH, NOW, &policy, &lease).await.unwrap().records,
+        0,
+        "repeats are harmless"
+    );
     let lost = Collector::default().collect(&mut stale, EPOCH, &policy, Open::After(Step::new(30))).await.unwrap_err();
     assert_eq!(lost.kind(), Kind::Fenced, "{lost}");
     expect_loads(&store, &first, &space, 3).await;

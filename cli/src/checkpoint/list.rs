@@ -58,11 +58,8 @@ pub(super) fn marks(c: &Checkpoint) -> String {
 }
 
 fn summary(c: &Checkpoint) -> Value {
-    let leases: Vec<Value> = c
-        .leases
-        .iter()
-        .map(|l| json!({"lease": l.id, "holder": l.holder, "seconds": l.seconds}))
-        .collect();
+    let leases: Vec<Value> =
+        c.leases.iter().map(|l| json!({"lease": l.id, "holder": l.holder, "seconds": l.seconds})).collect();
     json!({
         "event": "checkpoint",
         "step": c.checkpoint.step, "generation": c.checkpoint.generation, "digest": c.checkpoint.digest,

@@ -6,8 +6,8 @@ use toml::{Table, Value};
 
 use super::reader::{Reader, SpecError, set_place};
 use super::{
-    Architecture, BestOrder, CheckpointSpec, DataSpec, DeviceKind, FaultSpec, JobSpec, MOST_SEED, MOST_THREADS, ModelSpec,
-    OptimizerKind, OptimizerSpec, Overrides, PRESETS, Reduction, ResourcesSpec, SPEC_FORMAT, ScheduleKind,
+    Architecture, BestOrder, CheckpointSpec, DataSpec, DeviceKind, FaultSpec, JobSpec, MOST_SEED, MOST_THREADS,
+    ModelSpec, OptimizerKind, OptimizerSpec, Overrides, PRESETS, Reduction, ResourcesSpec, SPEC_FORMAT, ScheduleKind,
     ScheduleSpec, TrainingSpec, VALIDATION_LOSS, Workers,
 };
 use crate::ids::JobName;

@@ -107,7 +107,8 @@ fn a_commit_carries_the_validation_loss_of_its_own_step() {
     rig.settle();
     let (generation, world) = rig.live().unwrap();
     for (step, validation_loss) in [(4, Some(9.0)), (5, Some(2.5)), (6, None)] {
-        let report = StepReport { job: "tiny".into(), generation, step, loss: 1.0, validation_loss, ..Default::default() };
+        let report =
+            StepReport { job: "tiny".into(), generation, step, loss: 1.0, validation_loss, ..Default::default() };
         rig.handle(Event::Stepped { job: job_name(), report });
     }
     for (step, expected) in [(5, Some(2.5)), (6, None)] {
