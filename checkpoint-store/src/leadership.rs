@@ -161,7 +161,10 @@ impl Leadership {
             outcome = work => outcome,
         };
         drop(done);
-        holding.await?;
+        if let Err(error) = holding.await {
+            // The work is done; a successor only waits longer.
+            tracing::warn!("the leadership was not given back: {error}");
+        }
         Ok(outcome)
     }
 
