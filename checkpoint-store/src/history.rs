@@ -6,11 +6,14 @@
 //! starts from a step, checkpoints of earlier generations beyond it are *abandoned*: another future has begun, and they
 //! are never resumed from.
 
+use std::collections::BTreeMap;
+
 use proto::ids::{Epoch, Generation, Step, WorldSize};
 use serde::{Deserialize, Serialize};
 
 use crate::digest::{BlockHash, Digest};
 use crate::record::{CheckpointRef, Event, Member, MemoryPoint, Record};
+use crate::trust::{Lease, Proof};
 
 /// Where a job is in its life, as far as the chain knows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -46,7 +49,7 @@ pub enum Status {
 }
 
 /// A checkpoint that was committed and not deleted.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Checkpoint {
     /// What the commit record says.
     pub checkpoint: CheckpointRef,
@@ -56,9 +59,35 @@ pub struct Checkpoint {
     pub abandoned: bool,
     /// Why it was quarantined, if it was.
     pub quarantined: Option<String>,
+    /// Why it is pinned, if it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pinned: Option<String>,
+    /// The best proof of its bytes so far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proof: Option<Proof>,
+    /// Readers that still need it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub leases: Vec<Lease>,
+    /// What was measured of its state.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metrics: BTreeMap<String, f64>,
 }
 
 impl Checkpoint {
+    /// A checkpoint as record `record` commits it.
+    pub fn committed(checkpoint: CheckpointRef, record: u64) -> Self {
+        Self {
+            checkpoint,
+            record,
+            abandoned: false,
+            quarantined: None,
+            pinned: None,
+            proof: None,
+            leases: vec![],
+            metrics: BTreeMap::new(),
+        }
+    }
+
     /// Whether a job may resume from it.
     pub fn is_good(&self) -> bool {
         !self.abandoned && self.quarantined.is_none()
@@ -192,8 +221,7 @@ impl History {
             Event::Generation { .. } => self.formed(&record.event),
             Event::Committed(checkpoint) => {
                 self.generations_without_progress = 0;
-                let (checkpoint, record) = (checkpoint.clone(), self.records);
-                self.checkpoints.push(Checkpoint { checkpoint, record, abandoned: false, quarantined: None });
+                self.checkpoints.push(Checkpoint::committed(checkpoint.clone(), self.records));
             }
             Event::Quarantined { manifest, reason } => {
                 let named = self.checkpoints.iter_mut().filter(|c| c.checkpoint.manifest == *manifest);
@@ -214,6 +242,7 @@ impl History {
                 (self.identity, self.fingerprint, self.start, self.memory) = (None, None, None, None);
                 self.checkpoints.iter_mut().for_each(|c| c.abandoned = true);
             }
+            event => self.note(event),
         }
         self.epoch = record.epoch;
         self.generation = record.generation;
@@ -292,7 +321,7 @@ impl History {
             Event::Quarantined { manifest, .. } | Event::Deleted { manifest } if self.find(manifest).is_none() => {
                 out("checkpoint", format!("there is no checkpoint {manifest}"))
             }
-            _ => Ok(()),
+            event => self.check_note(event).or_else(|why| out("checkpoint", why)),
         }
     }
 }

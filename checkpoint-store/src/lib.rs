@@ -8,7 +8,9 @@
 //! * [`record`], [`history`], [`chain`]: a job's history as a chain of such puts, and [`leader`] epochs;
 //! * [`object`], [`manifest`], [`save`]: shard → object → receipt → manifest → commit record;
 //! * [`mod@plan`], [`load`], [`mod@verify`]: any range back from any checkpoint, every byte proved;
-//! * [`retention`]: what may go, and how; [`spec_file`]: what was asked; [`layout`]: where everything lies.
+//! * [`trust`], [`leases`]: what is known of a checkpoint, and who needs it; [`mod@diff`]: how two differ;
+//! * [`policy`], [`retention`]: what may go, and how; [`change`]: what people ask for; [`leadership`]: who may do it;
+//! * [`spec_file`]: what was asked; [`layout`]: where everything lies.
 //!
 //! A checkpoint exists exactly when a record of the chain names its manifest with its hash.
 //!
@@ -63,44 +65,56 @@
 pub mod backend;
 pub mod capture;
 pub mod chain;
+pub mod change;
 pub mod conformance;
+pub mod diff;
 pub mod digest;
 pub mod error;
 pub mod history;
 pub mod layout;
 pub mod leader;
+pub mod leadership;
+pub mod leases;
 pub mod load;
 pub mod manifest;
 pub mod object;
 pub mod parity;
 pub mod plan;
+pub mod policy;
 pub mod probe;
+mod reach;
 pub mod record;
 pub mod retention;
 pub mod save;
 pub mod scalar;
 pub mod space;
 pub mod spec_file;
+pub mod trust;
 pub mod url;
 pub mod verify;
 
 pub use backend::{Create, Listed, Store};
 pub use capture::{CAPTURE_FORMAT, Capture};
 pub use chain::{Chain, ChainError, Refreshed, list_jobs};
+pub use change::{Change, ChangeReport, Keeper};
+pub use diff::{DiffReport, Side, diff};
 pub use digest::{BlockHash, Digest, HashList, StateDecl, hash_blocks, state_digest};
 pub use error::{Kind, StoreError};
 pub use history::{Checkpoint, FoldError, History, Status};
 pub use leader::{LeaderRecord, LeaderView, Take};
+pub use leadership::{Claim, LeadError, Leadership};
 pub use load::{open_checkpoint, read_range};
 pub use manifest::{AssembleError, Manifest};
 pub use object::{Extent, ObjectEntry, Receipt, ShardSource, ShardState};
 pub use plan::plan;
+pub use policy::{Keep, Policy, Why};
 pub use probe::probe_atomic_create;
 pub use record::{CheckpointRef, Event, Member, MemoryPoint, Record};
-pub use retention::{collect, condemned, sweep};
+pub use retention::{Collected, Collector, Freed, Open, collect, condemned, sweep};
 pub use save::{commit, upload_shard};
 pub use scalar::ScalarState;
 pub use space::{Dtype, Piece, Space, SpaceError, TensorDecl};
 pub use spec_file::{read_spec, write_spec};
+pub use trust::{Lease, Proof, Trust};
 pub use url::normalize_url;
-pub use verify::{ObjectReport, VerifyReport, verify};
+pub use verify::{ObjectReport, Sample, VerifyReport, verify, verify_sample};

@@ -4,6 +4,8 @@
 //! entitled to write it, and a token, so that the author can tell its own record after an unclear answer. Every 256th
 //! record also holds the history folded from all before it.
 
+use std::collections::BTreeMap;
+
 use proto::ids::{Epoch, Generation, NodeName, Rank, Step, WorkerId, WorldSize};
 use serde::{Deserialize, Serialize};
 
@@ -11,8 +13,9 @@ use crate::digest::{BlockHash, Digest};
 use crate::error::{StoreError, parse_json};
 use crate::history::History;
 
-/// The version of records this build writes, and the newest it reads.
-pub const RECORD_FORMAT: u32 = 1;
+/// The version of records this build writes, and the newest it reads. Format 2 added pins, proofs, leases and metrics:
+/// a build that does not know them would delete what they keep, so it must refuse the chain.
+pub const RECORD_FORMAT: u32 = 2;
 /// A record larger than this is refused unread.
 pub const MAX_RECORD: u64 = 8 << 20;
 /// Every record whose number is a multiple of this holds the folded history.
@@ -104,6 +107,54 @@ pub enum Event {
     Deleted {
         /// Its manifest's file name.
         manifest: String,
+    },
+    /// A checkpoint stays until it is unpinned.
+    Pinned {
+        /// Its manifest's file name.
+        manifest: String,
+        /// Why, for people; may be empty.
+        reason: String,
+    },
+    /// A checkpoint is again under the rules of retention.
+    Unpinned {
+        /// Its manifest's file name.
+        manifest: String,
+    },
+    /// A checkpoint was read again and nothing was wrong with what was read.
+    Verified {
+        /// Its manifest's file name.
+        manifest: String,
+        /// How many of its blocks were read and had their hashes.
+        blocks: u64,
+        /// How many it has.
+        of: u64,
+        /// Who read them, for people.
+        by: String,
+    },
+    /// A reader needs a checkpoint: it is not deleted before the lease is released.
+    Leased {
+        /// Its manifest's file name.
+        manifest: String,
+        /// The lease's name, drawn by the reader.
+        lease: String,
+        /// Who reads, for people.
+        holder: String,
+        /// A leader that hears no renewal for this long, by its own monotonic clock, releases the lease.
+        seconds: u32,
+    },
+    /// A lease is over.
+    Released {
+        /// The lease's name.
+        lease: String,
+        /// Why, for people.
+        reason: String,
+    },
+    /// What was measured of a checkpoint's state, such as `validation_loss`.
+    Measured {
+        /// Its manifest's file name.
+        manifest: String,
+        /// Finite numbers by name; a later one replaces an earlier one of its name.
+        metrics: BTreeMap<String, f64>,
     },
     /// The job stopped, to be resumed.
     Paused {

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use proto::ids::{JobName, NodeName, WorkerId};
 
+use crate::checkpoint::CheckpointCommand;
+
 /// Launches, heals and reshapes distributed training jobs, and keeps their checkpoints.
 #[derive(Debug, Parser)]
 #[command(
@@ -254,42 +256,6 @@ pub(crate) struct ScaleArgs {
     pub(crate) workers: u32,
     #[command(flatten)]
     pub(crate) operator: OperatorArgs,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum CheckpointCommand {
-    /// The checkpoints of a job, oldest first.
-    List(CheckpointListArgs),
-    /// One checkpoint: digest, parameters, scalar state, objects.
-    Show(CheckpointArgs),
-    /// Read every byte of one checkpoint (or of all) again and prove it.
-    Verify(CheckpointArgs),
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct CheckpointListArgs {
-    /// The store, a URL or a path.
-    #[arg(long, value_name = "URL")]
-    pub(crate) store: String,
-    /// The job's name.
-    #[arg(value_name = "JOB")]
-    pub(crate) name: JobName,
-    /// What standard output carries.
-    #[arg(long, value_enum, default_value = "text")]
-    pub(crate) output: Output,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Examples:
-  cairn checkpoint show --store examples/cairn-store tiny   the newest
-  cairn checkpoint verify --store s3://bucket/prefix tiny 150")]
-pub(crate) struct CheckpointArgs {
-    #[command(flatten)]
-    pub(crate) job: CheckpointListArgs,
-    /// The step; by default the newest for `show`, every one for `verify`.
-    #[arg(value_name = "STEP")]
-    pub(crate) step: Option<u64>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -160,7 +160,7 @@ fn parent_gone() -> oneshot::Receiver<()> {
 
 /// What tells this boot of this machine from any other: a leader seen under the same identity and address is a former
 /// process of ours.
-fn host_identity() -> String {
+pub(crate) fn host_identity() -> String {
     let read = |path: &str| std::fs::read_to_string(PathBuf::from(path)).map(|text| text.trim().to_string());
     let boot = read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let name = read("/proc/sys/kernel/hostname").unwrap_or_else(|_| "localhost".into());

@@ -7,13 +7,13 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use checkpoint_store::{Receipt, Space};
 use checkpoint_store::parity::MAX_GROUP;
+use checkpoint_store::{Change, Receipt, Space};
 use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId, WorldSize};
 use proto::spec::{JobSpec, SPEC_FORMAT};
 use proto::wire::{
-    AgentHello, BUILD, GroupMember, JobMemory, NodeReport, ParityGroup, SaveFailed, SaveSkipped, ShardReceipt,
-    StepReport, SubmitMode, SubmitRequest, WorkerPhase, WorkerState,
+    AgentHello, BUILD, CheckpointChange, GroupMember, JobMemory, NodeReport, ParityGroup, SaveFailed, SaveSkipped,
+    ShardReceipt, StepReport, SubmitMode, SubmitRequest, WorkerPhase, WorkerState,
 };
 
 use crate::machine::memory::{Group, Inventory, Room};
@@ -57,6 +57,12 @@ pub(crate) fn hello(hello: &AgentHello) -> Result<Hello, Fault> {
     }
     let home = Home { snapshots, domain: hello.domain.clone() };
     Ok(Hello { node, incarnation: hello.incarnation.clone(), slots: hello.slots, home })
+}
+
+/// A change of a job's checkpoints, well formed; whether it makes sense is for the chain to say.
+pub(crate) fn change(request: &CheckpointChange) -> Result<(JobName, Arc<[u8]>), Fault> {
+    Change::from_json(&request.change).map_err(|error| error.to_string())?;
+    Ok((job(&request.job)?, Arc::from(request.change.as_slice())))
 }
 
 pub(crate) fn report(report: NodeReport) -> Result<NodeState, Fault> {

@@ -4,24 +4,23 @@
 //! of it. After an append without a clear answer the chain is read again before anything else is written, so a record
 //! is neither lost nor doubled. An append lost to another author means that another coordinator leads.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use checkpoint_store::error::{Kind, StoreError};
 use checkpoint_store::{
-    Chain, ChainError, CheckpointRef, Digest, Event, History, Manifest, Member as StoredMember,
-    MemoryPoint as StoredPoint, Receipt, Record, Space, Status, Store, collect, commit, list_jobs, read_spec,
+    Chain, ChainError, Change, CheckpointRef, Digest, Event, History, Keeper, Manifest, Member as StoredMember,
+    MemoryPoint as StoredPoint, Open, Policy, Receipt, Record, Space, Status, Store, commit, list_jobs, read_spec,
     write_spec,
 };
-use proto::ids::{Epoch, JobName, Rank, Step, WorldSize};
-use proto::spec::{JobSpec, SPEC_FORMAT};
+use proto::ids::{Epoch, Generation, JobName, Rank, Step, WorldSize};
+use proto::spec::{JobSpec, SPEC_FORMAT, VALIDATION_LOSS};
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 
 use crate::machine::memory::MemoryPoint;
-use crate::machine::{Checkpoint, End, Entry, Ledger, Member, Membership, Operation, Outcome};
-
-/// Steps after the newest committed one whose objects a collection leaves alone: their save may be open.
-const OPEN_STEPS: u64 = 100_000;
+use crate::machine::{Changed, Checkpoint, End, Entry, Ledger, Member, Membership, Operation, Outcome};
 
 /// All chains this leader writes.
 #[derive(Clone)]
@@ -30,6 +29,8 @@ pub(crate) struct Journal {
     epoch: Epoch,
     /// Who leads, for the records.
     leader: String,
+    /// The start of the monotonic time by which leases are counted.
+    began: Instant,
     pages: Arc<std::sync::Mutex<BTreeMap<JobName, Arc<Mutex<Page>>>>>,
 }
 
@@ -41,6 +42,8 @@ struct Page {
     spec: Option<JobSpec>,
     /// An append whose fate is unknown.
     unclear: Option<Event>,
+    /// What is remembered of leases and of what kept checkpoints reach.
+    keeper: Keeper,
 }
 
 /// A job found in the store: its ledger, or why it cannot be read.
@@ -48,7 +51,11 @@ pub(crate) type Found = (JobName, Result<Ledger, String>);
 
 impl Journal {
     pub(crate) fn new(store: Store, epoch: Epoch, leader: String) -> Self {
-        Self { store, epoch, leader, pages: Arc::default() }
+        Self { store, epoch, leader, began: Instant::now(), pages: Arc::default() }
+    }
+
+    fn now(&self) -> Duration {
+        self.began.elapsed()
     }
 
     fn page(&self, job: &JobName) -> Arc<Mutex<Page>> {
@@ -96,7 +103,9 @@ impl Journal {
         }
         let ledger = ledger(spec.clone(), history)?;
         let page = self.page(job);
-        *page.lock().await = Page { chain: Some(chain), spec: Some(spec), unclear: None };
+        let mut keeper = Keeper::default();
+        keeper.observe(self.now(), &chain);
+        *page.lock().await = Page { chain: Some(chain), spec: Some(spec), unclear: None, keeper };
         Ok(Some(ledger))
     }
 
@@ -106,8 +115,14 @@ impl Journal {
         let mut page = page.lock().await;
         let done = match operation {
             Operation::Append(entry) => self.append(&mut page, &job, entry).await,
-            Operation::Commit { receipts, .. } => self.commit(&mut page, receipts).await,
-            Operation::Retain { keep_last } => self.retain(&mut page, keep_last).await,
+            Operation::Commit { receipts, validation_loss, .. } => {
+                self.commit(&mut page, receipts, validation_loss).await
+            }
+            Operation::Retain => self.retain(&mut page).await,
+            Operation::Change(change) => match self.change(&mut page, &change).await {
+                Err(error) if error.kind() == Kind::Input => Ok(Outcome::Refused(error.to_string())),
+                done => done,
+            },
         };
         done.unwrap_or_else(|error| match error.kind() {
             Kind::Fenced => Outcome::Lost(error.to_string()),
@@ -170,7 +185,12 @@ impl Journal {
         })
     }
 
-    async fn commit(&self, page: &mut Page, receipts: Vec<Arc<[u8]>>) -> Result<Outcome, ChainError> {
+    async fn commit(
+        &self,
+        page: &mut Page,
+        receipts: Vec<Arc<[u8]>>,
+        validation_loss: Option<f64>,
+    ) -> Result<Outcome, ChainError> {
         page.resolve(self.epoch).await?;
         let (Some(chain), Some(spec)) = (page.chain.as_mut(), page.spec.clone()) else {
             return Err(StoreError::Bug("a commit to a job without a chain".into()).into());
@@ -182,25 +202,73 @@ impl Journal {
             Ok(Err(reason)) => return Ok(Outcome::Impossible(reason)),
             Err(error) => return Ok(Outcome::Impossible(format!("assembling the manifest broke off: {error}"))),
         };
+        if let Some(reason) = late(chain.history(), manifest.step, manifest.generation) {
+            return Ok(Outcome::Impossible(reason));
+        }
         let checkpoint = commit(chain, &manifest, self.epoch, uuid::Uuid::new_v4()).await?;
+        if let Some(loss) = validation_loss.filter(|loss| loss.is_finite()) {
+            measured(chain, self.epoch, &checkpoint, loss).await?;
+        }
         Ok(Outcome::Committed(Box::new(known(&checkpoint)?)))
     }
 
-    async fn retain(&self, page: &mut Page, keep_last: usize) -> Result<Outcome, ChainError> {
+    async fn retain(&self, page: &mut Page) -> Result<Outcome, ChainError> {
         page.resolve(self.epoch).await?;
-        let Some(chain) = page.chain.as_mut() else { return Ok(Outcome::Done) };
-        let history = chain.history();
-        let steps = page.spec.as_ref().map_or(u64::MAX, |spec| spec.training.steps);
-        let of_this = history.checkpoints.iter().map(|saved| &saved.checkpoint);
-        let newest = of_this.filter(|saved| saved.generation == history.generation).map(|saved| saved.step.get()).max();
-        let first = newest.unwrap_or(0).saturating_add(1);
-        let open: BTreeSet<Step> = (first..=steps.min(first.saturating_add(OPEN_STEPS))).map(Step::new).collect();
-        let (gone, files) = collect(chain, self.epoch, keep_last, &open).await?;
-        if !gone.is_empty() {
-            tracing::info!(job = %chain.job(), checkpoints = gone.len(), files, "retention");
+        let (Some(chain), Some(spec)) = (page.chain.as_mut(), page.spec.as_ref()) else { return Ok(Outcome::Done) };
+        let before = chain.history().clone();
+        let policy = Policy::from(&spec.checkpoint);
+        let done = page.keeper.collect(chain, self.epoch, self.now(), &policy).await?;
+        if !done.deleted.is_empty() {
+            tracing::info!(job = %chain.job(), checkpoints = done.deleted.len(), files = done.files, "retention");
         }
-        Ok(Outcome::Done)
+        if let Some(why) = done.unfinished {
+            tracing::warn!(job = %chain.job(), "retention did not finish: {why}; the next one will");
+        }
+        Ok(Outcome::Collected(gone(&before, chain.history())))
     }
+
+    async fn change(&self, page: &mut Page, change: &[u8]) -> Result<Outcome, ChainError> {
+        page.resolve(self.epoch).await?;
+        let change = Change::from_json(change)?;
+        let (Some(chain), Some(spec)) = (page.chain.as_mut(), page.spec.as_ref()) else {
+            return Err(StoreError::Bug("a change of a job without a chain".into()).into());
+        };
+        let before = chain.history().clone();
+        let policy = Policy::from(&spec.checkpoint);
+        let report = page.keeper.perform(chain, self.epoch, self.now(), &policy, &change).await?;
+        if report.records > 0 {
+            tracing::info!(job = %chain.job(), ?change, records = report.records, "the checkpoints were changed");
+        }
+        let quarantined = report.quarantined.as_ref().map(|(checkpoint, why)| (checkpoint.step, why.clone()));
+        let json = serde_json::to_vec(&report).map_err(|error| StoreError::Bug(format!("a report: {error}")))?;
+        Ok(Outcome::Changed(Changed { report: json, gone: gone(&before, chain.history()), quarantined }))
+    }
+}
+
+/// The good checkpoints of one history that another lacks.
+fn gone(before: &History, after: &History) -> Vec<(Step, Generation)> {
+    let still = |manifest: &str| after.find(manifest).is_some_and(checkpoint_store::Checkpoint::is_good);
+    let lost = before.checkpoints.iter().filter(|c| c.is_good() && !still(&c.checkpoint.manifest));
+    lost.map(|c| (c.checkpoint.step, c.checkpoint.generation)).collect()
+}
+
+/// Why a step can no longer be committed: its files were fair game for a collection once a newer one was.
+fn late(history: &History, step: Step, generation: Generation) -> Option<String> {
+    let committed = history.checkpoints.iter().map(|c| &c.checkpoint);
+    let known = committed.into_iter().any(|c| (c.step, c.generation) == (step, generation));
+    let open = known || generation != history.generation || Open::of(history).holds(step);
+    (!open).then(|| format!("generation {generation} has committed a newer step than {step}"))
+}
+
+/// Records the loss of a checkpoint, once.
+async fn measured(chain: &mut Chain, epoch: Epoch, of: &CheckpointRef, loss: f64) -> Result<(), ChainError> {
+    let known = chain.history().find(&of.manifest).and_then(|c| c.metrics.get(VALIDATION_LOSS));
+    if known == Some(&loss) {
+        return Ok(());
+    }
+    let metrics = BTreeMap::from([(VALIDATION_LOSS.to_string(), loss)]);
+    let event = Event::Measured { manifest: of.manifest.clone(), metrics };
+    chain.append(Record::new(epoch, chain.history().generation, event)).await.map(drop)
 }
 
 impl Page {

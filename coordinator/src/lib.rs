@@ -20,7 +20,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use checkpoint_store::error::{Kind, StoreError};
-use checkpoint_store::{Create, Store, layout, probe_atomic_create};
+use checkpoint_store::{Create, Leadership, Store, layout, probe_atomic_create};
 use proto::auth::Token;
 use proto::ids::JobName;
 use proto::wire::MOST_MESSAGE_BYTES;
@@ -39,7 +39,7 @@ pub use error::CoordinatorError;
 
 use crate::driver::Driver;
 use crate::journal::Journal;
-use crate::lead::{Leadership, acquire};
+use crate::lead::{acquire, hold};
 use crate::machine::{Cluster, Settings};
 use crate::service::Edge;
 use crate::watch::Hub;
@@ -107,9 +107,9 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         leadership = start => leadership?,
         () = &mut shutdown => return Ok(()),
     };
-    tracing::info!(epoch = leadership.epoch.get(), %address, store = store.url(), "this coordinator leads");
+    tracing::info!(epoch = leadership.epoch().get(), %address, store = store.url(), "this coordinator leads");
     let (stop, stopped) = oneshot::channel::<()>();
-    let mut holding = Task(tokio::spawn(leadership.clone().hold(async {
+    let mut holding = Task(tokio::spawn(hold(leadership.clone(), async {
         // A dropped sender asks for the same.
         let _ = stopped.await;
     })));
@@ -142,7 +142,7 @@ fn parts(
     leadership: &Leadership,
     address: &str,
 ) -> (Driver, Edge, mpsc::Receiver<driver::Input>) {
-    let epoch = leadership.epoch;
+    let epoch = leadership.epoch();
     let settings = Settings {
         epoch,
         leader: address.to_string(),
@@ -150,14 +150,15 @@ fn parts(
         heartbeat: HEARTBEAT,
         suspicion: SUSPICION,
         nonce_path: layout::leader(epoch),
-        nonce: leadership.token.clone(),
+        nonce: leadership.token().to_string(),
         secret: secret(&options.token),
     };
     let hub = Hub::new(epoch.get());
     let journal = Journal::new(store.clone(), epoch, format!("{address} on {}", options.host));
     let driver = Driver::new(Cluster::new(settings), epoch.get(), journal, hub.clone(), options.scope.clone());
     let (sender, inputs) = mpsc::channel(WAITING);
-    let edge = Edge { inputs: sender, hub, epoch: epoch.get(), connections: Arc::new(AtomicU64::new(1)) };
+    let (nonce, connections) = (leadership.token().to_string(), Arc::new(AtomicU64::new(1)));
+    let edge = Edge { inputs: sender, hub, epoch: epoch.get(), nonce, connections };
     (driver, edge, inputs)
 }
 

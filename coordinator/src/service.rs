@@ -15,8 +15,8 @@ use proto::wire::cluster_server::Cluster;
 use proto::wire::coordinator_message::Body as ToAgent;
 use proto::wire::jobs_server::Jobs;
 use proto::wire::{
-    AgentMessage, CoordinatorMessage, JobRequest, JobStatus, ListReply, ListRequest, ScaleRequest, SubmitReply,
-    SubmitRequest, WatchEvent, WatchRequest,
+    AgentMessage, CheckpointChange, CheckpointChanged, CoordinatorMessage, JobRequest, JobStatus, ListReply,
+    ListRequest, ScaleRequest, SubmitReply, SubmitRequest, WatchEvent, WatchRequest,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
@@ -42,6 +42,8 @@ pub(crate) struct Edge {
     pub(crate) inputs: mpsc::Sender<Input>,
     pub(crate) hub: Hub,
     pub(crate) epoch: u64,
+    /// The token in this leadership's record.
+    pub(crate) nonce: String,
     pub(crate) connections: Arc<AtomicU64>,
 }
 
@@ -220,6 +222,24 @@ impl Jobs for Edge {
 
     async fn cancel(&self, request: Request<JobRequest>) -> Result<Response<JobStatus>, Status> {
         self.ask_status(Ask::Cancel(job(request.get_ref())?)).await
+    }
+
+    async fn change_checkpoint(
+        &self,
+        request: Request<CheckpointChange>,
+    ) -> Result<Response<CheckpointChanged>, Status> {
+        let request = request.into_inner();
+        if request.nonce != self.nonce {
+            return Err(Status::failed_precondition(
+                "the store you read is not led by this coordinator: name the coordinator of that store, or the store \
+                 of this coordinator",
+            ));
+        }
+        let (job, change) = check::change(&request).map_err(Status::invalid_argument)?;
+        match self.ask(Ask::Change(job, change)).await? {
+            Answer::Changed(report) => Ok(Response::new(CheckpointChanged { report })),
+            other => Err(Status::internal(format!("unexpected answer {other:?}"))),
+        }
     }
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {

@@ -200,6 +200,9 @@ fn retention_keeps_the_newest_good_ones() {
     assert_eq!(steps(&h, 1), [(10, 1)]);
     assert_eq!(steps(&h, 0), [(10, 1)], "the newest good one always stays");
     let h = tell(by(2, Event::Committed(fake(2, 30))));
+    // 20 is what the running generation started from.
+    assert_eq!(steps(&h, 1), [(10, 1), (30, 1), (40, 1)]);
+    let h = tell(by(2, Event::Paused { step: Step::new(30) }));
     assert_eq!(steps(&h, 1), [(10, 1), (20, 1), (30, 1), (40, 1)]);
     assert_eq!(steps(&h, 2), [(10, 1)]);
     assert_eq!(steps(&h, 3), []);

@@ -203,9 +203,9 @@ async fn a_newer_format_is_refused_naming_both() {
     let error = Manifest::parse("m", &serde_json::to_vec(&newer).unwrap()).unwrap_err();
     assert!(matches!(error, StoreError::NewerFormat { found: 7, known: 1, .. }), "{error}");
     let path = layout::record(&job(), chain.history().records);
-    store.create(&path, Bytes::from_static(br#"{"format":2,"event":{"kind":"unheard of"}}"#)).await.unwrap();
+    store.create(&path, Bytes::from_static(br#"{"format":7,"event":{"kind":"unheard of"}}"#)).await.unwrap();
     let error = Chain::load(&store, &job()).await.unwrap_err();
-    assert!(error.to_string().contains("format 2"), "{error}");
+    assert!(error.to_string().contains("format 7"), "{error}");
 }
 
 #[tokio::test]

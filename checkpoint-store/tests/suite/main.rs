@@ -2,7 +2,9 @@
 
 mod backends;
 mod chain;
+mod compare;
 mod hostile;
+mod keeping;
 mod reshard;
 mod s3;
 mod support;

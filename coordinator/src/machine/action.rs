@@ -122,12 +122,29 @@ pub enum Outcome {
     Done,
     /// The checkpoint is committed.
     Committed(Box<Checkpoint>),
+    /// Retention is done: what is gone.
+    Collected(Vec<(Step, Generation)>),
+    /// A change of the checkpoints is done.
+    Changed(Changed),
+    /// A change that makes no sense; nothing was done.
+    Refused(String),
     /// It did not work but may later.
     Failed(String),
     /// It can never work: these receipts make no checkpoint.
     Impossible(String),
     /// Someone else wrote to the chain: this coordinator no longer leads.
     Lost(String),
+}
+
+/// What a change of a job's checkpoints has done.
+#[derive(Debug, Default)]
+pub struct Changed {
+    /// JSON of the store's report, for who asked.
+    pub report: Vec<u8>,
+    /// Checkpoints no generation can start from any more.
+    pub gone: Vec<(Step, Generation)>,
+    /// The one of them that was found damaged, and how.
+    pub quarantined: Option<(Step, String)>,
 }
 
 /// A request of an operator.
@@ -154,6 +171,8 @@ pub enum Ask {
     Resume(JobName),
     /// End for good.
     Cancel(JobName),
+    /// Change what is known of its checkpoints: JSON of the store's change.
+    Change(JobName, Arc<[u8]>),
 }
 
 /// An answer to a request.
@@ -168,6 +187,8 @@ pub enum Answer {
     Status(Box<JobStatus>),
     /// All jobs.
     List(Vec<JobStatus>),
+    /// What a change of checkpoints has done: JSON of the store's report.
+    Changed(Vec<u8>),
 }
 
 /// Why a request is refused.
@@ -198,12 +219,13 @@ pub enum Operation {
         step: Step,
         /// All ranks' receipts, in rank order.
         receipts: Vec<Arc<[u8]>>,
+        /// The loss on the held-out set at this step, if it was measured.
+        validation_loss: Option<f64>,
     },
-    /// Collect what retention no longer keeps.
-    Retain {
-        /// How many of the newest checkpoints stay.
-        keep_last: usize,
-    },
+    /// Collect what the job's policy no longer keeps.
+    Retain,
+    /// Change what is known of the checkpoints: JSON of the store's change.
+    Change(Arc<[u8]>),
 }
 
 /// Something to be done.

@@ -6,6 +6,7 @@
 //! after its last checkpoint's commit.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use proto::event::JobEvent;
@@ -19,6 +20,7 @@ use super::Settings;
 use super::action::{Action, Operation, RequestId};
 use super::budget::Budget;
 use super::commit::{Gathering, ReceiptEntry, ReceiptName, Settlement};
+use super::keeping::Losses;
 use super::ledger::{Checkpoint, End, Entry, Ledger};
 use super::live::Live;
 use super::members::Members;
@@ -107,6 +109,9 @@ pub(super) struct Job {
     pub(super) commit_after: (Duration, u32),
     /// Records operators asked for.
     pub(super) queue: VecDeque<(Entry, Option<Waiting>)>,
+    /// Changes of checkpoints somebody asked for.
+    pub(super) changes: VecDeque<(Arc<[u8]>, RequestId)>,
+    pub(super) losses: Losses,
     pub(super) live: Option<Live>,
     /// Wanted workers by node, as scheduled.
     pub(super) want: Placement,
@@ -156,6 +161,8 @@ impl Job {
             retry_at: None,
             commit_after: (Duration::ZERO, 0),
             queue: VecDeque::new(),
+            changes: VecDeque::new(),
+            losses: Losses::new(),
             live: None,
             want: Placement::new(),
             since: Duration::ZERO,
@@ -298,11 +305,15 @@ impl Job {
     /// The next store operation, if one is due.
     fn next(&mut self, cx: &mut Context<'_>) -> Option<(Operation, Option<Waiting>)> {
         let append = |entry| Some((Operation::Append(entry), None));
-        if self.born && !self.led && (self.active() || !self.queue.is_empty()) {
+        let asked = !self.queue.is_empty() || !self.changes.is_empty();
+        if self.born && !self.led && (self.active() || asked) {
             return append(Entry::Led);
         }
         if let Some((entry, waiting)) = self.queue.pop_front() {
             return Some((Operation::Append(entry), waiting));
+        }
+        if let Some(change) = self.next_change() {
+            return Some(change);
         }
         if self.active() {
             if let Some(waiting) = self.cancelling.take() {
@@ -338,13 +349,14 @@ impl Job {
 
     /// Retention, if a commit has made it due.
     fn tidy(&mut self) -> Option<Operation> {
-        let keep_last = self.ledger.spec.checkpoint.keep_last;
-        std::mem::take(&mut self.retain).then_some(Operation::Retain { keep_last })
+        std::mem::take(&mut self.retain).then_some(Operation::Retain)
     }
 
     fn commit(&mut self, cx: &mut Context<'_>) -> Option<Operation> {
         let (generation, step, set) = self.gathering.complete().filter(|_| cx.now >= self.commit_after.0)?;
-        Some(Operation::Commit { generation, step, receipts: set.into_iter().map(|entry| entry.receipt).collect() })
+        let receipts = set.into_iter().map(|entry| entry.receipt).collect();
+        let validation_loss = self.losses.get(&step).copied();
+        Some(Operation::Commit { generation, step, receipts, validation_loss })
     }
 
     /// Ends a generation that has stopped and stored its state; then the job, if it is where it should be.
@@ -389,6 +401,7 @@ impl Job {
         };
         cx.publish(&self.name, event);
         if let Some(loss) = report.validation_loss {
+            self.validated(step, loss);
             cx.publish(&self.name, JobEvent::Validation { step: report.step, loss });
         }
     }

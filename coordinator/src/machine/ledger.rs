@@ -190,10 +190,9 @@ impl Ledger {
         range.min = range.min.min(workers);
     }
 
-    /// Retention has deleted all but the newest.
-    pub fn keep_last(&mut self, count: usize) {
-        let old = self.checkpoints.len().saturating_sub(count);
-        self.checkpoints.drain(..old);
+    /// Checkpoints were deleted or set aside.
+    pub fn forget(&mut self, gone: &[(Step, Generation)]) {
+        self.checkpoints.retain(|checkpoint| !gone.contains(&(checkpoint.step, checkpoint.generation)));
     }
 
     /// A checkpoint was committed.

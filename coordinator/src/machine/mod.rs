@@ -11,6 +11,7 @@ mod commit;
 mod desired;
 mod forming;
 mod job;
+mod keeping;
 mod ledger;
 mod live;
 mod members;
@@ -29,7 +30,7 @@ use proto::ids::{Epoch, JobName, NodeName};
 use proto::wire::coordinator_message::Body;
 use proto::wire::{JobStatus, Welcome};
 
-pub use action::{Action, Answer, Ask, Event, Operation, Outcome, Refusal, RequestId};
+pub use action::{Action, Answer, Ask, Changed, Event, Operation, Outcome, Refusal, RequestId};
 pub use commit::{ReceiptEntry, ReceiptName};
 use job::{Context, Job};
 pub use ledger::{Checkpoint, End, Entry, Ledger, Member, Membership};

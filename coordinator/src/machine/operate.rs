@@ -29,6 +29,7 @@ impl Cluster {
             Ask::Pause(job) => self.pause(request, &job),
             Ask::Resume(job) => self.resume(request, &job),
             Ask::Cancel(job) => self.cancel(request, &job),
+            Ask::Change(job, change) => self.change(request, &job, change),
         };
         let answer = match response {
             Ok(None) => return,
@@ -38,7 +39,7 @@ impl Cluster {
         self.out.push(Action::Reply { request, answer });
     }
 
-    fn find(&mut self, name: &JobName) -> Result<&mut Job, Refusal> {
+    pub(super) fn find(&mut self, name: &JobName) -> Result<&mut Job, Refusal> {
         self.readable(name)?;
         let known = self.jobs.get_mut(name).filter(|job| job.born);
         known.ok_or_else(|| Refusal::NotFound(format!("there is no job {name} in this store; list them: cairn jobs")))

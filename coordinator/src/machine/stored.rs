@@ -66,12 +66,12 @@ impl Job {
                 cx.log(&self.name, format!("the checkpoint of step {step} is not committed: {reason}; trying again"));
                 self.commit_after = (cx.now + backoff(attempts), attempts.saturating_add(1));
             }
-            (Operation::Retain { keep_last }, Outcome::Done) => self.ledger.keep_last(keep_last),
-            (Operation::Retain { .. }, Outcome::Failed(reason) | Outcome::Impossible(reason)) => {
+            (Operation::Change(_), outcome) => self.changed(cx, flight.waiting, outcome),
+            (Operation::Retain, Outcome::Collected(gone)) => self.ledger.forget(&gone),
+            (Operation::Retain, Outcome::Failed(reason) | Outcome::Impossible(reason)) => {
                 cx.log(&self.name, format!("retention did not finish: {reason}; the next checkpoint's will"));
             }
-            (Operation::Retain { .. } | Operation::Commit { .. }, _)
-            | (Operation::Append(_), Outcome::Committed(_)) => {}
+            (Operation::Retain | Operation::Commit { .. } | Operation::Append(_), _) => {}
         }
         true
     }

@@ -182,6 +182,39 @@ pub struct CheckpointSpec {
     /// Nodes of a parity group that may be lost at once; a group of n nodes can afford n - 1.
     #[serde(default = "one")]
     pub parity: u32,
+    /// Checkpoints whose step is a multiple of this are kept; 0 for none.
+    #[serde(default)]
+    pub keep_every: u64,
+    /// How many of the best by `keep_best_metric` are kept.
+    #[serde(default)]
+    pub keep_best: usize,
+    /// What the best are best in.
+    #[serde(default = "validation_loss")]
+    pub keep_best_metric: String,
+    /// Which end of the metric is best.
+    #[serde(default)]
+    pub keep_best_order: BestOrder,
+    /// Checkpoints at most this many steps older than the newest are kept.
+    #[serde(default)]
+    pub keep_within_steps: u64,
+}
+
+/// Which end of a metric is best.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BestOrder {
+    /// As of a loss.
+    #[default]
+    Lowest,
+    /// As of an accuracy.
+    Highest,
+}
+
+/// The loss on `data.validation`, which a job measures itself.
+pub const VALIDATION_LOSS: &str = "validation_loss";
+
+fn validation_loss() -> String {
+    VALIDATION_LOSS.into()
 }
 
 fn yes() -> bool {

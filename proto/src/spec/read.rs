@@ -7,9 +7,9 @@ use toml::{Table, Value};
 
 use super::reader::{BELOW_ONE, NOT_NEGATIVE, POSITIVE, Reader, SpecError, set_place};
 use super::{
-    Architecture, CheckpointSpec, DataSpec, DeviceKind, FaultSpec, JobSpec, MOST_SEED, MOST_THREADS, ModelSpec,
-    OptimizerKind, OptimizerSpec, Overrides, PRESETS, Reduction, ResourcesSpec, SECONDS, SPEC_FORMAT, ScheduleKind,
-    ScheduleSpec, TrainingSpec, Workers,
+    Architecture, BestOrder, CheckpointSpec, DataSpec, DeviceKind, FaultSpec, JobSpec, MOST_SEED, MOST_THREADS,
+    ModelSpec, OptimizerKind, OptimizerSpec, Overrides, PRESETS, Reduction, ResourcesSpec, SECONDS, SPEC_FORMAT,
+    ScheduleKind, ScheduleSpec, TrainingSpec, VALIDATION_LOSS, Workers,
 };
 use crate::ids::JobName;
 
@@ -274,6 +274,7 @@ fn schedule(mut r: Reader, steps: u64) -> Result<ScheduleSpec, SpecError> {
 
 fn checkpoint(mut r: Reader, folder: &Path) -> Result<CheckpointSpec, SpecError> {
     let store = r.text("store")?.unwrap_or_else(|| "./cairn-store".into());
+    let orders = [("lowest", BestOrder::Lowest), ("highest", BestOrder::Highest)];
     let spec = CheckpointSpec {
         store: if store.contains("://") { store } else { store_path(&folder.join(store)) },
         every_steps: r.whole("every_steps", 1, 100)?,
@@ -281,6 +282,11 @@ fn checkpoint(mut r: Reader, folder: &Path) -> Result<CheckpointSpec, SpecError>
         memory: r.boolean("memory", true)?,
         memory_every: r.whole("memory_every", 0, 0)?,
         parity: r.whole("parity", 0, 1)?.try_into().unwrap_or(u32::MAX),
+        keep_every: r.whole("keep_every", 0, 0)?,
+        keep_best: r.whole("keep_best", 0, 0)? as usize,
+        keep_best_metric: r.text("keep_best_metric")?.unwrap_or_else(|| VALIDATION_LOSS.into()),
+        keep_best_order: r.choice("keep_best_order", &orders, BestOrder::Lowest)?,
+        keep_within_steps: r.whole("keep_within_steps", 0, 0)?,
     };
     r.finish()?;
     Ok(spec)

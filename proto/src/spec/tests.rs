@@ -34,6 +34,24 @@ fn defaults_fill_a_short_job() {
 }
 
 #[test]
+fn what_is_kept_has_defaults_also_for_a_spec_stored_before() {
+    let spec = parse(GOOD, &[]).unwrap();
+    let mut json = serde_json::to_value(&spec).unwrap();
+    let checkpoint = json["checkpoint"].as_object_mut().unwrap();
+    let kept: Vec<String> = checkpoint.keys().filter(|key| key.starts_with("keep_")).cloned().collect();
+    assert_eq!(kept.len(), 6, "{kept:?}");
+    kept.iter().filter(|key| *key != "keep_last").for_each(|key| drop(checkpoint.remove(key)));
+    assert_eq!(serde_json::from_value::<JobSpec>(json).unwrap(), spec);
+    let refused = parse(GOOD, &[("checkpoint.keep_best", "2")]).unwrap_err();
+    assert!(refused.contains("training.validate_every"), "{refused}");
+    let validates = [("data.validation", "\"v\""), ("training.validate_every", "5"), ("checkpoint.keep_best", "2")];
+    let spec = parse(GOOD, &validates).unwrap();
+    assert_eq!((spec.checkpoint.keep_best, spec.checkpoint.keep_best_metric.as_str()), (2, "validation_loss"));
+    let order = parse(GOOD, &[("checkpoint.keep_best_order", "\"hihgest\"")]).unwrap_err();
+    assert!(order.contains("did you mean \"highest\""), "{order}");
+}
+
+#[test]
 fn a_spec_survives_json() {
     let spec = parse(GOOD, &[]).unwrap();
     let text = serde_json::to_string(&spec).unwrap();
@@ -257,6 +275,10 @@ fn a_complete_spec_is_held_to_the_same_ranges() {
         ("schedule.decay_steps", |s| s.schedule.decay_steps = 0),
         ("checkpoint.every_steps", |s| s.checkpoint.every_steps = 0),
         ("checkpoint.keep_last", |s| s.checkpoint.keep_last = 0),
+        ("checkpoint.keep_every", |s| s.checkpoint.keep_every = u64::MAX),
+        ("checkpoint.keep_best", |s| s.checkpoint.keep_best = 1),
+        ("checkpoint.keep_best_metric", |s| s.checkpoint.keep_best_metric = "a b".into()),
+        ("checkpoint.keep_within_steps", |s| s.checkpoint.keep_within_steps = u64::MAX),
         ("resources.threads", |s| s.resources.threads = 1025),
         ("resources.workers", |s| s.resources.workers = Workers { min: 0, max: 1 }),
         ("fault.heartbeat", |s| s.fault.heartbeat = f64::NAN),

@@ -6,7 +6,7 @@
 
 use super::read::scheme;
 use super::reader::{BELOW_ONE, MOST, NOT_NEGATIVE, POSITIVE, SpecError, is_within, number_wanted, whole_wanted};
-use super::{DataSpec, DeviceKind, JobSpec, MOST_SEED, MOST_THREADS, ModelSpec, SECONDS};
+use super::{DataSpec, DeviceKind, JobSpec, MOST_SEED, MOST_THREADS, ModelSpec, SECONDS, VALIDATION_LOSS};
 
 /// Most micro-batches of one update: their losses travel in one message, and the exact grid leaves room for so many.
 const MOST_MICRO_BATCHES: usize = 1 << 20;
@@ -43,7 +43,28 @@ impl JobSpec {
                 "\"cpu\" or \"auto\": this build has no GPU device".into(),
             );
         }
+        self.validate_keeping(place)?;
         self.validate_timeouts(place)
+    }
+
+    /// Keeping the best needs something to tell it by.
+    fn validate_keeping(&self, place: &str) -> Result<(), SpecError> {
+        let refuse = |key: &str, found: String, wanted: &str| {
+            Err(SpecError::Value { place: place.into(), key: key.into(), found, wanted: wanted.into() })
+        };
+        let c = &self.checkpoint;
+        let name = &c.keep_best_metric;
+        let usable = (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+        if !usable {
+            let shown: String = name.chars().take(80).collect();
+            return refuse("checkpoint.keep_best_metric", format!("{shown:?}"), "1 to 64 of a-z A-Z 0-9 _");
+        }
+        let validates = self.training.validate_every > 0 && self.data.validation.is_some();
+        if c.keep_best > 0 && name == VALIDATION_LOSS && !validates {
+            let wanted = "0, or the job must validate: set data.validation and training.validate_every";
+            return refuse("checkpoint.keep_best", c.keep_best.to_string(), wanted);
+        }
+        Ok(())
     }
 
     fn validate_whole_numbers(&self, place: &str) -> Result<(), SpecError> {
@@ -62,6 +83,9 @@ impl JobSpec {
             ("checkpoint.keep_last", c.keep_last as u64, 1..=MOST),
             ("checkpoint.memory_every", c.memory_every, 0..=MOST),
             ("checkpoint.parity", u64::from(c.parity), 0..=MOST_PARITY),
+            ("checkpoint.keep_every", c.keep_every, 0..=MOST),
+            ("checkpoint.keep_best", c.keep_best as u64, 0..=MOST),
+            ("checkpoint.keep_within_steps", c.keep_within_steps, 0..=MOST),
             ("resources.threads", self.resources.threads as u64, 0..=MOST_THREADS),
         ];
         match ranges.into_iter().find(|(_, value, range)| !range.contains(value)) {

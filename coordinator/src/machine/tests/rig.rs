@@ -215,7 +215,7 @@ impl Rig {
                 self.records.push(entry);
                 Outcome::Done
             }
-            Operation::Commit { generation, step, receipts } => {
+            Operation::Commit { generation, step, receipts, .. } => {
                 let ledger = self.ledger.as_mut().unwrap();
                 assert_eq!(generation, ledger.generation, "only the newest generation commits");
                 let world = ledger.membership.as_ref().map(|membership| membership.members.len());
@@ -226,7 +226,8 @@ impl Rig {
                 ledger.commit(checkpoint.clone());
                 Outcome::Committed(Box::new(checkpoint))
             }
-            Operation::Retain { .. } => Outcome::Done,
+            Operation::Retain => Outcome::Collected(vec![]),
+            Operation::Change(_) => Outcome::Refused("the rig keeps no checkpoints".into()),
         };
         self.handle(Event::Stored { job, outcome });
         true
