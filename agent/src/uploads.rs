@@ -150,7 +150,7 @@ fn open(slots: &Path, captured: &wire::Captured, key: &SaveKey) -> Result<ShardS
     capture.source(map)
 }
 
-/// Tries until the shard is in the store; the receipt as JSON. `None` if no try can succeed.
+/// Tries until the shard is in the store; the receipt as it is sent. `None` if no try can succeed.
 async fn persist(url: &str, source: &ShardSource, key: &SaveKey) -> Option<Vec<u8>> {
     let mut wait = WAITS.0;
     for failures in 1.. {
@@ -174,5 +174,5 @@ async fn persist(url: &str, source: &ShardSource, key: &SaveKey) -> Option<Vec<u
 
 async fn attempt(url: &str, source: &ShardSource) -> Result<Vec<u8>, StoreError> {
     let store = Store::open(url)?;
-    upload_shard(&store, source, uuid::Uuid::new_v4()).await?.to_json()
+    upload_shard(&store, source, uuid::Uuid::new_v4()).await?.to_bytes()
 }

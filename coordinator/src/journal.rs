@@ -219,7 +219,7 @@ impl Page {
 
 /// The manifest of a complete set of receipts, or why it makes none.
 fn assemble(spec: &JobSpec, receipts: &[Arc<[u8]>]) -> Result<Manifest, String> {
-    let read = |receipt: &Arc<[u8]>| Receipt::from_json(receipt).map_err(|error| error.to_string());
+    let read = |receipt: &Arc<[u8]>| Receipt::from_bytes(receipt).map_err(|error| error.to_string());
     let receipts: Vec<Receipt> = receipts.iter().map(read).collect::<Result<_, _>>()?;
     let scalar = receipts.first().map(|first| first.scalar.clone()).ok_or("no receipts")?;
     let space = Space::of_model(&spec.model).map_err(|error| error.to_string())?;

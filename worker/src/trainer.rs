@@ -282,6 +282,7 @@ impl Saver<'_> {
                 scalar: scalar_state(&trainer.spec, step),
                 states: StateDecl::adamw(),
                 hashes: Vec::new(),
+                stages: Vec::new(),
             },
             states: [&trainer.parameters[member.shard.clone()], &member.exp_avg, &member.exp_avg_sq],
         };
