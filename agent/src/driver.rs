@@ -345,8 +345,8 @@ impl Driver {
             }
             Some(coordinator_message::Body::Settled(settled)) => {
                 if let Some(key) = SaveKey::of(&settled) {
-                    self.waiting.settle(&key);
-                    self.uploads.cancel(&key);
+                    let receipt = self.waiting.settle(&key);
+                    self.uploads.settled(&key, settled.committed, receipt);
                 }
             }
             Some(coordinator_message::Body::Refused(_)) | None => {} // the link ends the agent

@@ -7,9 +7,12 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use checkpoint_store::{Capture, Kind, ShardSource, Store, StoreError, upload_shard};
+use checkpoint_store::{
+    Capture, Kind, KnownBlocks, Receipt, ShardSource, Space, Stage, Store, StoreError, UploadOptions, upload_changed,
+};
 use memmap2::Mmap;
 use proto::ids::{JobName, WorkerId};
 use proto::wire;
@@ -55,11 +58,25 @@ pub(crate) struct Uploads {
     running: BTreeMap<SaveKey, oneshot::Sender<()>>,
     fences: BTreeMap<JobName, Fence>,
     stores: BTreeMap<JobName, String>,
+    known: BTreeMap<JobName, Known>,
+}
+
+/// What the committed checkpoints of a job hold, as far as this node stored them: unchanged blocks stay where they lie.
+#[derive(Debug)]
+struct Known {
+    space: Space,
+    blocks: Arc<KnownBlocks>,
 }
 
 impl Uploads {
     pub(crate) fn new(inputs: mpsc::Sender<Input>) -> Self {
-        Self { inputs, running: BTreeMap::new(), fences: BTreeMap::new(), stores: BTreeMap::new() }
+        Self {
+            inputs,
+            running: BTreeMap::new(),
+            fences: BTreeMap::new(),
+            stores: BTreeMap::new(),
+            known: BTreeMap::new(),
+        }
     }
 
     /// Where the shards of a job go.
@@ -78,8 +95,8 @@ impl Uploads {
             tracing::error!(job = %key.job, "a snapshot of a job without a store was dropped");
             return false;
         };
-        let source = match open(slots, &captured, &key) {
-            Ok(source) => source,
+        let (source, stages) = match open(slots, &captured, &key) {
+            Ok(opened) => opened,
             Err(error) => {
                 tracing::error!(job = %key.job, step = key.step, rank = key.rank, %error, "a snapshot is unusable");
                 return false;
@@ -88,10 +105,11 @@ impl Uploads {
         let (cancel, cancelled) = oneshot::channel();
         self.running.insert(key.clone(), cancel);
         let inputs = self.inputs.clone();
+        let known = self.known_of(&key.job, &source.space);
         tokio::spawn(async move {
             let (began, slot) = (Instant::now(), captured.slot);
             let receipt = tokio::select! {
-                receipt = persist(&url, &source, &key) => receipt,
+                receipt = persist(&url, &source, &key, UploadOptions { known: Some(&known), stages: &stages }) => receipt,
                 _ = cancelled => None,
             };
             drop(source);
@@ -109,9 +127,25 @@ impl Uploads {
         true
     }
 
-    /// Breaks one upload off.
-    pub(crate) fn cancel(&mut self, key: &SaveKey) {
+    /// What is known of a job; nothing, if its model is another than before.
+    fn known_of(&mut self, job: &JobName, space: &Space) -> Arc<KnownBlocks> {
+        if self.known.get(job).is_none_or(|known| known.space != *space) {
+            self.known.insert(job.clone(), Known { space: space.clone(), blocks: Arc::default() });
+        }
+        self.known.get(job).map(|known| Arc::clone(&known.blocks)).unwrap_or_default()
+    }
+
+    /// A save is decided: its upload, if it still runs, is of no use. What became a checkpoint is learnt from. After a
+    /// refusal, which may be for what the save referred to, nothing is known any more: the next shard is stored whole.
+    pub(crate) fn settled(&mut self, key: &SaveKey, committed: bool, receipt: Option<wire::ShardReceipt>) {
         self.running.remove(key);
+        let Some(known) = self.known.get_mut(&key.job) else { return };
+        let receipt = receipt.and_then(|receipt| Receipt::from_bytes(&receipt.receipt).ok());
+        match receipt.filter(|_| committed) {
+            Some(receipt) => Arc::make_mut(&mut known.blocks).learn(&known.space, &receipt),
+            None if committed => {}
+            None => known.blocks = Arc::default(),
+        }
     }
 
     /// An upload has ended.
@@ -130,31 +164,33 @@ impl Uploads {
     pub(crate) fn forget(&mut self, job: &JobName) {
         self.fences.remove(job);
         self.stores.remove(job);
+        self.known.remove(job);
         self.running.retain(|key, _| key.job != *job);
     }
 }
 
 /// Maps a slot and checks that it holds what the worker says.
-fn open(slots: &Path, captured: &wire::Captured, key: &SaveKey) -> Result<ShardSource, StoreError> {
+fn open(slots: &Path, captured: &wire::Captured, key: &SaveKey) -> Result<(ShardSource, Vec<Stage>), StoreError> {
     let path = slots.join(format!("slot-{}", captured.slot));
     let unusable = |error: std::io::Error| StoreError::Input(format!("{}: {error}", path.display()));
     let file = File::open(&path).map_err(unusable)?;
     // SAFETY: the slot is in this agent's folder of mode 0700, is never shortened (a worker removes a file rather than
     // resizing it), and is not written again before this agent frees it.
     let map = unsafe { Mmap::map(&file) }.map_err(unusable)?;
-    let capture = Capture::from_json(&captured.capture)?;
+    let mut capture = Capture::from_json(&captured.capture)?;
     let named = (capture.generation.get(), capture.scalar.step.get(), capture.rank.get());
     if capture.job != key.job || named != (key.generation, key.step, key.rank) {
         return Err(StoreError::Input(format!("{} is announced as another save than it is", path.display())));
     }
-    capture.source(map)
+    let stages = std::mem::take(&mut capture.stages);
+    Ok((capture.source(map)?, stages))
 }
 
 /// Tries until the shard is in the store; the receipt as it is sent. `None` if no try can succeed.
-async fn persist(url: &str, source: &ShardSource, key: &SaveKey) -> Option<Vec<u8>> {
+async fn persist(url: &str, source: &ShardSource, key: &SaveKey, options: UploadOptions<'_>) -> Option<Vec<u8>> {
     let mut wait = WAITS.0;
     for failures in 1.. {
-        let error = match attempt(url, source).await {
+        let error = match attempt(url, source, options).await {
             Ok(receipt) => return Some(receipt),
             Err(error) => error,
         };
@@ -172,7 +208,7 @@ async fn persist(url: &str, source: &ShardSource, key: &SaveKey) -> Option<Vec<u
     None
 }
 
-async fn attempt(url: &str, source: &ShardSource) -> Result<Vec<u8>, StoreError> {
+async fn attempt(url: &str, source: &ShardSource, options: UploadOptions<'_>) -> Result<Vec<u8>, StoreError> {
     let store = Store::open(url)?;
-    upload_shard(&store, source, uuid::Uuid::new_v4()).await?.to_bytes()
+    upload_changed(&store, source, uuid::Uuid::new_v4(), options).await?.to_bytes()
 }

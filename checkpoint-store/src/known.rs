@@ -51,6 +51,7 @@ struct Known {
 #[derive(Debug, Clone)]
 pub struct KnownBlocks {
     most: usize,
+    min_run: u64,
     states: Vec<(StateDecl, BTreeMap<u64, Known>)>,
 }
 
@@ -63,7 +64,13 @@ impl Default for KnownBlocks {
 impl KnownBlocks {
     /// Knows nothing yet, and never more than `most` blocks.
     pub fn new(most: usize) -> Self {
-        Self { most, states: vec![] }
+        Self { most, min_run: MIN_RUN, states: vec![] }
+    }
+
+    /// Refers to runs of at least this many bytes, instead of [`MIN_RUN`].
+    #[must_use]
+    pub fn with_min_run(self, bytes: u64) -> Self {
+        Self { min_run: bytes, ..self }
     }
 
     /// How many blocks are known.
@@ -146,17 +153,12 @@ struct Part {
 }
 
 /// Splits the shard of these blocks. `states` has, for each state, its hashes of the shard.
-pub(crate) fn split(
-    known: &KnownBlocks,
-    space: &Space,
-    shard: Range<u64>,
-    states: &[(StateDecl, &HashList)],
-) -> Split {
+pub(crate) fn split(known: &KnownBlocks, space: &Space, shard: Range<u64>, states: &[(StateDecl, &HashList)]) -> Split {
     let mut parts: Vec<Part> = vec![];
     for (index, (decl, hashes)) in states.iter().enumerate() {
         parts.extend(parts_of(known, space, shard.clone(), index, decl, hashes));
     }
-    let short = |part: &Part| part.bytes < MIN_RUN && part.blocks != shard;
+    let short = |part: &Part| part.bytes < known.min_run && part.blocks != shard;
     parts.iter_mut().filter(|part| short(part)).for_each(|part| part.lies = None);
     let mut used: HashMap<String, u64> = HashMap::new();
     for part in &parts {
@@ -191,7 +193,9 @@ fn parts_of(
         if let Some(last) = parts.last_mut() {
             let follows = match (&last.lies, &lies) {
                 (None, None) => true,
-                (Some((a, from)), Some((b, offset))) => a.path == b.path && from.checked_add(last.bytes) == Some(*offset),
+                (Some((a, from)), Some((b, offset))) => {
+                    a.path == b.path && from.checked_add(last.bytes) == Some(*offset)
+                }
                 _ => false,
             };
             if follows {
@@ -226,4 +230,129 @@ fn gather(space: &Space, states: &[(StateDecl, &HashList)], parts: Vec<Part>) ->
     }
     split.references = old.into_values().collect();
     split
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use proto::ids::{JobName, Rank, WorldSize};
+
+    use super::*;
+    use crate::scalar::ScalarState;
+    use crate::space::{Dtype, TensorDecl};
+
+    const BLOCK: u64 = 1 << 18;
+
+    fn space(blocks: u64) -> Space {
+        let shape = vec![blocks << 16];
+        Space::new(vec![TensorDecl { name: "w".into(), shape, dtype: Dtype::F32 }]).unwrap()
+    }
+
+    fn hashes(blocks: &[u64]) -> HashList {
+        HashList(blocks.iter().map(|value| BlockHash::of(&value.to_le_bytes())).collect())
+    }
+
+    /// A receipt of a world of one whose whole shard lies in one object, named by `step`.
+    fn receipt(step: u64, values: &[u64]) -> Receipt {
+        let elements = (values.len() as u64) << 16;
+        let extent = Extent { state: "param".into(), first: 0, elements, offset: 256 };
+        let path = format!("jobs/tiny/objects/00/{step}.safetensors");
+        Receipt {
+            job: JobName::new("tiny").unwrap(),
+            generation: Generation::new(1),
+            rank: Rank::ZERO,
+            world_size: WorldSize::ONE,
+            shard: (0, elements),
+            scalar: ScalarState { step: Step::new(step), ..ScalarState::start(1, 10) },
+            states: vec![StateDecl::f32("param")],
+            hashes: vec![hashes(values)],
+            object: Some(ObjectEntry { path, bytes: 256 + elements * 4, extents: vec![extent] }),
+            references: vec![],
+            stages: vec![],
+        }
+    }
+
+    fn split_of(known: &KnownBlocks, values: &[u64]) -> Split {
+        let space = space(values.len() as u64);
+        split(known, &space, 0..space.blocks(), &[(StateDecl::f32("param"), &hashes(values))])
+    }
+
+    fn runs(split: &Split) -> Vec<(u64, u64)> {
+        split.fresh.iter().map(|run| (run.elements.start >> 16, run.elements.end >> 16)).collect()
+    }
+
+    #[test]
+    fn only_runs_worth_a_read_are_referred_to() {
+        let old: Vec<u64> = (0..64).collect();
+        let mut known = KnownBlocks::default();
+        known.learn(&space(64), &receipt(10, &old));
+        assert_eq!(known.len(), 64);
+        let whole = split_of(&known, &old);
+        assert!(whole.fresh.is_empty() && whole.references[0].extents.len() == 1);
+        // Blocks 20 and 30 change: the nine between are fewer than the sixteen of four megabytes.
+        let mut new = old.clone();
+        (new[20], new[30]) = (1000, 1001);
+        let split = split_of(&known, &new);
+        assert_eq!(runs(&split), [(20, 31)]);
+        let places: Vec<_> = split.references[0].extents.iter().map(|e| (e.first >> 16, e.offset)).collect();
+        assert_eq!(places, [(0, 256), (31, 256 + 31 * BLOCK)]);
+        // A small shard is one read however small it is.
+        let mut known = KnownBlocks::default();
+        known.learn(&space(2), &receipt(10, &[1, 2]));
+        assert!(split_of(&known, &[1, 2]).fresh.is_empty());
+        assert_eq!(runs(&split_of(&known, &[1, 3])), [(0, 2)]);
+    }
+
+    #[test]
+    fn an_object_used_too_little_is_given_up() {
+        let old: Vec<u64> = (0..100).collect();
+        let mut known = KnownBlocks::default();
+        known.learn(&space(100), &receipt(10, &old));
+        let keep = |n: usize| -> Vec<u64> { (0..100).map(|i| if i < n as u64 { i } else { 500 + i }).collect() };
+        assert_eq!(runs(&split_of(&known, &keep(26))), [(26, 100)]);
+        assert_eq!(runs(&split_of(&known, &keep(24))), [(0, 100)]);
+    }
+
+    #[test]
+    fn later_saves_are_believed_and_memory_is_bounded() {
+        let mut known = KnownBlocks::new(40).with_min_run(BLOCK);
+        known.learn(&space(32), &receipt(20, &[7; 32]));
+        known.learn(&space(32), &receipt(10, &[6; 32]));
+        assert!(split_of(&known, &[7; 32]).fresh.is_empty(), "an older receipt changes nothing");
+        let more = Receipt { generation: Generation::new(2), ..receipt(5, &(0..64).collect::<Vec<_>>()) };
+        known.learn(&space(64), &more);
+        assert_eq!(known.len(), 40, "the older save went, and no more than 40 blocks came");
+        known.forget();
+        assert!(known.is_empty());
+    }
+
+    proptest! {
+        /// Fresh runs and references together are the shard, exactly; and each rule holds.
+        #[test]
+        fn a_split_is_the_shard(saves in proptest::collection::vec(proptest::collection::vec(0u64..3, 40), 1..5)) {
+            let mut known = KnownBlocks::default().with_min_run(3 * BLOCK);
+            let (last, before) = saves.split_last().unwrap();
+            for (step, values) in before.iter().enumerate() {
+                known.learn(&space(40), &receipt(step as u64, values));
+            }
+            let split = split_of(&known, last);
+            let mut covered = vec![0; 40];
+            for (first, end) in runs(&split) {
+                (first..end).for_each(|block| covered[block as usize] += 1);
+            }
+            for object in &split.references {
+                let used: u64 = object.extents.iter().map(|e| e.elements * 4).sum();
+                prop_assert!(used * 4 >= object.bytes);
+                let step: usize = object.path.split(['/', '.']).nth_back(1).unwrap().parse().unwrap();
+                for e in &object.extents {
+                    prop_assert!(e.elements * 4 >= 3 * BLOCK);
+                    for block in e.first >> 16..(e.first + e.elements) >> 16 {
+                        covered[block as usize] += 1;
+                        prop_assert_eq!(before[step][block as usize], last[block as usize]);
+                    }
+                }
+            }
+            prop_assert!(covered.iter().all(|n| *n == 1), "{:?}", covered);
+        }
+    }
 }

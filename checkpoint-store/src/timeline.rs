@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::codec::{Reader, Writer, Wrong};
-use crate::manifest::MAX_OBJECTS;
 
 /// The stage the committer adds.
 pub const COMMIT: &str = "commit";
@@ -19,6 +18,10 @@ pub const COMMIT: &str = "commit";
 pub const UPLOAD: &str = "upload";
 /// Most stages of one rank.
 pub const MAX_STAGES: usize = 16;
+/// Most ranks whose times are kept.
+const MAX_RANKS: usize = 1 << 17;
+/// Most different names of stages.
+const MAX_NAMES: usize = 64;
 /// Longest name of a stage.
 const MAX_STAGE_NAME: usize = 32;
 /// Rows of ranks in a drawing; the ranks beyond are summed up in one more.
@@ -109,18 +112,16 @@ pub struct StageSummary {
 }
 
 impl Timeline {
-    /// Adds a rank's stages; a rank without any is left out.
+    /// Adds a rank's stages; a rank without any is left out, and so are names and ranks beyond what is kept.
     pub(crate) fn add(&mut self, rank: Rank, stages: &[Stage]) {
-        if stages.is_empty() {
-            return;
+        let mut spans = vec![];
+        for stage in stages {
+            let Some(name) = index_of(&mut self.names, &stage.name) else { continue };
+            spans.push(Span { name, start: stage.start_micros, micros: stage.micros, bytes: stage.bytes });
         }
-        let spans = stages.iter().map(|stage| Span {
-            name: index_of(&mut self.names, &stage.name),
-            start: stage.start_micros,
-            micros: stage.micros,
-            bytes: stage.bytes,
-        });
-        self.ranks.push((rank, spans.collect()));
+        if !spans.is_empty() && self.ranks.len() < MAX_RANKS {
+            self.ranks.push((rank, spans));
+        }
     }
 
     /// Adds the committer's stage. It begins when the last rank has stored its part; writing manifest and record comes
@@ -191,9 +192,7 @@ impl Timeline {
     /// As JSON: the summary, the slowest rank, and all ranks' stages, in seconds.
     pub fn to_json(&self) -> Value {
         let seconds = |micros: u64| micros as f64 / 1e6;
-        let stage = |s: &Stage| {
-            json!({"stage": s.name, "start": seconds(s.start_micros), "seconds": seconds(s.micros), "bytes": s.bytes})
-        };
+        let stage = |s: &Stage| json!({"stage": s.name, "start": seconds(s.start_micros), "seconds": seconds(s.micros), "bytes": s.bytes});
         let rank = |(rank, spans): &(Rank, Vec<Span>)| {
             let stages: Vec<Value> = spans.iter().map(|span| stage(&self.stage(span))).collect();
             json!({"rank": rank, "stages": stages})
@@ -223,7 +222,8 @@ impl Timeline {
         for s in self.summary() {
             let slowest = s.slowest.map_or("coordinator".into(), |rank| format!("rank {rank}"));
             let (longest, median) = (time(s.micros), time(s.median_micros));
-            let rate = if s.micros == 0 || s.bytes == 0 { String::new() } else { format!(", {} MB", s.bytes / 1_000_000) };
+            let rate =
+                if s.micros == 0 || s.bytes == 0 { String::new() } else { format!(", {} MB", s.bytes / 1_000_000) };
             let mark = mark(&s.name);
             lines.push(format!("{mark} {:<10} slowest {slowest}: {longest}, median {median}{rate}", s.name));
         }
@@ -270,11 +270,11 @@ impl Timeline {
 
     pub(crate) fn read<R: Read>(from: &mut Reader<R>) -> Result<Self, Wrong> {
         let mut line = Self::default();
-        for _ in 0..from.length("names of stages", MAX_STAGES * 16)? {
+        for _ in 0..from.length("names of stages", MAX_NAMES)? {
             line.names.push(from.text("a stage's name", MAX_STAGE_NAME)?);
         }
         let mut next = 0;
-        for _ in 0..from.length("ranks with times", MAX_OBJECTS)? {
+        for _ in 0..from.length("ranks with times", MAX_RANKS)? {
             let rank = from.signed()?.checked_add(next).and_then(|rank| u32::try_from(rank).ok());
             let rank = rank.ok_or("its times are of a rank that cannot be")?;
             next = i64::from(rank) + 1;
@@ -309,11 +309,13 @@ pub(crate) fn read_stage<R: Read>(from: &mut Reader<R>) -> Result<Stage, Wrong> 
     stage.check().map(|()| stage)
 }
 
-fn index_of(names: &mut Vec<String>, name: &str) -> usize {
-    names.iter().position(|n| n == name).unwrap_or_else(|| {
+fn index_of(names: &mut Vec<String>, name: &str) -> Option<usize> {
+    let found = names.iter().position(|n| n == name);
+    if found.is_none() && names.len() < MAX_NAMES {
         names.push(name.to_owned());
-        names.len() - 1
-    })
+        return Some(names.len() - 1);
+    }
+    found
 }
 
 fn end(spans: &[Span]) -> u64 {
@@ -366,8 +368,11 @@ mod tests {
             let upload = if rank == 3 { 2.0 } else { 1.0 };
             line.add(
                 Rank::new(rank),
-                &[Stage::new("capture", 0.0, 0.01, 100), Stage::new("hash", 0.01, hash, 100),
-                  Stage::new("upload", 0.6, upload, 2_000_000)],
+                &[
+                    Stage::new("capture", 0.0, 0.01, 100),
+                    Stage::new("hash", 0.01, hash, 100),
+                    Stage::new("upload", 0.6, upload, 2_000_000),
+                ],
             );
         }
         line.set_commit(0.25, 5);

@@ -74,7 +74,9 @@ async fn verify_object(store: &Store, manifest: &Manifest, object: &ObjectEntry)
     // The manifest may use only a later part of the object, so what it uses first need not follow the header.
     if length > MAX_HEADER || length > first - 8 {
         let most = first - 8;
-        return Err(StoreError::Corrupt(format!("{path}: its header says it has {length} bytes, it has at most {most}")));
+        return Err(StoreError::Corrupt(format!(
+            "{path}: its header says it has {length} bytes, it has at most {most}"
+        )));
     }
     let header = store.get_range(path, 8..8 + length).await?;
     check_header(&manifest.space, &manifest.states, object, &header)?;

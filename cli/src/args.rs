@@ -252,7 +252,7 @@ pub(crate) enum CheckpointCommand {
     /// The checkpoints of a job, oldest first.
     List(CheckpointListArgs),
     /// One checkpoint: digest, parameters, scalar state, objects.
-    Show(CheckpointArgs),
+    Show(CheckpointShowArgs),
     /// Read every byte of one checkpoint (or of all) again and prove it.
     Verify(CheckpointArgs),
 }
@@ -281,6 +281,15 @@ pub(crate) struct CheckpointArgs {
     /// The step; by default the newest for `show`, every one for `verify`.
     #[arg(value_name = "STEP")]
     pub(crate) step: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckpointShowArgs {
+    #[command(flatten)]
+    pub(crate) checkpoint: CheckpointArgs,
+    /// Draw where the time of the save went, the slowest ranks first.
+    #[arg(long)]
+    pub(crate) timeline: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -313,6 +322,21 @@ pub(crate) struct PrepareArgs {
 pub(crate) enum BenchCommand {
     /// Tokens a second of full training steps on this machine.
     Train(BenchTrainArgs),
+    /// Planning and committing checkpoints of 405 billion parameters, with made-up hashes and no tensors.
+    Synthetic(BenchSyntheticArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchSyntheticArgs {
+    /// Workers that save.
+    #[arg(long, default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) ranks: u32,
+    /// Checkpoints kept in the long histories.
+    #[arg(long, default_value_t = 1_000)]
+    pub(crate) kept: usize,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) output: Output,
 }
 
 #[derive(Debug, Args)]

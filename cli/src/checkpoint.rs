@@ -11,10 +11,13 @@ use crate::args::{CheckpointArgs, CheckpointCommand, CheckpointListArgs, Output}
 use crate::failure::{BAD_DATA, Failure};
 use crate::table::{self, say};
 
+/// Characters of a bar of a timeline.
+const TIMELINE_WIDTH: usize = 64;
+
 pub(crate) async fn run(command: CheckpointCommand) -> Result<u8, Failure> {
     match command {
         CheckpointCommand::List(args) => list(args).await,
-        CheckpointCommand::Show(args) => show(args).await,
+        CheckpointCommand::Show(args) => show(args.checkpoint, args.timeline).await,
         CheckpointCommand::Verify(args) => prove(args).await,
     }
 }
@@ -96,7 +99,7 @@ fn chosen(args: &CheckpointArgs, chain: &Chain) -> Result<Vec<Checkpoint>, Failu
     Ok(all)
 }
 
-async fn show(args: CheckpointArgs) -> Result<u8, Failure> {
+async fn show(args: CheckpointArgs, timeline: bool) -> Result<u8, Failure> {
     let (store, chain) = open(&args.job).await?;
     let found = chosen(&args, &chain)?;
     // The one a job would resume from, if there is any; else the newest of what there is.
@@ -104,7 +107,14 @@ async fn show(args: CheckpointArgs) -> Result<u8, Failure> {
     let best = best.ok_or_else(|| Failure::request("no checkpoint to show"))?;
     let manifest = open_checkpoint(&store, &args.job.name, &best.checkpoint).await?;
     match args.job.output {
-        Output::Json => say!("{}", details(best, &manifest)),
+        Output::Json => {
+            let mut line = details(best, &manifest);
+            if timeline {
+                line["timeline"] = manifest.timeline.to_json();
+            }
+            say!("{line}");
+        }
+        Output::Text if timeline => manifest.timeline.render(TIMELINE_WIDTH).iter().for_each(|row| say!("{row}")),
         Output::Text => print_details(&args, best, &manifest),
     }
     Ok(0)

@@ -6,11 +6,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Instant;
 
 use checkpoint_store::error::{Kind, StoreError};
 use checkpoint_store::{
-    Chain, ChainError, CheckpointRef, Digest, Event, History, Manifest, Member as StoredMember, Receipt, Record, Space,
-    Status, Store, collect, commit, list_jobs, read_spec, write_spec,
+    Chain, ChainError, CheckpointRef, Digest, Encoded, Event, History, Manifest, Member as StoredMember, Reached,
+    Receipt, Record, Space, Status, Store, collect, commit_encoded, list_jobs, read_spec, write_spec,
 };
 use proto::ids::{Epoch, JobName, Rank, Step, WorldSize};
 use proto::spec::{JobSpec, SPEC_FORMAT};
@@ -39,6 +40,8 @@ struct Page {
     spec: Option<JobSpec>,
     /// An append whose fate is unknown.
     unclear: Option<Event>,
+    /// What its newest checkpoints reach, for those that refer to older objects.
+    reached: Reached,
 }
 
 /// A job found in the store: its ledger, or why it cannot be read.
@@ -94,7 +97,7 @@ impl Journal {
         }
         let ledger = ledger(spec.clone(), history)?;
         let page = self.page(job);
-        *page.lock().await = Page { chain: Some(chain), spec: Some(spec), unclear: None };
+        *page.lock().await = Page { chain: Some(chain), spec: Some(spec), ..Page::default() };
         Ok(Some(ledger))
     }
 
@@ -175,12 +178,13 @@ impl Journal {
         };
         // Hashing the block hashes of a large model takes a while.
         let assembled = tokio::task::spawn_blocking(move || assemble(&spec, &receipts)).await;
-        let manifest = match assembled {
-            Ok(Ok(manifest)) => manifest,
+        let (manifest, encoded) = match assembled {
+            Ok(Ok(assembled)) => assembled,
             Ok(Err(reason)) => return Ok(Outcome::Impossible(reason)),
             Err(error) => return Ok(Outcome::Impossible(format!("assembling the manifest broke off: {error}"))),
         };
-        let checkpoint = commit(chain, &manifest, self.epoch, uuid::Uuid::new_v4()).await?;
+        let id = uuid::Uuid::new_v4();
+        let checkpoint = commit_encoded(chain, &manifest, encoded, self.epoch, id, &mut page.reached).await?;
         Ok(Outcome::Committed(Box::new(known(&checkpoint)?)))
     }
 
@@ -217,13 +221,18 @@ impl Page {
     }
 }
 
-/// The manifest of a complete set of receipts, or why it makes none.
-fn assemble(spec: &JobSpec, receipts: &[Arc<[u8]>]) -> Result<Manifest, String> {
+/// The manifest of a complete set of receipts, also as it is stored; or why they make none.
+fn assemble(spec: &JobSpec, receipts: &[Arc<[u8]>]) -> Result<(Manifest, Encoded), String> {
+    let began = Instant::now();
+    let bytes = receipts.iter().map(|receipt| receipt.len() as u64).sum();
     let read = |receipt: &Arc<[u8]>| Receipt::from_bytes(receipt).map_err(|error| error.to_string());
     let receipts: Vec<Receipt> = receipts.iter().map(read).collect::<Result<_, _>>()?;
     let scalar = receipts.first().map(|first| first.scalar.clone()).ok_or("no receipts")?;
     let space = Space::of_model(&spec.model).map_err(|error| error.to_string())?;
-    Manifest::assemble(&space, scalar, receipts).map_err(|error| error.to_string())
+    let mut manifest = Manifest::assemble(&space, scalar, receipts).map_err(|error| error.to_string())?;
+    manifest.timeline.set_commit(began.elapsed().as_secs_f64(), bytes);
+    let encoded = manifest.encode().map_err(|error| error.to_string())?;
+    Ok((manifest, encoded))
 }
 
 fn formed(membership: &Membership) -> Result<Event, StoreError> {
