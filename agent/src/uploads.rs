@@ -108,8 +108,9 @@ impl Uploads {
         let known = self.known_of(&key.job, &source.space);
         tokio::spawn(async move {
             let (began, slot) = (Instant::now(), captured.slot);
+            let options = UploadOptions { known: Some(&known), stages: &stages };
             let receipt = tokio::select! {
-                receipt = persist(&url, &source, &key, UploadOptions { known: Some(&known), stages: &stages }) => receipt,
+                receipt = persist(&url, &source, &key, options) => receipt,
                 _ = cancelled => None,
             };
             drop(source);

@@ -6,9 +6,9 @@
 //! the rest  the body: numbers in LEB128, texts and lists preceded by their length, hashes as their 32 bytes
 //! ```
 //!
-//! Both sides stream: a writer goes straight into the compressor, a reader takes what the decompressor gives, so nothing
-//! is held twice. A reader has a budget of bytes, and every length is held against a bound before memory is taken for
-//! it: a body that unpacks to far more than it is runs into one or the other.
+//! Both sides stream: a writer goes straight into the compressor, a reader takes what the decompressor gives, so
+//! nothing is held twice. A reader has a budget of bytes, and every length is held against a bound before memory is
+//! taken for it: a body that unpacks to far more than it is runs into one or the other.
 
 use std::io::{self, Read, Write};
 
@@ -21,9 +21,9 @@ pub(crate) const HEAD: usize = 12;
 const HASHES: usize = 2048;
 
 /// The bytes before a body.
-pub(crate) fn head(mark: &[u8; 8], format: u32) -> [u8; HEAD] {
+pub(crate) fn head(mark: [u8; 8], format: u32) -> [u8; HEAD] {
     let mut head = [0; HEAD];
-    head[..8].copy_from_slice(mark);
+    head[..8].copy_from_slice(&mark);
     head[8..].copy_from_slice(&format.to_le_bytes());
     head
 }
@@ -32,11 +32,11 @@ pub(crate) fn head(mark: &[u8; 8], format: u32) -> [u8; HEAD] {
 pub(crate) fn body<'a>(
     path: &str,
     bytes: &'a [u8],
-    mark: &[u8; 8],
+    mark: [u8; 8],
     first: u32,
     known: u32,
 ) -> Result<&'a [u8], StoreError> {
-    let rest = bytes.strip_prefix(mark).and_then(<[u8]>::split_first_chunk::<4>);
+    let rest = bytes.strip_prefix(&mark[..]).and_then(<[u8]>::split_first_chunk::<4>);
     let Some((format, body)) = rest else {
         return Err(StoreError::Corrupt(format!("{path} is not valid: it begins as nothing this build writes")));
     };
@@ -225,13 +225,13 @@ mod tests {
 
     #[test]
     fn a_head_says_what_it_is() {
-        let mut bytes = head(b"cairn/x\n", 2).to_vec();
+        let mut bytes = head(*b"cairn/x\n", 2).to_vec();
         bytes.push(9);
-        assert_eq!(body("x", &bytes, b"cairn/x\n", 2, 2).unwrap(), [9]);
-        let newer = body("x", &bytes, b"cairn/x\n", 1, 1).unwrap_err().to_string();
+        assert_eq!(body("x", &bytes, *b"cairn/x\n", 2, 2).unwrap(), [9]);
+        let newer = body("x", &bytes, *b"cairn/x\n", 1, 1).unwrap_err().to_string();
         assert!(newer.contains("format 2") && newer.contains("1 to 1"), "{newer}");
-        assert!(body("x", &bytes, b"cairn/y\n", 2, 2).is_err());
-        assert!(body("x", &bytes, b"cairn/x\n", 3, 3).is_err());
-        assert!(body("x", &bytes[..11], b"cairn/x\n", 2, 2).is_err());
+        assert!(body("x", &bytes, *b"cairn/y\n", 2, 2).is_err());
+        assert!(body("x", &bytes, *b"cairn/x\n", 3, 3).is_err());
+        assert!(body("x", &bytes[..11], *b"cairn/x\n", 2, 2).is_err());
     }
 }

@@ -177,9 +177,9 @@ pub fn state_digest(scalar: &ScalarState, space: &Space, states: &[StateDecl], h
         hasher.update(&out.take());
         // In large pieces: a hash at a time would keep BLAKE3 from working on many at once.
         for hashes in list.0.chunks(HASHES) {
-            hashes.iter().for_each(|hash| {
+            for hash in hashes {
                 out.raw(&hash.0);
-            });
+            }
             hasher.update(out.filled());
             out.clear();
         }

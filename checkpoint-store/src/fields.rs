@@ -1,6 +1,6 @@
 //! The parts that manifests and receipts share in their binary form: scalar state, states, objects.
 //!
-//! An object's path holds the job, the step, the generation, the rank and a UUID, and of these only the last is news; so
+//! An object's path holds the job, the step, the generation, the rank and a UUID, and of these only the last is news:
 //! a path that this library made is written as those numbers, and any other as a text.
 
 use std::io::{self, Read, Write};

@@ -1,16 +1,16 @@
 //! Deduplication: what older objects of a job hold already, and what a new one therefore need not.
 //!
-//! A block whose hash has not changed lies in an object of an earlier checkpoint; the new checkpoint refers to it there.
+//! A block whose hash has not changed lies in an object of an earlier checkpoint; a new checkpoint refers to it there.
 //! Two rules keep loads and storage from paying for it later:
 //!
-//! * **A reference is worth a read.** A run of unchanged blocks shorter than [`MIN_RUN`] is written again, unless it is
-//!   the whole shard of a state. A range request costs about as much as a few megabytes, and a load reads 8 MiB at once:
-//!   so no load needs more than a small multiple of the requests it needs without deduplication.
+//! * **A reference is worth a read.** A run of unchanged blocks shorter than [`MIN_RUN`] is written again, unless it
+//!   is the whole shard of a state. A range request costs about as much as a few megabytes, and a load reads 8 MiB at
+//!   once: so no load needs more than a small multiple of the requests it needs without deduplication.
 //! * **An object is worth its space.** An object of which this shard would use less than a quarter is given up: its
 //!   blocks are written again, and retention can remove it. So a checkpoint keeps at most four times its size alive.
 //!
-//! What is known comes from receipts that were committed. It may be out of date: the committer refuses a checkpoint that
-//! refers to an object which is on its way out ([`crate::references`]), and after a refusal nothing is known any more.
+//! What is known comes from receipts that were committed. It may be out of date: the committer refuses a checkpoint
+//! that refers to an object which is on its way out ([`crate::references`]); after a refusal nothing is known any more.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -94,7 +94,9 @@ impl KnownBlocks {
         let (block, from) = (space.block_elements(), (receipt.generation, receipt.step()));
         let own = receipt.hashes.iter().map(|list| list.0.len()).sum::<usize>();
         if self.len().saturating_add(own) > self.most {
-            self.states.iter_mut().for_each(|(_, blocks)| blocks.retain(|_, known| known.from >= from));
+            for (_, blocks) in &mut self.states {
+                blocks.retain(|_, known| known.from >= from);
+            }
         }
         let mut room = self.most.saturating_sub(self.len());
         for object in receipt.objects() {
@@ -159,7 +161,9 @@ pub(crate) fn split(known: &KnownBlocks, space: &Space, shard: Range<u64>, state
         parts.extend(parts_of(known, space, shard.clone(), index, decl, hashes));
     }
     let short = |part: &Part| part.bytes < known.min_run && part.blocks != shard;
-    parts.iter_mut().filter(|part| short(part)).for_each(|part| part.lies = None);
+    for part in parts.iter_mut().filter(|part| short(part)) {
+        part.lies = None;
+    }
     let mut used: HashMap<String, u64> = HashMap::new();
     for part in &parts {
         if let Some((source, _)) = &part.lies {
@@ -338,7 +342,9 @@ mod tests {
             let split = split_of(&known, last);
             let mut covered = vec![0; 40];
             for (first, end) in runs(&split) {
-                (first..end).for_each(|block| covered[block as usize] += 1);
+                for block in first..end {
+                    covered[block as usize] += 1;
+                }
             }
             for object in &split.references {
                 let used: u64 = object.extents.iter().map(|e| e.elements * 4).sum();

@@ -3,8 +3,8 @@
 //! The entries are named `<state>/<tensor>@<first element>`, in canonical order state by state, so any safetensors
 //! reader can open an object and put tensors together from the names. `__metadata__` has the full shapes of its tensors
 //! and the format version. The header is built from ranges alone and the body is the shard's memory as it lies: the
-//! upload streams the one and then the other without a copy. An object holds the whole shard, or only the runs of blocks
-//! that changed ([`crate::known`]).
+//! upload streams the one and then the other without a copy. An object holds the whole shard, or only the runs of
+//! blocks that changed ([`crate::known`]).
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -204,7 +204,9 @@ pub fn lay_out(space: &Space, states: &[StateDecl], runs: &[Run]) -> Result<(Vec
     if text.len() as u64 > MAX_HEADER {
         return Err(StoreError::Bug(format!("an object's header would have {} bytes", text.len())));
     }
-    extents.iter_mut().for_each(|extent| extent.offset += bytes.len() as u64);
+    for extent in &mut extents {
+        extent.offset += bytes.len() as u64;
+    }
     Ok((bytes, extents))
 }
 
@@ -286,6 +288,8 @@ fn held(space: &Space, states: &[StateDecl], metadata: &Metadata) -> Result<Vec<
         }
         held[index].push(Held { first, elements, at: info.data_offsets.0 as u64 });
     }
-    held.iter_mut().for_each(|entries| entries.sort_unstable_by_key(|h| (h.first, h.elements)));
+    for entries in &mut held {
+        entries.sort_unstable_by_key(|h| (h.first, h.elements));
+    }
     Ok(held)
 }

@@ -28,7 +28,7 @@ pub(crate) const MAX_REFERENCES: usize = 1 << 16;
 /// Most extents of one receipt.
 const MAX_EXTENTS: usize = 1 << 19;
 
-const MARK: &[u8; 8] = b"cairn/r\n";
+const MARK: [u8; 8] = *b"cairn/r\n";
 
 /// What one rank has stored of one step.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -148,7 +148,8 @@ impl Receipt {
 
 /// Receipts of format 1: JSON, one object a rank, no times.
 mod first {
-    use super::*;
+    use super::{Deserialize, Generation, HashList, JobName, ObjectEntry, Rank, Receipt, ScalarState, StateDecl};
+    use super::{RECEIPT_FORMAT, StoreError, WorldSize, parse_json};
 
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]

@@ -45,8 +45,8 @@ pub async fn upload_shard(store: &Store, source: &ShardSource, id: Uuid) -> Resu
     upload_changed(store, source, id, UploadOptions::default()).await
 }
 
-/// As [`upload_shard`], but refers to older objects for blocks they hold, and adds the times of the stages before. A rank
-/// of which no block has changed stores nothing.
+/// As [`upload_shard`], but refers to older objects for blocks they hold, and adds the times of the stages before. A
+/// rank of which no block has changed stores nothing.
 pub async fn upload_changed(
     store: &Store,
     source: &ShardSource,

@@ -192,7 +192,10 @@ impl Timeline {
     /// As JSON: the summary, the slowest rank, and all ranks' stages, in seconds.
     pub fn to_json(&self) -> Value {
         let seconds = |micros: u64| micros as f64 / 1e6;
-        let stage = |s: &Stage| json!({"stage": s.name, "start": seconds(s.start_micros), "seconds": seconds(s.micros), "bytes": s.bytes});
+        let stage = |s: &Stage| {
+            let (start, length) = (seconds(s.start_micros), seconds(s.micros));
+            json!({"stage": s.name, "start": start, "seconds": length, "bytes": s.bytes})
+        };
         let rank = |(rank, spans): &(Rank, Vec<Span>)| {
             let stages: Vec<Value> = spans.iter().map(|span| stage(&self.stage(span))).collect();
             json!({"rank": rank, "stages": stages})

@@ -60,7 +60,9 @@ impl Manifest {
         let world_size = first.world_size;
         let mut hashes = vec![HashList::default(); first.states.len()];
         let blocks = space.blocks() as usize;
-        hashes.iter_mut().for_each(|list| list.0.reserve_exact(blocks));
+        for list in &mut hashes {
+            list.0.reserve_exact(blocks);
+        }
         let mut objects = Vec::with_capacity(receipts.len());
         let mut timeline = Timeline::default();
         for (rank, receipt) in (0u32..).map(Rank::new).zip(&receipts) {

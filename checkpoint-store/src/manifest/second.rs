@@ -19,7 +19,7 @@ use crate::fields;
 use crate::space::{MAX_DIMENSIONS, MAX_NAME, MAX_TENSORS, Space, TensorDecl};
 use crate::timeline::Timeline;
 
-pub(super) const MARK: &[u8; 8] = b"cairn/m\n";
+const MARK: [u8; 8] = *b"cairn/m\n";
 /// A body that unpacks to more than this is refused: twice what 2^19 blocks of sixteen states take.
 const MAX_BODY: u64 = 512 << 20;
 /// What an encoded manifest takes beside its hashes and objects, to begin with.
@@ -100,10 +100,11 @@ impl Manifest {
 
 /// Reads what [`Manifest::encode`] made; the claims are not checked yet.
 pub(super) fn parse(path: &str, bytes: &[u8]) -> Result<Manifest, StoreError> {
-    let body = codec::body(path, bytes, MARK, 2, MANIFEST_FORMAT)?;
-    let mut from = Reader::new(BufReader::with_capacity(1 << 16, FrameDecoder::new(body)), MAX_BODY);
+    let mut frame = codec::body(path, bytes, MARK, 2, MANIFEST_FORMAT)?;
+    let mut from = Reader::new(BufReader::with_capacity(1 << 16, FrameDecoder::new(&mut frame)), MAX_BODY);
     let manifest = read(&mut from).and_then(|manifest| from.end().map(|()| manifest));
-    manifest.map_err(|why| StoreError::Corrupt(format!("{path} is not valid: {why}")))
+    let nothing_more = |manifest| if frame.is_empty() { Ok(manifest) } else { Err("bytes follow its frame".into()) };
+    manifest.and_then(nothing_more).map_err(|why| StoreError::Corrupt(format!("{path} is not valid: {why}")))
 }
 
 fn read<R: Read>(from: &mut Reader<R>) -> Result<Manifest, Wrong> {

@@ -90,7 +90,9 @@ async fn stored(store: &Store) -> BTreeSet<String> {
 }
 
 fn learn(known: &mut KnownBlocks, model: &Model, receipts: &[Receipt]) {
-    receipts.iter().for_each(|receipt| known.learn(&model.space, receipt));
+    for receipt in receipts {
+        known.learn(&model.space, receipt);
+    }
 }
 
 /// One step of a job: how many workers from here on, and which blocks of which state change.
@@ -156,7 +158,9 @@ async fn an_unchanged_shard_writes_nothing_and_a_frozen_state_stays_where_it_is(
     assert_eq!(paths(&same), paths(&first));
     commit_now(&mut chain, &same).await.unwrap();
     learn(&mut known, &model, &receipts);
-    model.values[1].iter_mut().for_each(|value| *value += 1);
+    for value in &mut model.values[1] {
+        *value += 1;
+    }
     let (half, receipts) = model.upload(&chain, 3, &known).await;
     for receipt in &receipts {
         let new = receipt.object.as_ref().unwrap();
@@ -219,7 +223,9 @@ async fn verification_reads_headers_of_partly_used_objects() {
     let (first, receipts) = model.upload(&chain, 1, &known).await;
     commit_now(&mut chain, &first).await.unwrap();
     learn(&mut known, &model, &receipts);
-    model.values[0][..5].iter_mut().for_each(|value| *value += 1);
+    for value in &mut model.values[0][..5] {
+        *value += 1;
+    }
     let (second, _) = model.upload(&chain, 2, &known).await;
     let checkpoint = commit_now(&mut chain, &second).await.unwrap();
     model.expect(&store, &checkpoint, 2).await;
