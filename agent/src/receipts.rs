@@ -57,9 +57,9 @@ impl Waiting {
         self.rest.push_back(body);
     }
 
-    /// Forgets a settled receipt; whether there was one.
-    pub(crate) fn settle(&mut self, key: &SaveKey) -> bool {
-        self.receipts.remove(key).is_some()
+    /// Forgets a settled receipt, and hands it out if there was one.
+    pub(crate) fn settle(&mut self, key: &SaveKey) -> Option<wire::ShardReceipt> {
+        self.receipts.remove(key)
     }
 
     /// Forgets all receipts of a job.
@@ -109,7 +109,7 @@ mod tests {
         let mut waiting = Waiting::default();
         waiting.receipt(key.clone(), wire::ShardReceipt::default());
         assert_eq!(waiting.receipts().count(), 1);
-        assert!(waiting.settle(&key) && !waiting.settle(&key));
+        assert!(waiting.settle(&key).is_some() && waiting.settle(&key).is_none());
         waiting.receipt(key, wire::ShardReceipt::default());
         waiting.forget(&job);
         assert_eq!(waiting.receipts().count(), 0);

@@ -8,12 +8,15 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use checkpoint_store::{Kind, ShardSource, Store, StoreError, upload_shard};
+use checkpoint_store::{
+    Kind, KnownBlocks, Receipt, ShardSource, Space, Stage, Store, StoreError, UploadOptions, upload_changed,
+};
 use proto::ids::JobName;
 use proto::wire;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::driver::Input;
+use crate::memory::ParityTimes;
 use crate::receipts::SaveKey;
 
 /// Between two tries: doubles from the first to the last.
@@ -48,11 +51,27 @@ pub(crate) struct Uploads {
     /// The newest generation named of a job: what an older one has captured can no longer become a checkpoint.
     newest: BTreeMap<JobName, u64>,
     stores: BTreeMap<JobName, String>,
+    known: BTreeMap<JobName, Known>,
+    times: ParityTimes,
+}
+
+/// What the committed checkpoints of a job hold, as far as this node stored them: unchanged blocks stay where they lie.
+#[derive(Debug)]
+struct Known {
+    space: Space,
+    blocks: Arc<KnownBlocks>,
 }
 
 impl Uploads {
-    pub(crate) fn new(inputs: mpsc::Sender<Input>) -> Self {
-        Self { inputs, running: BTreeMap::new(), newest: BTreeMap::new(), stores: BTreeMap::new() }
+    pub(crate) fn new(inputs: mpsc::Sender<Input>, times: ParityTimes) -> Self {
+        Self {
+            inputs,
+            running: BTreeMap::new(),
+            newest: BTreeMap::new(),
+            stores: BTreeMap::new(),
+            known: BTreeMap::new(),
+            times,
+        }
     }
 
     /// Where the shards of a job go.
@@ -65,6 +84,7 @@ impl Uploads {
         &mut self,
         key: &SaveKey,
         source: Arc<ShardSource>,
+        stages: Vec<Stage>,
         captured: &wire::Captured,
     ) -> Result<(), String> {
         if self.newest.get(&key.job).is_some_and(|newest| key.generation < *newest) {
@@ -77,9 +97,11 @@ impl Uploads {
         let (cancel, cancelled) = oneshot::channel();
         self.running.insert(key.clone(), cancel);
         let (inputs, key, stall) = (self.inputs.clone(), key.clone(), captured.stall_seconds);
+        let (known, times) = (self.known_of(&key.job, &source.space), self.times.clone());
         tokio::spawn(async move {
             let began = Instant::now();
-            let work = tokio::spawn(persist(url, source, key.clone(), inputs.clone()));
+            let save = Save { url, source, known, stages, times };
+            let work = tokio::spawn(persist(save, key.clone(), inputs.clone()));
             let stop = work.abort_handle();
             let ended = tokio::select! {
                 ended = work => ended.unwrap_or_else(|error| Err(format!("a defect in uploading: {error}"))).map(Some),
@@ -106,9 +128,25 @@ impl Uploads {
         Ok(())
     }
 
-    /// Breaks one upload off.
-    pub(crate) fn cancel(&mut self, key: &SaveKey) {
+    /// What is known of a job; nothing, if its model is another than before.
+    fn known_of(&mut self, job: &JobName, space: &Space) -> Arc<KnownBlocks> {
+        if self.known.get(job).is_none_or(|known| known.space != *space) {
+            self.known.insert(job.clone(), Known { space: space.clone(), blocks: Arc::default() });
+        }
+        self.known.get(job).map(|known| Arc::clone(&known.blocks)).unwrap_or_default()
+    }
+
+    /// A save is decided: its upload, if it still runs, is of no use. What became a checkpoint is learnt from. After a
+    /// refusal, which may be for what the save referred to, nothing is known any more: the next shard is stored whole.
+    pub(crate) fn settled(&mut self, key: &SaveKey, committed: bool, receipt: Option<wire::ShardReceipt>) {
         self.running.remove(key);
+        let Some(known) = self.known.get_mut(&key.job) else { return };
+        let receipt = receipt.and_then(|receipt| Receipt::from_bytes(&receipt.receipt).ok());
+        match receipt.filter(|_| committed) {
+            Some(receipt) => Arc::make_mut(&mut known.blocks).learn(&known.space, &receipt),
+            None if committed => {}
+            None => known.blocks = Arc::default(),
+        }
     }
 
     /// Whether an upload is under way.
@@ -133,20 +171,27 @@ impl Uploads {
     pub(crate) fn forget(&mut self, job: &JobName) {
         self.newest.remove(job);
         self.stores.remove(job);
+        self.known.remove(job);
         self.running.retain(|key, _| key.job != *job);
     }
 }
 
-/// Tries until the shard is in the store; the receipt as JSON, or why no try can succeed.
-async fn persist(
+/// A shard to be stored.
+struct Save {
     url: String,
     source: Arc<ShardSource>,
-    key: SaveKey,
-    inputs: mpsc::Sender<Input>,
-) -> Result<Vec<u8>, String> {
+    /// Blocks that are stored already.
+    known: Arc<KnownBlocks>,
+    /// Where the time has gone so far.
+    stages: Vec<Stage>,
+    times: ParityTimes,
+}
+
+/// Tries until the shard is in the store; the receipt as it is sent, or why no try can succeed.
+async fn persist(save: Save, key: SaveKey, inputs: mpsc::Sender<Input>) -> Result<Vec<u8>, String> {
     let (mut wait, mut failures) = (WAITS.0, 0u32);
     loop {
-        let error = match attempt(&url, &source).await {
+        let error = match attempt(&save).await {
             Ok(receipt) => return Ok(receipt),
             Err(error) => error,
         };
@@ -174,8 +219,13 @@ async fn persist(
     }
 }
 
-async fn attempt(url: &str, source: &ShardSource) -> Result<Vec<u8>, StoreError> {
+async fn attempt(save: &Save) -> Result<Vec<u8>, StoreError> {
     // The store was proved to be the coordinator's when this agent was taken in; one that has vanished since is not made.
-    let store = Store::open_existing(url)?;
-    upload_shard(&store, source, uuid::Uuid::new_v4()).await?.to_json()
+    let store = Store::open_existing(&save.url)?;
+    let options = UploadOptions { known: Some(&save.known), stages: &save.stages };
+    let source = &save.source;
+    let mut receipt = upload_changed(&store, source, uuid::Uuid::new_v4(), options).await?;
+    let key = (source.generation.get(), source.scalar.step.get());
+    receipt.stages.extend(save.times.of(&source.job, key));
+    receipt.to_bytes()
 }

@@ -169,7 +169,7 @@ async fn whole_life() {
     coordinator.desire(&job, 1, 1, Some(run_of(1, &worker))).await;
     let receipt = coordinator.receipt().await;
     assert_eq!((receipt.generation, receipt.step, receipt.rank), (1, 4, 0));
-    let object = Receipt::from_json(&receipt.receipt).unwrap().object.unwrap();
+    let object = Receipt::from_bytes(&receipt.receipt).unwrap().object.unwrap();
     assert_eq!(store.head(&object.path).await.unwrap(), object.bytes);
     // The worker runs on only once its slot is free.
     coordinator.report(|workers| workers.iter().any(|worker| worker.step == Some(5))).await;

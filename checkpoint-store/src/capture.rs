@@ -14,6 +14,7 @@ use crate::manifest::MAX_STATES;
 use crate::object::{ShardSource, ShardState};
 use crate::scalar::ScalarState;
 use crate::space::Space;
+use crate::timeline::Stage;
 
 /// The version of a capture's JSON form.
 pub const CAPTURE_FORMAT: u32 = 1;
@@ -40,6 +41,9 @@ pub struct Capture {
     pub states: Vec<StateDecl>,
     /// For each state, the hashes of the shard's blocks in order.
     pub hashes: Vec<HashList>,
+    /// Where the time went so far: `capture`, `hash`, and what else came before the upload.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stages: Vec<Stage>,
 }
 
 impl Capture {
@@ -111,7 +115,10 @@ mod tests {
             scalar: ScalarState::start(1, 10),
             states: StateDecl::adamw(),
             hashes: vec![hashes; 3],
+            stages: vec![],
         };
+        let timed = Capture { stages: vec![Stage::new("hash", 0.1, 0.2, 1_200_000)], ..capture.clone() };
+        assert_eq!(Capture::from_json(&timed.to_json().unwrap()).unwrap(), timed);
         assert_eq!(Capture::from_json(&capture.to_json().unwrap()).unwrap(), capture);
         assert!(capture.clone().source(slot[1..].to_vec()).is_err());
         assert_eq!(capture.clone().source(slot.clone()).unwrap().states.len(), 3);

@@ -19,6 +19,9 @@ const DOMAIN: &[u8] = b"cairn state digest\0";
 /// The version of the encoding below; a change of any byte of it is a new version.
 const VERSION: u32 = 1;
 
+/// Hashes given to the digest at once.
+const HASHES: usize = 8192;
+
 /// Why a text is not a hash.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a hash: 64 hexadecimal digits, lower case")]
@@ -172,8 +175,13 @@ pub fn state_digest(scalar: &ScalarState, space: &Space, states: &[StateDecl], h
     for (state, list) in states.iter().zip(hashes) {
         out.text(&state.name).text(state.dtype.name()).len(list.0.len());
         hasher.update(&out.take());
-        for hash in &list.0 {
-            hasher.update(&hash.0);
+        // In large pieces: a hash at a time would keep BLAKE3 from working on many at once.
+        for hashes in list.0.chunks(HASHES) {
+            for hash in hashes {
+                out.raw(&hash.0);
+            }
+            hasher.update(out.filled());
+            out.clear();
         }
     }
     Digest(*hasher.finalize().as_bytes())

@@ -4,7 +4,7 @@
 //! jobs/<job>/spec.json                                    what was asked first
 //! jobs/<job>/spec-<hash>.json                             what was asked later, if it differs
 //! jobs/<job>/records/<2^64-1-n, 20 digits>.json           the chain
-//! jobs/<job>/checkpoints/<step>-<generation>-<uuid>.json  manifests
+//! jobs/<job>/checkpoints/<step>-<generation>-<uuid>.manifest
 //! jobs/<job>/objects/<entropy>/<step>-<generation>-<rank>-<uuid>.safetensors
 //! leader/<epoch>.json, leader/<epoch>/<beat>
 //! probe/<token>/…                                         for the length of a probe
@@ -54,7 +54,7 @@ pub fn checkpoints(job: &JobName) -> String {
 
 /// The file name of a manifest. Padded, so that a listing is in the order of steps.
 pub fn manifest_name(step: Step, generation: Generation, id: Uuid) -> String {
-    format!("{:012}-{:06}-{id}.json", step.get(), generation.get())
+    format!("{:012}-{:06}-{id}.manifest", step.get(), generation.get())
 }
 
 /// The path of a manifest by its file name.
@@ -76,6 +76,28 @@ pub fn object(job: &JobName, step: Step, generation: Generation, rank: Rank, id:
         generation.get(),
         rank.get()
     )
+}
+
+/// What the path of an object says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ObjectName {
+    /// The step it was stored for.
+    pub step: Step,
+    /// The generation that stored it.
+    pub generation: Generation,
+    /// The rank that stored it.
+    pub rank: Rank,
+    /// What makes the name its own.
+    pub id: Uuid,
+}
+
+/// What a path that [`object`] made was made of; `None` for any other.
+pub fn object_name(job: &JobName, path: &str) -> Option<ObjectName> {
+    let (step, generation) = step_and_generation(path)?;
+    let rest = path.rsplit('/').next()?.splitn(3, '-').nth(2)?.strip_suffix(".safetensors")?;
+    let (rank, id) = rest.split_once('-')?;
+    let (rank, id) = (Rank::new(rank.parse().ok()?), Uuid::try_parse(id).ok()?);
+    (object(job, step, generation, rank, id) == path).then_some(ObjectName { step, generation, rank, id })
 }
 
 /// The step and generation in the file name of a manifest or object; `None` if it is not such a name.
@@ -137,6 +159,11 @@ mod tests {
         let path = object(&job, Step::new(50), Generation::new(2), Rank::new(1), Uuid::nil());
         assert_eq!(step_and_generation(&path), Some((Step::new(50), Generation::new(2))));
         assert!(is_object_of(&job, &path), "{path}");
+        let name = object_name(&job, &path).unwrap();
+        assert_eq!((name.step.get(), name.generation.get(), name.rank.get(), name.id), (50, 2, 1, Uuid::nil()));
+        for other in [path.replace("00/", "01/"), path.replace("-00001-", "-1-"), path.to_uppercase()] {
+            assert_eq!(object_name(&job, &other), None, "{other}");
+        }
         for bad in ["jobs/other/objects/00/a.safetensors", "jobs/tiny/objects/../a.safetensors", "jobs/tiny/objects"] {
             assert!(!is_object_of(&job, bad), "{bad}");
         }

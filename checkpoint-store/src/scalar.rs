@@ -80,6 +80,16 @@ impl Encoder {
         self
     }
 
+    /// What was built so far.
+    pub(crate) fn filled(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Begins anew, in the same memory.
+    pub(crate) fn clear(&mut self) {
+        self.0.clear();
+    }
+
     /// What was built; the encoder is empty afterwards.
     pub(crate) fn take(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.0)

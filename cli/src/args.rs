@@ -288,6 +288,21 @@ pub(crate) struct PrepareArgs {
 pub(crate) enum BenchCommand {
     /// Tokens a second of full training steps on this machine.
     Train(BenchTrainArgs),
+    /// Planning and committing checkpoints of 405 billion parameters, with made-up hashes and no tensors.
+    Synthetic(BenchSyntheticArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchSyntheticArgs {
+    /// Workers that save.
+    #[arg(long, default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) ranks: u32,
+    /// Checkpoints kept in the long histories.
+    #[arg(long, default_value_t = 1_000)]
+    pub(crate) kept: usize,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) output: Output,
 }
 
 #[derive(Debug, Args)]

@@ -6,6 +6,7 @@ use proto::spec::{JobSpec, Overrides, PRESETS};
 use serde_json::{Value, json};
 
 use crate::args::{BenchCommand, BenchTrainArgs, Output};
+use crate::bench_synthetic;
 use crate::failure::{Failure, chain};
 use crate::table::{self, say};
 
@@ -13,8 +14,10 @@ use crate::table::{self, say};
 const ROUNDS: usize = 3;
 
 pub(crate) fn run(command: BenchCommand) -> Result<u8, Failure> {
-    let BenchCommand::Train(args) = command;
-    tokio::task::block_in_place(|| train(&args))
+    match command {
+        BenchCommand::Train(args) => tokio::task::block_in_place(|| train(&args)),
+        BenchCommand::Synthetic(args) => tokio::task::block_in_place(|| bench_synthetic::run(&args)),
+    }
 }
 
 fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {

@@ -6,6 +6,7 @@
 
 mod args;
 mod bench;
+mod bench_synthetic;
 mod checkpoint;
 mod client;
 mod data;

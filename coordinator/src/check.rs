@@ -200,7 +200,7 @@ pub(crate) fn failed(node: &NodeName, message: &SaveFailed) -> Result<(JobName, 
 
 /// A receipt must say inside what it says outside; whether the set makes a checkpoint is judged at the commit.
 pub(crate) fn receipt(node: &NodeName, message: ShardReceipt) -> Result<(JobName, ReceiptName, ReceiptEntry), Fault> {
-    let inside = Receipt::from_json(&message.receipt).map_err(|error| error.to_string())?;
+    let inside = Receipt::from_bytes(&message.receipt).map_err(|error| error.to_string())?;
     let name = ReceiptName {
         generation: Generation::new(message.generation),
         step: Step::new(message.step),

@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use checkpoint_store::error::{Kind, StoreError};
 use checkpoint_store::{
-    Chain, ChainError, Change, CheckpointRef, Digest, Event, History, Keeper, Manifest, Member as StoredMember,
-    MemoryPoint as StoredPoint, Open, Policy, Receipt, Record, Space, Status, Store, commit, list_jobs, read_spec,
-    write_spec,
+    Chain, ChainError, Change, CheckpointRef, Digest, Encoded, Event, History, Keeper, Manifest,
+    Member as StoredMember, MemoryPoint as StoredPoint, Open, Policy, Reached, Receipt, Record, Space, Status, Store,
+    commit_encoded, list_jobs, read_spec, write_spec,
 };
 use proto::ids::{Epoch, Generation, JobName, Rank, Step, WorldSize};
 use proto::spec::{JobSpec, SPEC_FORMAT, VALIDATION_LOSS};
@@ -44,6 +44,8 @@ struct Page {
     unclear: Option<Event>,
     /// What is remembered of leases and of what kept checkpoints reach.
     keeper: Keeper,
+    /// What its newest checkpoints reach, for those that refer to older objects.
+    reached: Reached,
 }
 
 /// A job found in the store: its ledger, or why it cannot be read.
@@ -105,7 +107,7 @@ impl Journal {
         let page = self.page(job);
         let mut keeper = Keeper::default();
         keeper.observe(self.now(), &chain);
-        *page.lock().await = Page { chain: Some(chain), spec: Some(spec), unclear: None, keeper };
+        *page.lock().await = Page { chain: Some(chain), spec: Some(spec), keeper, ..Page::default() };
         Ok(Some(ledger))
     }
 
@@ -197,15 +199,16 @@ impl Journal {
         };
         // Hashing the block hashes of a large model takes a while.
         let assembled = tokio::task::spawn_blocking(move || assemble(&spec, &receipts)).await;
-        let manifest = match assembled {
-            Ok(Ok(manifest)) => manifest,
+        let (manifest, encoded) = match assembled {
+            Ok(Ok(assembled)) => assembled,
             Ok(Err(reason)) => return Ok(Outcome::Impossible(reason)),
             Err(error) => return Ok(Outcome::Impossible(format!("assembling the manifest broke off: {error}"))),
         };
         if let Some(reason) = late(chain.history(), manifest.step, manifest.generation) {
             return Ok(Outcome::Impossible(reason));
         }
-        let checkpoint = commit(chain, &manifest, self.epoch, uuid::Uuid::new_v4()).await?;
+        let id = uuid::Uuid::new_v4();
+        let checkpoint = commit_encoded(chain, &manifest, encoded, self.epoch, id, &mut page.reached).await?;
         if let Some(loss) = validation_loss.filter(|loss| loss.is_finite()) {
             measured(chain, self.epoch, &checkpoint, loss).await?;
         }
@@ -291,13 +294,18 @@ impl Page {
     }
 }
 
-/// The manifest of a complete set of receipts, or why it makes none.
-fn assemble(spec: &JobSpec, receipts: &[Arc<[u8]>]) -> Result<Manifest, String> {
-    let read = |receipt: &Arc<[u8]>| Receipt::from_json(receipt).map_err(|error| error.to_string());
+/// The manifest of a complete set of receipts, also as it is stored; or why they make none.
+fn assemble(spec: &JobSpec, receipts: &[Arc<[u8]>]) -> Result<(Manifest, Encoded), String> {
+    let began = Instant::now();
+    let bytes = receipts.iter().map(|receipt| receipt.len() as u64).sum();
+    let read = |receipt: &Arc<[u8]>| Receipt::from_bytes(receipt).map_err(|error| error.to_string());
     let receipts: Vec<Receipt> = receipts.iter().map(read).collect::<Result<_, _>>()?;
     let scalar = receipts.first().map(|first| first.scalar.clone()).ok_or("no receipts")?;
     let space = Space::of_model(&spec.model).map_err(|error| error.to_string())?;
-    Manifest::assemble(&space, scalar, receipts).map_err(|error| error.to_string())
+    let mut manifest = Manifest::assemble(&space, scalar, receipts).map_err(|error| error.to_string())?;
+    manifest.timeline.set_commit(began.elapsed().as_secs_f64(), bytes);
+    let encoded = manifest.encode().map_err(|error| error.to_string())?;
+    Ok((manifest, encoded))
 }
 
 fn formed(membership: &Membership) -> Result<Event, StoreError> {

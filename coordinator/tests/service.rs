@@ -223,7 +223,7 @@ async fn upload(store: &Store, run: &Announcement, step: u64, rank: u32) -> Vec<
         scalar,
         states: vec![ShardState { decl: StateDecl::f32("param"), bytes: bytes.into(), hashes }],
     };
-    checkpoint_store::upload_shard(store, &source, uuid::Uuid::new_v4()).await.unwrap().to_json().unwrap()
+    checkpoint_store::upload_shard(store, &source, uuid::Uuid::new_v4()).await.unwrap().to_bytes().unwrap()
 }
 
 /// The tiny preset's parameters.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
-use checkpoint_store::{Capture, Dtype, HashList, hash_blocks};
+use checkpoint_store::{Capture, Dtype, HashList, Stage, hash_blocks};
 use proto::wire;
 use tokio::sync::mpsc;
 
@@ -35,6 +35,8 @@ pub struct Snapshot {
     pub message: wire::Captured,
     /// Everything about it but the hashes.
     pub capture: Capture,
+    /// When it was frozen, and how long that held the training thread.
+    pub frozen: (Instant, Duration),
 }
 
 enum Task {
@@ -102,7 +104,7 @@ impl Capturer {
 
 /// Hashes a snapshot; the message that tells the agent of it.
 fn announce(snapshot: Snapshot, slots: &Slots, pool: &rayon::ThreadPool) -> Option<wire::Captured> {
-    let Snapshot { slot, elements, mut message, mut capture } = snapshot;
+    let Snapshot { slot, elements, mut message, mut capture, frozen } = snapshot;
     let began = Instant::now();
     let bytes = elements * size_of::<f32>();
     let block = capture.space.block_elements();
@@ -114,8 +116,12 @@ fn announce(snapshot: Snapshot, slots: &Slots, pool: &rayon::ThreadPool) -> Opti
         (0..3).map(|n| HashList(hash_blocks(state(n), block, Dtype::F32))).collect()
     });
     message.slot = slot.index;
-    message.hash_seconds = began.elapsed().as_secs_f64();
-    slots.hashed(message.hash_seconds);
+    let seconds = began.elapsed().as_secs_f64();
+    let bytes = 3 * bytes as u64;
+    let waited = began.duration_since(frozen.0).as_secs_f64();
+    capture.stages =
+        vec![Stage::new("capture", 0.0, frozen.1.as_secs_f64(), bytes), Stage::new("hash", waited, seconds, bytes)];
+    slots.hashed(seconds);
     match capture.to_json() {
         Ok(json) => message.capture = json,
         Err(error) => {

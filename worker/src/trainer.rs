@@ -351,8 +351,10 @@ impl Saver<'_> {
     ) -> Result<(), Failure> {
         let began = Instant::now();
         let RingMembership { job, generation, rank, .. } = &self.place.membership;
+        let slot = member.state.freeze();
         let snapshot = Snapshot {
-            slot: member.state.freeze(),
+            slot,
+            frozen: (began, began.elapsed()),
             elements: member.shard.len(),
             message: wire::Captured {
                 job: job.to_string(),
@@ -374,6 +376,7 @@ impl Saver<'_> {
                 scalar: scalar_state(&trainer.spec, step),
                 states: StateDecl::adamw(),
                 hashes: Vec::new(),
+                stages: Vec::new(),
             },
         };
         Ok(self.capturer.announce(snapshot)?)

@@ -19,8 +19,8 @@ impl Driver {
     pub(super) fn captured(&mut self, job: &JobName, worker: WorkerId, captured: &wire::Captured) {
         let key =
             SaveKey { job: job.clone(), generation: captured.generation, step: captured.step, rank: captured.rank };
-        let source = match self.memory.captured(job, worker, &self.folder.slots(worker), captured) {
-            Ok(source) => source,
+        let (source, stages) = match self.memory.captured(job, worker, &self.folder.slots(worker), captured) {
+            Ok(held) => held,
             Err(error) => {
                 tracing::error!(%job, step = key.step, rank = key.rank, %error, "a snapshot is unusable");
                 self.tell(worker, agent_command::Body::SlotFree(captured.slot));
@@ -28,7 +28,7 @@ impl Driver {
             }
         };
         if captured.store
-            && let Err(reason) = self.uploads.start(&key, source, captured)
+            && let Err(reason) = self.uploads.start(&key, source, stages, captured)
         {
             tracing::warn!(%job, step = key.step, rank = key.rank, reason, "a snapshot is not uploaded");
             self.lost(&key, true, reason);

@@ -116,7 +116,7 @@ pub(crate) async fn run(
     let mut driver = Driver {
         machine: Machine::new(options.cores),
         children: Children::new(options.executable.clone(), folder.socket(), sender.clone()),
-        uploads: Uploads::new(sender),
+        uploads: Uploads::new(sender, memory.times.clone()),
         memory,
         snapshots,
         options,
@@ -378,8 +378,8 @@ impl Driver {
             Some(coordinator_message::Body::Settled(settled)) => {
                 // One of a coordinator that has been superseded says nothing.
                 if let Some(key) = SaveKey::of(&settled).filter(|_| epoch >= self.machine.epoch()) {
-                    self.waiting.settle(&key);
-                    self.uploads.cancel(&key);
+                    let receipt = self.waiting.settle(&key);
+                    self.uploads.settled(&key, settled.committed, receipt);
                 }
             }
             Some(coordinator_message::Body::Refused(_)) | None => {} // the link ends the agent

@@ -16,10 +16,11 @@ mod vault;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use bytes::Bytes;
-use checkpoint_store::{BlockHash, Capture, CheckpointRef, ShardSource, Space, StoreError};
+use checkpoint_store::{BlockHash, Capture, CheckpointRef, ShardSource, Space, Stage, StoreError};
 use memmap2::Mmap;
 use proto::auth::Token;
 use proto::ids::{JobName, WorkerId, WorldSize};
@@ -34,6 +35,9 @@ use crate::driver::Input;
 use crate::machine::keeper::{Keep, Keeper, Membership, PeerStep, StepKey};
 
 pub(crate) use self::service::serve;
+
+/// Parity times remembered of one job.
+const MOST_TIMES: usize = 64;
 
 /// What follows for the node's workers.
 #[derive(Debug)]
@@ -52,7 +56,7 @@ pub(crate) struct Encoded {
     pub(crate) made: Result<(Vec<Stripe>, f64), String>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct OfJob {
     keeper: Keeper,
     space: Option<Space>,
@@ -65,6 +69,8 @@ struct OfJob {
     parity_groups: BTreeMap<StepKey, wire::ParityGroup>,
     /// What peers are told; dropping it ends the telling.
     state: Option<watch::Sender<wire::GroupState>>,
+    /// The step captured last, when it was heard of, and how long after its capture that was, in seconds.
+    captured: (StepKey, Instant, f64),
     /// Processor seconds of the last parity, for each of this node's ranks.
     seconds: f64,
     skipped: u64,
@@ -74,9 +80,53 @@ struct OfJob {
     store: String,
 }
 
+impl Default for OfJob {
+    fn default() -> Self {
+        Self {
+            keeper: Keeper::default(),
+            space: None,
+            enabled: false,
+            group: wire::ParityGroup::default(),
+            world: None,
+            parity_groups: BTreeMap::new(),
+            state: None,
+            captured: ((0, 0), Instant::now(), 0.0),
+            seconds: 0.0,
+            skipped: 0,
+            start: None,
+            reference: vec![],
+            store: String::new(),
+        }
+    }
+}
+
+/// How long parity took, for the timelines of the checkpoints uploaded meanwhile.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct ParityTimes(Arc<Mutex<BTreeMap<(JobName, StepKey), Stage>>>);
+
+impl ParityTimes {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<(JobName, StepKey), Stage>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long the parity of a step took on this node, if it is made.
+    pub(crate) fn of(&self, job: &JobName, key: StepKey) -> Option<Stage> {
+        self.lock().get(&(job.clone(), key)).cloned()
+    }
+
+    /// Notes how long it took; of each job the newest few are remembered.
+    fn note(&self, job: &JobName, key: StepKey, stage: Stage) {
+        let mut times = self.lock();
+        times.insert((job.clone(), key), stage);
+        let of: Vec<_> = times.keys().filter(|(other, _)| other == job).cloned().collect();
+        of.iter().rev().skip(MOST_TIMES).for_each(|old| drop(times.remove(old)));
+    }
+}
+
 /// The memory tier of this node.
 #[derive(Debug)]
 pub(crate) struct Memory {
+    pub(crate) times: ParityTimes,
     node: String,
     pub(crate) vault: Vault,
     peers: Peers,
@@ -89,7 +139,7 @@ pub(crate) struct Memory {
 impl Memory {
     pub(crate) fn new(node: String, token: Token, folder: PathBuf, budget: u64, inputs: mpsc::Sender<Input>) -> Self {
         let (vault, peers) = (Vault::default(), Peers::new(token));
-        Self { node, vault, peers, folder, budget, inputs, jobs: BTreeMap::new() }
+        Self { times: ParityTimes::default(), node, vault, peers, folder, budget, inputs, jobs: BTreeMap::new() }
     }
 
     /// Bytes that snapshots and parity may take on this node.
@@ -142,18 +192,19 @@ impl Memory {
         self.carry_out(job, todo)
     }
 
-    /// Maps a slot that a worker has captured into; the shard, for an upload.
+    /// Maps a slot that a worker has captured into; the shard and where its time has gone so far, for an upload.
     pub(crate) fn captured(
         &mut self,
         job: &JobName,
         worker: WorkerId,
         slots: &Path,
         captured: &wire::Captured,
-    ) -> Result<Arc<ShardSource>, StoreError> {
+    ) -> Result<(Arc<ShardSource>, Vec<Stage>), StoreError> {
         let path = slots.join(format!("slot-{}", captured.slot));
         let (capture, map) = open(&path, job, captured)?;
         let described = Described { capture: Arc::new(capture.clone()), json: captured.capture.clone().into() };
         let payload = Bytes::from_owner(map);
+        let stages = capture.stages.clone();
         let source = Arc::new(capture.source(payload.clone())?);
         let length: usize = source.states.iter().map(|state| state.bytes.len()).sum();
         let of = self.jobs.entry(job.clone()).or_default();
@@ -169,7 +220,9 @@ impl Memory {
         let (slot, uploading) = (captured.slot, captured.store);
         let held = Held { worker, slot, source: source.clone(), payload, kept, uploading };
         self.vault.put(job, key, captured.rank, held);
-        Ok(source)
+        let so_far = stages.iter().map(|stage| stage.start_micros.saturating_add(stage.micros)).max().unwrap_or(0);
+        of.captured = (key, Instant::now(), so_far as f64 / 1e6);
+        Ok((source, stages))
     }
 
     /// After any change: what the keeper wants done.
@@ -383,11 +436,17 @@ impl Memory {
         }
         let addresses = of.group.members.iter().map(|member| member.snapshots.clone()).collect();
         let task = Encode { job: job.clone(), key, layout, me, addresses, folder: self.folder.clone() };
-        let (peers, inputs) = (self.peers.clone(), self.inputs.clone());
+        let (peers, inputs, times) = (self.peers.clone(), self.inputs.clone(), self.times.clone());
+        let (last, heard, after) = of.captured;
+        let (began, bytes) = (Instant::now(), layout.parity_bytes());
+        let start = if last == key { after + began.duration_since(heard).as_secs_f64() } else { 0.0 };
         tokio::spawn(async move {
             let job = task.job.clone();
             let work = tokio::spawn(async move { encode::encode(&peers, &task).await });
             let made = work.await.unwrap_or_else(|error| Err(format!("a defect in encoding: {error}")));
+            if made.is_ok() {
+                times.note(&job, key, Stage::new("parity", start, began.elapsed().as_secs_f64(), bytes));
+            }
             let _ = inputs.send(Input::Encoded(Encoded { job, key, made })).await;
         });
     }

@@ -205,6 +205,7 @@ mod tests {
             scalar: ScalarState::start(1, 10),
             states: StateDecl::adamw(),
             hashes: vec![HashList(checkpoint_store::hash_blocks(&[fill; 400], 65536, Dtype::F32)); 3],
+            stages: vec![],
         };
         let payload = Bytes::from(vec![fill; 1200]);
         let source = Arc::new(capture.source(payload.clone()).unwrap());

@@ -76,6 +76,7 @@ fn capture(job: &str, generation: u64, slots: &str) -> wire::Captured {
         scalar: ScalarState { step: Step::new(4), ..ScalarState::start(1, 10) },
         states: StateDecl::adamw(),
         hashes: vec![hashes; 3],
+        stages: vec![],
     };
     wire::Captured {
         job: job.into(),

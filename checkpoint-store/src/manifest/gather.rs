@@ -1,12 +1,16 @@
 //! From receipts to a manifest: the check that a set of shards is complete and of one state.
 
+use std::collections::BTreeMap;
+
 use proto::ids::{JobName, Rank, WorldSize};
 
-use super::{MANIFEST_FORMAT, Manifest};
-use crate::digest::{HashList, state_digest};
-use crate::object::Receipt;
+use super::Manifest;
+use crate::digest::{HashList, StateDecl, state_digest};
+use crate::object::{Extent, ObjectEntry};
+use crate::receipt::Receipt;
 use crate::scalar::ScalarState;
 use crate::space::Space;
+use crate::timeline::{Timeline, check_stages};
 
 /// Why receipts do not make a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -55,7 +59,12 @@ impl Manifest {
         let first = receipts.first().ok_or(AssembleError::Empty)?.clone();
         let world_size = first.world_size;
         let mut hashes = vec![HashList::default(); first.states.len()];
+        let blocks = space.blocks() as usize;
+        for list in &mut hashes {
+            list.0.reserve_exact(blocks);
+        }
         let mut objects = Vec::with_capacity(receipts.len());
+        let mut timeline = Timeline::default();
         for (rank, receipt) in (0u32..).map(Rank::new).zip(&receipts) {
             if receipt.rank != rank {
                 return Err(incomplete(&first, receipts.len(), rank));
@@ -66,13 +75,15 @@ impl Manifest {
                 all.0.extend_from_slice(&own.0);
             }
             objects.extend(receipt.object.clone());
+            timeline.add(rank, &receipt.stages);
         }
+        let references = receipts.iter().map(|receipt| (receipt.rank, receipt.references.as_slice()));
+        objects.extend(merge(&first.states, references)?);
         if receipts.len() != world_size.count() {
             return Err(incomplete(&first, receipts.len(), Rank::new(receipts.len() as u32)));
         }
         let digest = state_digest(&scalar, space, &first.states, &hashes);
         let mut manifest = Self {
-            format: MANIFEST_FORMAT,
             job: first.job,
             step: scalar.step,
             generation: first.generation,
@@ -84,9 +95,10 @@ impl Manifest {
             objects,
             hashes,
             digest,
+            timeline,
             index: vec![],
         };
-        manifest.check().map_err(|why| AssembleError::Wrong { rank: Rank::ZERO, why })?;
+        manifest.check_structure().map_err(|why| AssembleError::Wrong { rank: Rank::ZERO, why })?;
         Ok(manifest)
     }
 }
@@ -120,17 +132,63 @@ fn fits(space: &Space, receipt: &Receipt) -> Result<(), AssembleError> {
     if receipt.hashes.len() != receipt.states.len() || receipt.hashes.iter().any(|h| h.0.len() != blocks) {
         return wrong(format!("its receipt does not have {blocks} hashes for each state"));
     }
-    let whole = |e: &crate::object::Extent| e.first == shard.start && e.elements == shard.end - shard.start;
-    match &receipt.object {
-        None if blocks == 0 => Ok(()),
-        None => wrong("its shard is not empty, but it stored no object".into()),
-        Some(_) if blocks == 0 => wrong("its shard is empty, but it stored an object".into()),
-        Some(object) => {
-            let names = object.extents.iter().map(|e| &e.state).eq(receipt.states.iter().map(|s| &s.name));
-            if names && object.extents.iter().all(whole) {
-                return Ok(());
-            }
-            wrong(format!("{} does not hold its shard of every state", object.path))
+    check_stages(&receipt.stages).map_err(|why| AssembleError::Wrong { rank: receipt.rank, why })?;
+    if blocks == 0 {
+        return match receipt.objects().next() {
+            None => Ok(()),
+            Some(_) => wrong("its shard is empty, but it stored an object".into()),
+        };
+    }
+    if receipt.objects().next().is_none() {
+        return wrong("its shard is not empty, but it stored no object".into());
+    }
+    for state in &receipt.states {
+        let extents = receipt.objects().flat_map(|object| &object.extents).filter(|e| e.state == state.name);
+        let mut extents: Vec<&Extent> = extents.collect();
+        extents.sort_unstable_by_key(|e| e.first);
+        let mut next = shard.start;
+        let follow = |e: &&Extent| std::mem::replace(&mut next, e.first.saturating_add(e.elements)) == e.first;
+        if !extents.iter().all(follow) || next != shard.end {
+            let path = receipt.objects().next().map_or("", |object| &object.path);
+            return wrong(format!("{path} does not hold its shard of every state, not even with older objects"));
         }
     }
+    Ok(())
+}
+
+/// Puts the references of all ranks together: an older object that several ranks use is named once, and extents that
+/// follow one another are one.
+fn merge<'a>(
+    states: &[StateDecl],
+    references: impl Iterator<Item = (Rank, &'a [ObjectEntry])>,
+) -> Result<Vec<ObjectEntry>, AssembleError> {
+    let mut merged: BTreeMap<&str, ObjectEntry> = BTreeMap::new();
+    for (rank, objects) in references {
+        for object in objects {
+            let new = || ObjectEntry { extents: vec![], ..object.clone() };
+            let entry = merged.entry(object.path.as_str()).or_insert_with(new);
+            if entry.bytes != object.bytes {
+                let (path, bytes, other) = (&object.path, object.bytes, entry.bytes);
+                let why = format!("it says {path} has {bytes} bytes; another rank says {other}");
+                return Err(AssembleError::Wrong { rank, why });
+            }
+            entry.extents.extend(object.extents.iter().cloned());
+        }
+    }
+    let size = |name: &str| states.iter().find(|s| s.name == name).map_or(0, |s| s.dtype.size());
+    let mut merged: Vec<ObjectEntry> = merged.into_values().collect();
+    for object in &mut merged {
+        object.extents.sort_unstable_by_key(|e| e.offset);
+        object.extents.dedup_by(|e, before| {
+            let bytes = before.elements.saturating_mul(size(&before.state));
+            let follows = before.state == e.state
+                && before.first.checked_add(before.elements) == Some(e.first)
+                && before.offset.checked_add(bytes) == Some(e.offset);
+            if follows {
+                before.elements = before.elements.saturating_add(e.elements);
+            }
+            follows
+        });
+    }
+    Ok(merged)
 }

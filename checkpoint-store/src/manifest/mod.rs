@@ -2,40 +2,43 @@
 //!
 //! It holds the scalar state, the canonical space, where each state's elements lie, all block hashes and the digest. A
 //! manifest in the store is not yet a checkpoint; a record of the chain that names it with its hash makes it one.
-//! Manifests come from disk, so reading one checks everything it claims before anyone relies on it (`check`).
+//! Manifests come from disk, so reading one checks everything it claims before anyone relies on it (`check`). Format 2
+//! (`second`) is what is written; format 1 (`first`) is still read.
 
 mod check;
+mod first;
 mod gather;
+mod second;
 
 use std::ops::Range;
 
-use bytes::Bytes;
 use proto::ids::{Generation, JobName, Step, WorldSize};
-use serde::{Deserialize, Serialize};
 
 pub use gather::AssembleError;
+pub use second::Encoded;
 
 use crate::digest::{Digest, HashList, StateDecl};
-use crate::error::{StoreError, parse_json};
+use crate::error::StoreError;
 use crate::object::ObjectEntry;
 use crate::scalar::ScalarState;
 use crate::space::Space;
+use crate::timeline::Timeline;
 
-/// The version of manifests.
-pub const MANIFEST_FORMAT: u32 = 1;
-/// A manifest larger than this is refused unread; 2^19 blocks of five states take 170 MB.
+/// The version of manifests this build writes, and the newest it reads.
+pub const MANIFEST_FORMAT: u32 = 2;
+/// A manifest larger than this is refused unread; 2^19 blocks of fifteen states take 252 MB.
 pub const MAX_MANIFEST: u64 = 256 << 20;
 /// Most states of a checkpoint.
 pub const MAX_STATES: usize = 16;
 /// Most objects of a checkpoint.
 pub const MAX_OBJECTS: usize = 1 << 20;
 
+/// Most extents of a checkpoint.
+pub const MAX_EXTENTS: usize = 1 << 21;
+
 /// One checkpoint, checked.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
-    /// [`MANIFEST_FORMAT`].
-    pub format: u32,
     /// The job.
     pub job: JobName,
     /// The step whose state this is.
@@ -58,8 +61,9 @@ pub struct Manifest {
     pub hashes: Vec<HashList>,
     /// The digest of all of it.
     pub digest: Digest,
+    /// Where the time of the save went; no part of the digest.
+    pub timeline: Timeline,
     /// Per state, its extents in canonical order; built by the check.
-    #[serde(skip)]
     index: Vec<Vec<Located>>,
 }
 
@@ -78,21 +82,13 @@ impl Manifest {
         if bytes.len() as u64 > MAX_MANIFEST {
             return Err(StoreError::Corrupt(format!("{path} has {} bytes, more than {MAX_MANIFEST}", bytes.len())));
         }
-        let mut manifest: Self = parse_json(path, bytes, MANIFEST_FORMAT)?;
+        let json = bytes.iter().find(|b| !b.is_ascii_whitespace()).is_some_and(|b| matches!(b, b'{' | b'['));
+        let mut manifest = if json { first::parse(path, bytes)? } else { second::parse(path, bytes)? };
         manifest.check().map_err(|why| StoreError::Corrupt(format!("{path}: {why}")))?;
         Ok(manifest)
     }
 
-    /// The manifest as it is stored.
-    pub fn to_json(&self) -> Result<Bytes, StoreError> {
-        let bytes = serde_json::to_vec(self).map_err(|e| StoreError::Bug(format!("manifest: {e}")))?;
-        if bytes.len() as u64 > MAX_MANIFEST {
-            return Err(StoreError::Bug(format!("the manifest would have {} bytes", bytes.len())));
-        }
-        Ok(bytes.into())
-    }
-
-    /// Bytes of all objects.
+    /// Bytes of all objects it needs, with the parts of older ones that it does not use.
     pub fn bytes(&self) -> u64 {
         self.objects.iter().fold(0, |sum, o| sum.saturating_add(o.bytes))
     }

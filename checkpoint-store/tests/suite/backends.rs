@@ -92,7 +92,7 @@ async fn a_save_without_its_record_is_not_a_checkpoint() {
     let receipts = receipts(&store, &space, 1, 2, 20).await;
     let manifest = Manifest::assemble(&space, scalar(20), receipts).unwrap();
     let name = layout::manifest_name(manifest.step, manifest.generation, uuid::Uuid::new_v4());
-    store.create(&layout::manifest(&job(), &name), manifest.to_json().unwrap()).await.unwrap();
+    store.create(&layout::manifest(&job(), &name), manifest.encode().unwrap().bytes).await.unwrap();
     let found = Chain::load(&store, &job()).await.unwrap().unwrap();
     assert_eq!(found.history().newest_good(), Some(&first));
     expect_loads(&store, &first, &space, 3).await;

@@ -72,7 +72,9 @@ async fn a_flipped_byte_anywhere_is_found() {
 #[tokio::test]
 async fn hostile_manifests_are_refused() {
     let (store, _, checkpoint) = saved().await;
-    let manifest = open_checkpoint(&store, &job(), &checkpoint).await.unwrap();
+    let mut manifest = open_checkpoint(&store, &job(), &checkpoint).await.unwrap();
+    // The JSON form has no times.
+    manifest.timeline = Timeline::default();
     let text = manifest.to_json().unwrap();
     assert_eq!(Manifest::parse("m", &text).unwrap(), manifest);
     for cut in (0..text.len()).step_by(211) {
@@ -152,7 +154,7 @@ async fn open_hostile(store: &Store, checkpoint: &CheckpointRef, bytes: Vec<u8>)
 async fn a_right_hash_does_not_make_a_manifest_right() {
     let (store, _, checkpoint) = saved().await;
     let manifest = open_checkpoint(&store, &job(), &checkpoint).await.unwrap();
-    let good: Value = serde_json::to_value(&manifest).unwrap();
+    let good: Value = serde_json::from_slice(&manifest.to_json().unwrap()).unwrap();
     let (extents, block) = ("/objects/0/extents", manifest.block_elements);
     let first = &manifest.objects[0].extents;
     assert!(first[0].elements > block, "the first rank has several blocks");
@@ -201,7 +203,7 @@ async fn a_newer_format_is_refused_naming_both() {
     newer["format"] = json!(7);
     newer["something"] = json!("new");
     let error = Manifest::parse("m", &serde_json::to_vec(&newer).unwrap()).unwrap_err();
-    assert!(matches!(error, StoreError::NewerFormat { found: 7, known: 1, .. }), "{error}");
+    assert!(matches!(error, StoreError::NewerFormat { found: 7, known: 2, .. }), "{error}");
     let path = layout::record(&job(), chain.history().records);
     store.create(&path, Bytes::from_static(br#"{"format":7,"event":{"kind":"unheard of"}}"#)).await.unwrap();
     let error = Chain::load(&store, &job()).await.unwrap_err();

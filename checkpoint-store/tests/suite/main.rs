@@ -1,8 +1,11 @@
-//! The store as its users see it: every backend, saves and loads at any size, the chain under races, and damage.
+//! The store as its users see it: every backend, saves and loads at any size, the chain under races, formats old
+//! and new, deduplication, and damage.
 
 mod backends;
 mod chain;
 mod compare;
+mod dedup;
+mod formats;
 mod hostile;
 mod keeping;
 mod reshard;

@@ -86,7 +86,7 @@ pub(crate) async fn receipts(store: &Store, space: &Space, generation: u64, size
             states: StateDecl::adamw().into_iter().zip(&all).map(part).collect(),
         };
         let receipt = upload_shard(store, &source, Uuid::new_v4()).await.unwrap();
-        assert_eq!(Receipt::from_json(&receipt.to_json().unwrap()).unwrap(), receipt);
+        assert_eq!(Receipt::from_bytes(&receipt.to_bytes().unwrap()).unwrap(), receipt);
         receipts.push(receipt);
     }
     receipts

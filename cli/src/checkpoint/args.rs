@@ -15,7 +15,7 @@ pub(crate) enum CheckpointCommand {
     /// The checkpoints of a job, oldest first, and what is known of each.
     List(CheckpointListArgs),
     /// One checkpoint: digest, parameters, scalar state, objects.
-    Show(CheckpointArgs),
+    Show(CheckpointShowArgs),
     /// Read one checkpoint (or all) again and prove it, every byte or a sample.
     Verify(VerifyArgs),
     /// What two checkpoints differ in, and by how much.
@@ -213,4 +213,13 @@ impl PruneArgs {
             within_steps: self.keep_within_steps,
         }
     }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckpointShowArgs {
+    #[command(flatten)]
+    pub(crate) checkpoint: CheckpointArgs,
+    /// Draw where the time of the save went, the slowest ranks first.
+    #[arg(long)]
+    pub(crate) timeline: bool,
 }

@@ -26,7 +26,7 @@ use crate::failure::Failure;
 pub(crate) async fn run(command: CheckpointCommand) -> Result<u8, Failure> {
     match command {
         CheckpointCommand::List(args) => list::list(args).await,
-        CheckpointCommand::Show(args) => show::show(args).await,
+        CheckpointCommand::Show(args) => show::show(args.checkpoint, args.timeline).await,
         CheckpointCommand::Verify(args) => verify::verify(args).await,
         CheckpointCommand::Diff(args) => diff::diff(args).await,
         CheckpointCommand::Pin(args) => change::pin(args).await,

@@ -10,13 +10,23 @@ use crate::args::Output;
 use crate::failure::Failure;
 use crate::table::{self, say};
 
-pub(super) async fn show(args: CheckpointArgs) -> Result<u8, Failure> {
+/// Characters of a bar of a timeline.
+const TIMELINE_WIDTH: usize = 64;
+
+pub(super) async fn show(args: CheckpointArgs, timeline: bool) -> Result<u8, Failure> {
     let (store, chain) = open(&args.job).await?;
     // Without a step: the one a job would resume from, if there is any; else the newest of what there is.
     let best = best(&chain, args.step)?;
     let manifest = open_checkpoint(&store, &args.job.name, &best.checkpoint).await?;
     match args.job.output {
-        Output::Json => say!("{}", details(&best, &manifest)),
+        Output::Json => {
+            let mut line = details(&best, &manifest);
+            if timeline {
+                line["timeline"] = manifest.timeline.to_json();
+            }
+            say!("{line}");
+        }
+        Output::Text if timeline => manifest.timeline.render(TIMELINE_WIDTH).iter().for_each(|row| say!("{row}")),
         Output::Text => print_details(&args, &best, &manifest),
     }
     Ok(0)
