@@ -83,7 +83,7 @@ pub mod spec_file;
 pub mod url;
 pub mod verify;
 
-pub use backend::{Create, Listed, Store};
+pub use backend::{Create, Limits, Listed, Store};
 pub use capture::{CAPTURE_FORMAT, Capture};
 pub use chain::{Chain, ChainError, list_jobs};
 pub use digest::{BlockHash, Digest, HashList, StateDecl, hash_blocks, state_digest};
