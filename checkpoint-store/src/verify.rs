@@ -52,7 +52,9 @@ pub async fn verify(store: &Store, job: &JobName, checkpoint: &CheckpointRef) ->
     let manifest = open_checkpoint(store, job, checkpoint).await?;
     let mut objects = Vec::with_capacity(manifest.objects.len());
     for object in &manifest.objects {
-        let problem = match verify_object(store, &manifest, object).await {
+        let checked = verify_object(store, &manifest, object).await;
+        // It may go while it is read.
+        let problem = match checked.map_err(|e| e.missing_is_corrupt("the manifest")) {
             Ok(()) => None,
             Err(e) if e.kind() == Kind::Corrupt => Some(e.to_string()),
             Err(e) => return Err(e),
@@ -64,7 +66,7 @@ pub async fn verify(store: &Store, job: &JobName, checkpoint: &CheckpointRef) ->
 
 async fn verify_object(store: &Store, manifest: &Manifest, object: &ObjectEntry) -> Result<(), StoreError> {
     let path = &object.path;
-    let size = store.head(path).await.map_err(|e| e.missing_is_corrupt("the manifest"))?;
+    let size = store.head(path).await?;
     if size != object.bytes {
         return Err(StoreError::Corrupt(format!("{path} has {size} bytes, the manifest says {}", object.bytes)));
     }
