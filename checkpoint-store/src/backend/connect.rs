@@ -99,7 +99,9 @@ pub(super) fn connect(
     Ok(match scheme {
         "gs" => {
             let mut builder = GoogleCloudStorageBuilder::from_env().with_bucket_name(bucket);
-            for (key, value) in given.settings::<GoogleConfigKey>(&GS, "GOOGLE", |key| *key == GoogleConfigKey::Bucket)? {
+            for (key, value) in
+                given.settings::<GoogleConfigKey>(&GS, "GOOGLE", |key| *key == GoogleConfigKey::Bucket)?
+            {
                 builder = builder.with_config(key, value);
             }
             Arc::new(builder.with_retry(retry).build().map_err(wrong)?)
@@ -114,9 +116,8 @@ pub(super) fn connect(
         }
         _ => {
             let mut builder = AmazonS3Builder::from_env().with_bucket_name(bucket);
-            let fixed = |key: &AmazonS3ConfigKey| {
-                matches!(key, AmazonS3ConfigKey::Bucket | AmazonS3ConfigKey::ConditionalPut)
-            };
+            let fixed =
+                |key: &AmazonS3ConfigKey| matches!(key, AmazonS3ConfigKey::Bucket | AmazonS3ConfigKey::ConditionalPut);
             for (key, value) in given.settings(&S3, "AWS", fixed)? {
                 builder = builder.with_config(key, value);
             }

@@ -43,7 +43,9 @@ impl Default for Limits {
 impl Limits {
     /// The defaults with what the environment says.
     pub fn from_env() -> Result<Self, StoreError> {
-        Self::from_variables(std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))))
+        Self::from_variables(
+            std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))),
+        )
     }
 
     fn from_variables(variables: impl Iterator<Item = (String, String)>) -> Result<Self, StoreError> {

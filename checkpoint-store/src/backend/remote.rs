@@ -179,13 +179,7 @@ impl RemoteBackend {
     }
 
     /// One upload in parts. Nothing of it can be seen before it is completed.
-    async fn upload_parts(
-        &self,
-        path: &str,
-        location: &Path,
-        parts: Vec<Bytes>,
-        total: u64,
-    ) -> Result<(), StoreError> {
+    async fn upload_parts(&self, path: &str, location: &Path, parts: Vec<Bytes>, total: u64) -> Result<(), StoreError> {
         let upload = self.within("uploading", path, || self.client.put_multipart(location)).await;
         let mut upload = upload.map_err(|e| self.put_failed(e))?;
         let part_size = self.part_bytes.max(total.div_ceil(MOST_PARTS));

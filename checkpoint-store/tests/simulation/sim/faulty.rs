@@ -155,9 +155,8 @@ impl MultipartUpload for Upload {
         let (path, id, index) = (self.path.clone(), self.id.clone(), self.parts);
         self.parts += 1;
         let label = format!("{path} part {index}");
-        let call = self.store.net.call(self.store.process, "part", label, move |disk| {
-            disk.part(&path, &id, index, payload)
-        });
+        let call =
+            self.store.net.call(self.store.process, "part", label, move |disk| disk.part(&path, &id, index, payload));
         Box::pin(call)
     }
 

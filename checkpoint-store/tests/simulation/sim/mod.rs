@@ -12,7 +12,7 @@ pub(crate) mod net;
 pub(crate) mod oracle;
 pub(crate) mod product;
 pub(crate) mod random;
-mod supervisor;
+pub(crate) mod supervisor;
 
 use std::collections::BTreeMap;
 
@@ -67,23 +67,22 @@ impl Outcome {
         let lines: Vec<&str> = self.trace.lines().collect();
         let last = lines[lines.len().saturating_sub(60)..].join("\n");
         let what = self.violation.as_deref().unwrap_or("nothing is wrong");
-        format!("{what}\n{last}\n{what}\nto see it again: {}", self.replay())
+        let at = self.operations;
+        format!("{last}\n{what}\nafter {at} operations; to see it again: {}", self.replay())
     }
 
     /// The command that repeats the run and prints its trace.
     pub(crate) fn replay(&self) -> String {
-        let Options { seed, operations, crash_at, .. } = self.options;
-        let mut command = "cargo run -p checkpoint-store --example crash_campaign -- ".to_owned();
-        command += &format!("--replay {seed} --operations {operations}");
-        if let Some(plant) = self.options.plant {
-            command += &format!(" --plant {plant:?}");
-        }
-        if let Some((at, after)) = crash_at {
-            command += &format!(" --crash-{} {at}", if after { "after" } else { "before" });
-        } else if !self.options.deaths {
-            command += " --calm";
-        }
-        command
+        let Options { seed, operations, crash_at, deaths, plant, .. } = self.options;
+        let plant = plant.map(|plant| format!(" --plant {plant:?}")).unwrap_or_default();
+        let death = match crash_at {
+            Some((at, true)) => format!(" --crash-after {at}"),
+            Some((at, false)) => format!(" --crash-before {at}"),
+            None if !deaths => " --calm".into(),
+            None => String::new(),
+        };
+        let program = "cargo run -p checkpoint-store --example crash_campaign --";
+        format!("{program} --replay {seed} --operations {operations}{plant}{death}")
     }
 }
 
@@ -133,27 +132,21 @@ impl Totals {
     pub(crate) fn table(&self) -> String {
         let operations: u64 = self.kinds.values().map(|tally| tally.operations).sum();
         let checks: u64 = self.checks.values().sum();
-        let mut text = format!(
-            "{} runs, {operations} operations, {} crash points, {} faults, {checks} checks\n\
-             {} records, {} commits, {} leaders\n",
-            self.runs,
-            self.crash_points(),
-            self.faults(),
-            self.records,
-            self.commits,
-            self.leaders
-        );
-        text += "request     number  failed    lost    hung    late  death before  death after\n";
-        for (kind, t) in &self.kinds {
-            text += &format!(
-                "{kind:<9} {:>8} {:>7} {:>7} {:>7} {:>7} {:>13} {:>12}\n",
-                t.operations, t.failed, t.lost, t.hung, t.late, t.deaths_before, t.deaths_after
-            );
-        }
-        for (what, times) in &self.checks {
-            text += &format!("checked {what}: {times}\n");
-        }
-        text
+        let (runs, points, faults) = (self.runs, self.crash_points(), self.faults());
+        let mut lines = vec![
+            format!("{runs} runs, {operations} operations, {points} crash points, {faults} faults, {checks} checks"),
+            format!("{} records, {} commits, {} leaders", self.records, self.commits, self.leaders),
+            "request     number  failed    lost    hung    late  death before  death after".into(),
+        ];
+        lines.extend(self.kinds.iter().map(|(kind, t)| {
+            let Tally { operations, failed, lost, hung, late, deaths_before, deaths_after } = t;
+            format!(
+                "{kind:<9} {operations:>8} {failed:>7} {lost:>7} {hung:>7} {late:>7} {deaths_before:>13} \
+                 {deaths_after:>12}"
+            )
+        }));
+        lines.extend(self.checks.iter().map(|(what, times)| format!("checked {what}: {times}")));
+        lines.join("\n")
     }
 }
 

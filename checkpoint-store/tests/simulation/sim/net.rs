@@ -6,6 +6,7 @@
 //! process died, may still land later.
 
 use std::collections::BTreeMap;
+use std::fmt::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -27,11 +28,13 @@ pub(crate) struct Faults {
     pub(crate) lost: u64,
     /// No answer for long; it may take effect late.
     pub(crate) hung: u64,
+    /// Every request of this kind goes wrong: without effect, or with its answer lost.
+    pub(crate) always: Option<(&'static str, bool)>,
 }
 
 impl Faults {
-    pub(crate) const NONE: Self = Self { failed: 0, lost: 0, hung: 0 };
-    pub(crate) const USUAL: Self = Self { failed: 25, lost: 25, hung: 15 };
+    pub(crate) const NONE: Self = Self { failed: 0, lost: 0, hung: 0, always: None };
+    pub(crate) const USUAL: Self = Self { failed: 25, lost: 25, hung: 15, always: None };
 }
 
 /// What became of the requests of one kind.
@@ -152,15 +155,13 @@ impl Net {
 
     /// Writes a line into the trace.
     pub(crate) fn note(&self, line: &str) {
-        let mut state = self.state();
-        state.trace += line;
-        state.trace.push('\n');
+        self.state().write(format_args!("{line}"));
     }
 
     /// Ends the run: what must never happen has happened.
     pub(crate) fn fail(&self, violation: String) {
         let mut state = self.state();
-        state.trace += &format!("VIOLATION {violation}\n");
+        state.write(format_args!("VIOLATION {violation}"));
         state.violation.get_or_insert(violation);
         drop(state);
         self.over.notify_one();
@@ -185,9 +186,14 @@ impl Net {
         state.waiting.iter_mut().for_each(|request| request.not_before = now);
     }
 
+    /// Requests under way.
+    pub(crate) fn waiting(&self) -> usize {
+        self.state().waiting.len()
+    }
+
     /// Until no request is under way.
     pub(crate) async fn drained(&self) {
-        while !self.state().waiting.is_empty() {
+        while self.waiting() > 0 {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -332,7 +338,12 @@ impl State {
             let word = if after { "death after" } else { "death before" };
             return Some(Fate { lands: after, heard: Heard::Nothing, word });
         }
-        let Faults { failed, lost, hung } = self.faults;
+        let Faults { failed, lost, hung, always } = self.faults;
+        let (failed, lost) = match always.filter(|(kind, _)| *kind == request.kind) {
+            Some((_, true)) => (0, 1_000),
+            Some((_, false)) => (1_000, 0),
+            None => (failed, lost),
+        };
         let dice = self.random.below(1_000);
         Some(if dice < failed {
             tally.failed += 1;
@@ -349,8 +360,13 @@ impl State {
     }
 
     fn record(&mut self, request: &Request, word: &str) {
-        let name = &self.processes[request.process as usize].name;
-        let line = format!("{} {name} {} {}: {word}\n", self.operations, request.kind, request.label);
-        self.trace += &line;
+        let (number, name) = (self.operations, self.processes[request.process as usize].name.clone());
+        self.write(format_args!("{number} {name} {} {}: {word}", request.kind, request.label));
+    }
+
+    /// Adds a line to the trace.
+    fn write(&mut self, line: fmt::Arguments<'_>) {
+        // Writing to a text cannot fail.
+        let _ = writeln!(self.trace, "{line}");
     }
 }

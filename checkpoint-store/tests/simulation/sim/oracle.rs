@@ -15,7 +15,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use checkpoint_store::record::MAX_RECORD;
-use checkpoint_store::*;
+use checkpoint_store::{Chain, CheckpointRef, Event, History, Record, Store, layout, open_checkpoint, verify};
 use proto::ids::Epoch;
 
 use super::disk::Effect;

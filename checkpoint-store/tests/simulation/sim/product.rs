@@ -6,7 +6,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use bytes::Bytes;
-use checkpoint_store::*;
+use checkpoint_store::{
+    BlockHash, Chain, ChainError, CheckpointRef, Digest, Dtype, Event, HashList, History, Manifest, Receipt, Record,
+    ScalarState, ShardSource, ShardState, Space, StateDecl, Store, StoreError, TensorDecl, collect, commit, condemned,
+    hash_blocks, layout, open_checkpoint, read_range, retention, state_digest, upload_shard,
+};
 use proto::ids::{Epoch, Generation, JobName, Rank, Step, WorldSize};
 use uuid::Uuid;
 
@@ -53,17 +57,18 @@ impl Plant {
         Self::DeletesNewest,
     ];
 
-    /// What the violation it leads to may say.
-    pub(crate) fn signs(self) -> &'static [&'static str] {
+    /// What the violation it leads to says.
+    pub(crate) fn sign(self) -> &'static str {
         match self {
-            Self::ReceiptBeforeObject | Self::SlotReused => &["was committed but does not verify"],
-            Self::CollectsOpenSaves => &["was committed but does not verify"],
-            Self::CreateOverwrites => &["was overwritten"],
-            Self::BytesBeforeRecord => &["is reachable, but was deleted"],
-            Self::IgnoresFencing => &["superseded"],
-            Self::CommitsTwice => &["was committed twice"],
-            Self::NeverSweeps => &["was never collected"],
-            Self::DeletesNewest => &["the newest good checkpoint was deleted"],
+            Self::ReceiptBeforeObject | Self::SlotReused | Self::CollectsOpenSaves => {
+                "was committed but does not verify"
+            }
+            Self::CreateOverwrites => "was overwritten",
+            Self::BytesBeforeRecord => "is reachable, but was deleted",
+            Self::IgnoresFencing => "superseded",
+            Self::CommitsTwice => "was committed twice",
+            Self::NeverSweeps => "was never collected",
+            Self::DeletesNewest => "the newest good checkpoint was deleted",
         }
     }
 }
@@ -218,7 +223,11 @@ pub(crate) fn led(epoch: Epoch, history: &History) -> Record {
 pub(crate) fn formed(epoch: Epoch, history: &History, world_size: WorldSize) -> Record {
     let generation = Generation::new(history.generation.get() + 1);
     let (start, identity, fingerprint) = (history.newest_good().cloned(), "cpu".into(), "data".into());
-    Record::new(epoch, generation, Event::Generation { generation, world_size, members: vec![], start, identity, fingerprint })
+    Record::new(
+        epoch,
+        generation,
+        Event::Generation { generation, world_size, members: vec![], start, identity, fingerprint },
+    )
 }
 
 /// The first record.

@@ -6,13 +6,14 @@ use std::time::Duration;
 use checkpoint_store::{Limits, Store};
 use proto::ids::Rank;
 use tokio::sync::Notify;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 
 use super::actors::{self, Context};
 use super::cluster::{Cluster, Formed};
 use super::disk::Disk;
 use super::net::Net;
 use super::oracle::Oracle;
+use super::product::Plant;
 use super::random::Random;
 use super::{Options, Outcome};
 
@@ -50,16 +51,20 @@ fn limits() -> Limits {
     Limits { request_timeout: Duration::from_secs(5), retries: 2, requests_in_flight: 8, part_bytes: 100 << 10 }
 }
 
-/// One run, from an empty bucket to the last check.
-pub(super) async fn supervise(options: Options) -> Outcome {
-    let overwrites = options.plant == Some(super::product::Plant::CreateOverwrites);
+/// An empty bucket and its network, which serves until the task is aborted.
+pub(crate) fn begin(options: Options) -> (Arc<Net>, JoinHandle<()>) {
+    let overwrites = options.plant == Some(Plant::CreateOverwrites);
     let disk = Disk::new(Random::new(options.seed, 1), options.lags, overwrites);
     let oracle = Oracle::new(Store::from_object_store("memory://", Arc::new(disk.memory.clone())));
-    let net = Net::new(Random::new(options.seed, 2), disk, oracle, options.faults, options.operations, options.crash_at);
-    let serving = tokio::spawn({
-        let net = Arc::clone(&net);
-        async move { net.serve().await }
-    });
+    let random = Random::new(options.seed, 2);
+    let net = Net::new(random, disk, oracle, options.faults, options.operations, options.crash_at);
+    let serving = Arc::clone(&net);
+    (net, tokio::spawn(async move { serving.serve().await }))
+}
+
+/// One run, from an empty bucket to the last check.
+pub(super) async fn supervise(options: Options) -> Outcome {
+    let (net, serving) = begin(options);
     let (cluster, random) = (Arc::default(), Random::new(options.seed, 3));
     let mut supervisor = Supervisor { options, net, cluster, random, tasks: JoinSet::new(), started: 0 };
     supervisor.storm().await;
