@@ -36,6 +36,8 @@ pub(crate) enum Plant {
     IgnoresFencing,
     /// A resent set of receipts is committed again, with a manifest of its own.
     CommitsTwice,
+    /// Receipts of a step that is past are committed, though a collection may have taken their objects.
+    CommitsLate,
     /// The memory of a shard is used again while it is uploaded.
     SlotReused,
     /// Nothing is ever swept.
@@ -45,13 +47,14 @@ pub(crate) enum Plant {
 }
 
 impl Plant {
-    pub(crate) const ALL: [Self; 9] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::ReceiptBeforeObject,
         Self::CollectsOpenSaves,
         Self::CreateOverwrites,
         Self::BytesBeforeRecord,
         Self::IgnoresFencing,
         Self::CommitsTwice,
+        Self::CommitsLate,
         Self::SlotReused,
         Self::NeverSweeps,
         Self::DeletesNewest,
@@ -67,6 +70,8 @@ impl Plant {
             Self::BytesBeforeRecord => "is reachable, but was deleted",
             Self::IgnoresFencing => "superseded",
             Self::CommitsTwice => "was committed twice",
+            // Twice, or torn, whichever comes first.
+            Self::CommitsLate => "was committed",
             Self::NeverSweeps => "was never collected",
             Self::DeletesNewest => "the newest good checkpoint was deleted",
         }
@@ -154,7 +159,8 @@ pub(crate) async fn commit_set(
     let scalar = receipts.first().map_or_else(|| scalar(0), |receipt| receipt.scalar.clone());
     let manifest = Manifest::assemble(&space(), scalar, receipts)
         .map_err(|e| StoreError::Bug(format!("receipts of good shards make no manifest: {e}")))?;
-    if plant == Some(Plant::CommitsTwice) {
+    let late = manifest.step.get() < newest_here(chain.history());
+    if plant == Some(Plant::CommitsTwice) || (plant == Some(Plant::CommitsLate) && late) {
         return commit_anyway(chain, epoch, &manifest, id).await;
     }
     commit(chain, &manifest, epoch, id).await
