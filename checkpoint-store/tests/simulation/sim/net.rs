@@ -163,6 +163,7 @@ impl Net {
         let mut state = self.state();
         state.write(format_args!("VIOLATION {violation}"));
         state.violation.get_or_insert(violation);
+        state.limit = state.operations;
         drop(state);
         self.over.notify_one();
     }
@@ -171,7 +172,7 @@ impl Net {
         self.state().violation.clone()
     }
 
-    /// Until the run has had its operations, or failed.
+    /// Until the run has had its operations, or failed. No request is served from there to the calm.
     pub(crate) async fn over(&self) {
         self.over.notified().await;
     }
@@ -278,6 +279,9 @@ impl Net {
     /// One request takes effect, or does not.
     fn step(&self) -> Option<(u32, Deliver, Vec<Effect>)> {
         let mut state = self.state();
+        if state.operations >= state.limit {
+            return None;
+        }
         let request = state.choose()?;
         state.operations += 1;
         state.disk.now = state.operations;

@@ -98,7 +98,7 @@ impl Supervisor {
             let rival = Duration::from_millis(self.random.within(2_000, 30_000));
             tokio::select! {
                 biased;
-                () = net.over() => return,
+                () = net.over() => break,
                 ended = self.tasks.join_next() => match ended {
                     Some(Ok((role, end))) => self.ended(role, &end).await,
                     Some(Err(e)) => net.fail(format!("a process panicked: {e}")),
@@ -112,6 +112,8 @@ impl Supervisor {
                 () = tokio::time::sleep(rival), if self.options.deaths => self.start(Role::Rival),
             }
         }
+        // Whoever is at work gets as far as its next request: otherwise the end would depend on threads.
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
 
     async fn ended(&mut self, role: Role, end: &End) {
