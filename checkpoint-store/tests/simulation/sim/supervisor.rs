@@ -7,6 +7,7 @@ use checkpoint_store::{Limits, Store};
 use proto::ids::Rank;
 use tokio::sync::Notify;
 use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::Instant;
 
 use super::actors::{self, Context};
 use super::cluster::{Cluster, Formed};
@@ -94,8 +95,8 @@ impl Supervisor {
             self.start(Role::Reader);
         }
         let (net, cluster) = (Arc::clone(&self.net), Arc::clone(&self.cluster));
+        let mut rival = Instant::now() + self.while_until_a_rival();
         loop {
-            let rival = Duration::from_millis(self.random.within(2_000, 30_000));
             tokio::select! {
                 biased;
                 () = net.over() => break,
@@ -109,11 +110,18 @@ impl Supervisor {
                         formed.world.ranks().for_each(|rank| self.start(Role::Worker(formed, rank)));
                     }
                 }
-                () = tokio::time::sleep(rival), if self.options.deaths => self.start(Role::Rival),
+                () = tokio::time::sleep_until(rival), if self.options.deaths => {
+                    self.start(Role::Rival);
+                    rival = Instant::now() + self.while_until_a_rival();
+                }
             }
         }
         // Whoever is at work gets as far as its next request: otherwise the end would depend on threads.
         tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+
+    fn while_until_a_rival(&mut self) -> Duration {
+        Duration::from_millis(self.random.within(300, 6_000))
     }
 
     async fn ended(&mut self, role: Role, end: &End) {
