@@ -100,7 +100,7 @@ pub mod trust;
 pub mod url;
 pub mod verify;
 
-pub use backend::{Create, Listed, Store};
+pub use backend::{Create, Limits, Listed, Store};
 pub use capture::{CAPTURE_FORMAT, Capture};
 pub use chain::{Chain, ChainError, Refreshed, list_jobs};
 pub use change::{Change, ChangeReport, Keeper};

@@ -92,7 +92,8 @@ pub async fn upload_changed(
 }
 
 /// Makes a manifest a checkpoint. A state that this generation has already committed is not committed again: the
-/// existing checkpoint is returned, so a repeated commit is harmless.
+/// existing checkpoint is returned, so a repeated commit is harmless. A generation commits its steps in order: one before
+/// its newest is refused, because a collection may have taken its objects.
 pub async fn commit(
     chain: &mut Chain,
     manifest: &Manifest,
@@ -124,6 +125,13 @@ pub async fn commit_encoded(
         }
         let (step, was, is) = (manifest.step, before.digest, manifest.digest);
         return Err(StoreError::Bug(format!("step {step} was committed with digest {was}, now it has {is}")).into());
+    }
+    // Collection leaves alone only what a generation saves after its newest commit.
+    let of_this = chain.history().checkpoints.iter().filter(|c| c.checkpoint.generation == manifest.generation);
+    if let Some(newest) = of_this.map(|c| c.checkpoint.step).max().filter(|newest| *newest > manifest.step) {
+        let (step, generation) = (manifest.step, manifest.generation);
+        let why = format!("step {step} comes too late: generation {generation} has committed step {newest}");
+        return Err(StoreError::Bug(why).into());
     }
     let condemned = reached.condemned(chain, manifest).await?;
     if let Some(first) = condemned.first() {

@@ -116,7 +116,9 @@ pub async fn verify_sample(
     let work = Work { store, manifest: &manifest, sample, progress, proved: AtomicU64::new(0) };
     let mut objects = Vec::with_capacity(manifest.objects.len());
     for object in &manifest.objects {
-        let problem = match work.object(object).await {
+        // An object may go while it is read.
+        let checked = work.object(object).await.map_err(|e| e.missing_is_corrupt("the manifest"));
+        let problem = match checked {
             Ok(()) => None,
             Err(e) if e.kind() == Kind::Corrupt => Some(e.to_string()),
             Err(e) => return Err(e),
@@ -140,7 +142,7 @@ struct Work<'a> {
 impl Work<'_> {
     async fn object(&self, object: &ObjectEntry) -> Result<(), StoreError> {
         let (store, manifest, path) = (self.store, self.manifest, &object.path);
-        let size = store.head(path).await.map_err(|e| e.missing_is_corrupt("the manifest"))?;
+        let size = store.head(path).await?;
         if size != object.bytes {
             return Err(StoreError::Corrupt(format!("{path} has {size} bytes, the manifest says {}", object.bytes)));
         }

@@ -4,7 +4,9 @@
 //! its outcome is either known or reported as unknown. A timed-out create is *indeterminate*: it is read back and
 //! compared, tried again, and never assumed. On a local disk success means synced, on a bucket it means acknowledged.
 
+mod connect;
 mod file;
+mod limits;
 mod remote;
 
 use std::fmt;
@@ -15,6 +17,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use object_store::ObjectStore;
 use uuid::Uuid;
+
+pub use limits::Limits;
 
 use crate::error::StoreError;
 use crate::layout;
@@ -67,11 +71,16 @@ impl Store {
         Self::open_with(url, &[])
     }
 
-    /// As [`Store::open`] with settings that override the environment: `object_store`'s option names, such as
-    /// `aws_endpoint` or `aws_access_key_id`.
+    /// As [`Store::open`] with settings that override the environment, by the names of docs/store.md: the cloud's, such
+    /// as `aws_endpoint` or `aws_access_key_id`, and those of [`Limits`]. An unknown name is an error.
     pub fn open_with(url: &str, options: &[(&str, &str)]) -> Result<Self, StoreError> {
         let backend = match parse(url)? {
-            Place::Folder(root) => Backend::File(file::FileBackend::make(root, draw_writer())?),
+            Place::Folder(root) => match options.first() {
+                Some((name, _)) => {
+                    return Err(StoreError::Input(format!("store option {name:?}: a local disk takes no options")));
+                }
+                None => Backend::File(file::FileBackend::make(root, draw_writer())?),
+            },
             place => Self::remote(place, options)?,
         };
         Ok(Self::with(url, backend))
@@ -93,18 +102,26 @@ impl Store {
 
     /// A store over any `object_store` backend; the URL is used in messages only.
     pub fn from_object_store(url: &str, backend: Arc<dyn ObjectStore>) -> Self {
-        Self::with(url, Backend::Remote(remote::RemoteBackend::new(url, "", backend)))
+        Self::from_object_store_with(url, backend, &Limits::default())
+    }
+
+    /// As [`Store::from_object_store`] with limits of one's own. The backend is taken to repeat nothing itself.
+    pub fn from_object_store_with(url: &str, backend: Arc<dyn ObjectStore>, limits: &Limits) -> Self {
+        Self::with(url, Backend::Remote(remote::RemoteBackend::new(url, "", backend, limits)))
     }
 
     fn remote(place: Place, options: &[(&str, &str)]) -> Result<Backend, StoreError> {
-        let (url, prefix, client): (_, _, Arc<dyn ObjectStore>) = match place {
+        let mut limits = Limits::from_env()?;
+        Ok(Backend::Remote(match place {
             Place::Bucket(scheme, url, prefix) => {
-                let client = remote::connect(scheme, &url, options)?;
-                (url.as_str().to_owned(), prefix, client)
+                let client = connect::connect(scheme, &url, options, &mut limits)?;
+                remote::RemoteBackend::over_http(url.as_str(), &prefix, client, &limits)
             }
-            _ => ("memory://".to_owned(), String::new(), Arc::new(object_store::memory::InMemory::new())),
-        };
-        Ok(Backend::Remote(remote::RemoteBackend::new(&url, &prefix, client)))
+            _ => {
+                let memory = Arc::new(object_store::memory::InMemory::new());
+                remote::RemoteBackend::new("memory://", "", memory, &limits)
+            }
+        }))
     }
 
     fn with(url: &str, backend: Backend) -> Self {

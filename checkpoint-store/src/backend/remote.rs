@@ -1,8 +1,9 @@
 //! A store in a bucket, or in memory, through the `object_store` crate.
 //!
-//! Requests are retried with backoff and bounded in time. The conditional create needs more care than a retry: the
-//! answer to a request that took effect may be lost, and its repetition then says "already exists". So every answer but
-//! a plain success is settled by reading the object back.
+//! Requests are retried with backoff, bounded in time and in number at once (`limits`). The conditional create needs
+//! more care than a retry: the answer to a request that took effect may be lost, and its repetition then says "already
+//! exists". So every answer but a plain success is settled by reading the object back. An upload in parts is repeated
+//! as a whole, and a completion without an answer is settled by looking.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,80 +11,52 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::{FuturesUnordered, StreamExt, TryStreamExt};
-use object_store::aws::{AmazonS3Builder, S3ConditionalPut};
-use object_store::azure::MicrosoftAzureBuilder;
-use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::path::Path;
-use object_store::{
-    BackoffConfig, ClientOptions, Error, ObjectStore, ObjectStoreExt, PutMode, PutPayload, RetryConfig,
-};
-use url::Url;
+use object_store::{Error, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
+use tokio::sync::Semaphore;
 
+use super::limits::Limits;
 use super::{Create, Listed};
-use crate::error::StoreError;
+use crate::error::{Kind, Source, StoreError};
 
-/// Objects up to this size are put in one request.
-const SINGLE_PUT: u64 = 16 << 20;
-/// Smallest part of a multipart upload; at most 10,000 parts are allowed by S3.
-const MIN_PART: u64 = 16 << 20;
 /// Parts in flight at once for one object.
 const PARTS_IN_FLIGHT: usize = 4;
-/// Attempts at a create whose outcome is not known.
+/// Most parts of one object; S3 takes 10,000.
+const MOST_PARTS: u64 = 9_000;
+/// Attempts at a create whose outcome is not known, at least.
 const CREATE_ATTEMPTS: u32 = 4;
-/// The longest any one operation of the store may take, retries included; an upload's parts count one by one.
-const DEADLINE: Duration = Duration::from_mins(2);
 
 #[derive(Debug)]
 pub(super) struct RemoteBackend {
     url: String,
     prefix: String,
     client: Arc<dyn ObjectStore>,
-}
-
-/// Builds the client of a bucket from the environment and the given options.
-pub(super) fn connect(scheme: &str, url: &Url, options: &[(&str, &str)]) -> Result<Arc<dyn ObjectStore>, StoreError> {
-    let retry = RetryConfig {
-        backoff: BackoffConfig { max_backoff: Duration::from_secs(5), ..BackoffConfig::default() },
-        max_retries: 6,
-        retry_timeout: Duration::from_mins(1),
-    };
-    let client = ClientOptions::new()
-        .with_timeout(Duration::from_mins(1))
-        .with_connect_timeout(Duration::from_secs(5))
-        .with_allow_http(true);
-    let bucket = url.host_str().unwrap_or_default();
-    let wrong = |e: Error| StoreError::refused(format!("opening the store {url}"), e);
-    let option = |key: &str, e: Error| StoreError::refused(format!("store option {key:?}"), e);
-    Ok(match scheme {
-        "gs" => {
-            let mut builder =
-                GoogleCloudStorageBuilder::from_env().with_client_options(client).with_bucket_name(bucket);
-            for (key, value) in options {
-                builder = builder.with_config(key.parse().map_err(|e| option(key, e))?, *value);
-            }
-            Arc::new(builder.with_retry(retry).build().map_err(wrong)?)
-        }
-        "az" => {
-            let mut builder = MicrosoftAzureBuilder::from_env().with_client_options(client).with_container_name(bucket);
-            for (key, value) in options {
-                builder = builder.with_config(key.parse().map_err(|e| option(key, e))?, *value);
-            }
-            Arc::new(builder.with_retry(retry).build().map_err(wrong)?)
-        }
-        _ => {
-            let mut builder = AmazonS3Builder::from_env().with_client_options(client).with_bucket_name(bucket);
-            for (key, value) in options {
-                builder = builder.with_config(key.parse().map_err(|e| option(key, e))?, *value);
-            }
-            let builder = builder.with_conditional_put(S3ConditionalPut::ETagMatch).with_retry(retry);
-            Arc::new(builder.build().map_err(wrong)?)
-        }
-    })
+    /// The longest one call of the client may take.
+    patience: Duration,
+    /// How often a call is made whose failure says nothing.
+    attempts: u32,
+    part_bytes: u64,
+    requests: Semaphore,
 }
 
 impl RemoteBackend {
-    pub(super) fn new(url: &str, prefix: &str, client: Arc<dyn ObjectStore>) -> Self {
-        Self { url: url.trim_end_matches('/').to_owned(), prefix: prefix.to_owned(), client }
+    /// A client that repeats nothing itself.
+    pub(super) fn new(url: &str, prefix: &str, client: Arc<dyn ObjectStore>, limits: &Limits) -> Self {
+        Self {
+            url: url.trim_end_matches('/').to_owned(),
+            prefix: prefix.to_owned(),
+            client,
+            patience: limits.request_timeout,
+            attempts: limits.retries + 1,
+            part_bytes: limits.part_bytes.max(1),
+            requests: Semaphore::new(limits.requests_in_flight.clamp(1, Semaphore::MAX_PERMITS)),
+        }
+    }
+
+    /// A client that repeats its requests: each call is made once here, and may take as long as the repetitions.
+    pub(super) fn over_http(url: &str, prefix: &str, client: Arc<dyn ObjectStore>, limits: &Limits) -> Self {
+        let patience = limits.request_timeout.saturating_mul(2);
+        Self { patience, attempts: 1, ..Self::new(url, prefix, client, limits) }
     }
 
     fn path(&self, path: &str) -> Path {
@@ -97,19 +70,42 @@ impl RemoteBackend {
         below.trim_start_matches('/').to_owned()
     }
 
-    /// Bounds an operation in time and sorts its error.
-    async fn within<T>(
+    /// Makes a call whose repetition does no harm: bounded in time and in number, its error sorted.
+    async fn within<T, F>(&self, doing: &str, path: &str, call: impl Fn() -> F) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        let mut attempt = 1;
+        loop {
+            match self.once(doing, path, call()).await {
+                Err(e) if e.kind() == Kind::Retry && attempt < self.attempts => {
+                    tokio::time::sleep(Limits::pause(attempt)).await;
+                    attempt += 1;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Makes a call once, bounded in time, and sorts its error.
+    async fn once<T>(
         &self,
         doing: &str,
         path: &str,
-        operation: impl Future<Output = Result<T, Error>>,
+        call: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, StoreError> {
         let what = || format!("{doing} {}/{path}", self.url);
-        match tokio::time::timeout(DEADLINE, operation).await {
+        match self.bounded(call).await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(e)) => Err(self.sort(path, what(), e)),
-            Err(e) => Err(StoreError::unavailable(what(), e)),
+            Err(late) => Err(StoreError::unavailable(what(), late)),
         }
+    }
+
+    /// Waits for a free place among the requests in flight, which others give back in bounded time, then for the call.
+    async fn bounded<T>(&self, call: impl Future<Output = T>) -> Result<T, Source> {
+        let _place = self.requests.acquire().await.map_err(Source::from)?;
+        tokio::time::timeout(self.patience, call).await.map_err(Source::from)
     }
 
     fn sort(&self, path: &str, what: String, e: Error) -> StoreError {
@@ -135,11 +131,10 @@ impl RemoteBackend {
 
     pub(super) async fn create(&self, path: &str, bytes: Bytes) -> Result<Create, StoreError> {
         let location = self.path(path);
-        let mut pause = Duration::from_millis(50);
         let mut attempt = 1;
         loop {
             let put = self.client.put_opts(&location, PutPayload::from(bytes.clone()), PutMode::Create.into());
-            let unclear: crate::error::Source = match tokio::time::timeout(DEADLINE, put).await {
+            let unclear: Source = match self.bounded(put).await {
                 Ok(Ok(_)) => return Ok(Create::Created),
                 Ok(Err(
                     e @ (Error::AlreadyExists { .. }
@@ -148,17 +143,16 @@ impl RemoteBackend {
                     | Error::JoinError { .. }),
                 )) => e.into(),
                 Ok(Err(e)) => return Err(self.put_failed(self.sort(path, format!("creating {}/{path}", self.url), e))),
-                Err(e) => e.into(),
+                Err(late) => late,
             };
             match self.get(path, bytes.len() as u64).await {
                 Ok((_, Some(found))) if found == bytes => return Ok(Create::Created),
                 Ok(_) => return Ok(Create::AlreadyExists),
                 // Not there: the request failed, or is still under way. Repeating it settles which.
-                Err(_) if attempt < CREATE_ATTEMPTS => {}
+                Err(_) if attempt < CREATE_ATTEMPTS.max(self.attempts) => {}
                 Err(_) => return Err(StoreError::Indeterminate { path: path.to_owned(), source: unclear }),
             }
-            tokio::time::sleep(pause).await;
-            pause *= 4;
+            tokio::time::sleep(Limits::pause(attempt)).await;
             attempt += 1;
         }
     }
@@ -166,14 +160,29 @@ impl RemoteBackend {
     pub(super) async fn upload(&self, path: &str, parts: Vec<Bytes>) -> Result<(), StoreError> {
         let location = self.path(path);
         let total: u64 = parts.iter().map(|p| p.len() as u64).sum();
-        if total <= SINGLE_PUT {
+        if total <= self.part_bytes {
             let payload: PutPayload = parts.into_iter().collect();
-            let put = self.within("uploading", path, self.client.put(&location, payload)).await;
+            let put = self.within("uploading", path, || self.client.put(&location, payload.clone())).await;
             return put.map(|_| ()).map_err(|e| self.put_failed(e));
         }
-        let upload = self.within("uploading", path, self.client.put_multipart(&location)).await;
+        let mut attempt = 1;
+        loop {
+            match self.upload_parts(path, &location, parts.clone(), total).await {
+                // A part cannot be sent twice in one upload, so all of it is; the name is ours alone.
+                Err(e) if e.kind() == Kind::Retry && attempt < self.attempts => {
+                    tokio::time::sleep(Limits::pause(attempt)).await;
+                    attempt += 1;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// One upload in parts. Nothing of it can be seen before it is completed.
+    async fn upload_parts(&self, path: &str, location: &Path, parts: Vec<Bytes>, total: u64) -> Result<(), StoreError> {
+        let upload = self.within("uploading", path, || self.client.put_multipart(location)).await;
         let mut upload = upload.map_err(|e| self.put_failed(e))?;
-        let part_size = MIN_PART.max(total.div_ceil(9_000));
+        let part_size = self.part_bytes.max(total.div_ceil(MOST_PARTS));
         let mut sent = Ok(());
         let mut flight = FuturesUnordered::new();
         for payload in cut(parts, part_size) {
@@ -183,22 +192,33 @@ impl RemoteBackend {
             if sent.is_err() {
                 break;
             }
-            flight.push(self.within("uploading a part of", path, upload.put_part(payload)));
+            flight.push(self.once("uploading a part of", path, upload.put_part(payload)));
         }
         if sent.is_ok() {
             sent = flight.try_collect::<()>().await;
         }
         if let Err(e) = sent {
             // The error that matters is the first one; an upload left open costs space until the bucket expires it.
-            let _ = self.within("aborting the upload of", path, upload.abort()).await;
+            let _ = self.once("aborting the upload of", path, upload.abort()).await;
             return Err(e);
         }
-        self.within("completing", path, upload.complete()).await.map(|_| ())
+        match self.once("completing", path, upload.complete()).await {
+            Ok(_) => Ok(()),
+            // It may have been completed and only the answer be lost; then the object is there, and whole.
+            Err(e) if self.head(path).await.is_ok_and(|size| size == total) => {
+                tracing::debug!(path, error = %e, "the answer to a completion was lost");
+                Ok(())
+            }
+            Err(e) => {
+                let _ = self.once("aborting the upload of", path, upload.abort()).await;
+                Err(e)
+            }
+        }
     }
 
     pub(super) async fn get(&self, path: &str, limit: u64) -> Result<(u64, Option<Bytes>), StoreError> {
         let location = self.path(path);
-        let read = async {
+        let read = || async {
             let result = self.client.get(&location).await?;
             let size = result.meta.size;
             if size > limit { Ok((size, None)) } else { Ok((size, Some(result.bytes().await?))) }
@@ -208,7 +228,7 @@ impl RemoteBackend {
 
     pub(super) async fn get_range(&self, path: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
         let location = self.path(path);
-        let read = self.within("reading", path, self.client.get_range(&location, range.clone())).await;
+        let read = self.within("reading", path, || self.client.get_range(&location, range.clone())).await;
         match read {
             Err(e @ (StoreError::Unavailable { .. } | StoreError::Refused { .. })) => {
                 // Servers word an unsatisfiable range differently; the size tells.
@@ -226,7 +246,7 @@ impl RemoteBackend {
 
     pub(super) async fn head(&self, path: &str) -> Result<u64, StoreError> {
         let location = self.path(path);
-        self.within("reading", path, self.client.head(&location)).await.map(|meta| meta.size)
+        self.within("reading", path, || self.client.head(&location)).await.map(|meta| meta.size)
     }
 
     pub(super) async fn list(
@@ -236,25 +256,27 @@ impl RemoteBackend {
         limit: usize,
     ) -> Result<Vec<Listed>, StoreError> {
         let location = self.path(folder);
-        let stream = match after {
-            Some(after) => self.client.list_with_offset(Some(&location), &self.path(after)),
-            None => self.client.list(Some(&location)),
+        let page = || {
+            let stream = match after {
+                Some(after) => self.client.list_with_offset(Some(&location), &self.path(after)),
+                None => self.client.list(Some(&location)),
+            };
+            stream.take(limit).try_collect::<Vec<_>>()
         };
-        let found = stream.take(limit).try_collect::<Vec<_>>();
-        let found = self.within("listing", folder, found).await?;
+        let found = self.within("listing", folder, page).await?;
         Ok(found.into_iter().map(|m| Listed { path: self.strip(&m.location), bytes: m.size }).collect())
     }
 
     pub(super) async fn list_folders(&self, folder: &str) -> Result<Vec<String>, StoreError> {
         let location = self.path(folder);
-        let found = self.within("listing", folder, self.client.list_with_delimiter(Some(&location))).await?;
+        let found = self.within("listing", folder, || self.client.list_with_delimiter(Some(&location))).await?;
         let names = found.common_prefixes.iter().filter_map(|p| p.filename().map(str::to_owned));
         Ok(names.collect())
     }
 
     pub(super) async fn delete(&self, path: &str) -> Result<(), StoreError> {
         let location = self.path(path);
-        match self.within("deleting", path, self.client.delete(&location)).await {
+        match self.within("deleting", path, || self.client.delete(&location)).await {
             Err(StoreError::NotFound { .. }) => Ok(()),
             other => other,
         }

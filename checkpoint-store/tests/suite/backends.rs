@@ -23,6 +23,9 @@ async fn a_folder_conforms_and_is_atomic() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());
     conformance::check(&store).await;
+    // Of its own: on a disk an upload that is broken off may still end.
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
     probe_atomic_create(&store).await.unwrap();
     assert!(store.list("probe", None, 10).await.unwrap().is_empty(), "the probe cleans up");
 }
@@ -38,6 +41,9 @@ async fn wrong_places_are_refused_by_name() {
     assert_eq!(error.kind(), Kind::Input);
     assert!(error.to_string().contains("file/store cannot be made"), "{error}");
     assert!(message("file:///proc/cairn").contains("/proc/cairn cannot be made"), "{}", message("file:///proc/cairn"));
+    let local = normalize_url("store", folder.path()).unwrap();
+    let option = Store::open_with(&local, &[("aws_region", "x")]).unwrap_err().to_string();
+    assert!(option.contains("a local disk takes no options"), "{option}");
     let missing = normalize_url("nowhere", folder.path()).unwrap();
     assert!(Store::open_existing(&missing).unwrap_err().to_string().contains("does not exist"));
     assert!(!folder.path().join("nowhere").exists());

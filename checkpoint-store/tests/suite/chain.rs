@@ -236,6 +236,22 @@ async fn collection_removes_exactly_what_nothing_reaches() {
     assert_eq!(good(chain.history()), [20, 30]);
 }
 
+/// A collection leaves alone only what comes after the newest commit, so nothing before it may be committed any more.
+#[tokio::test]
+async fn a_generation_commits_its_steps_in_order() {
+    let (store, space) = (Store::memory(), medium());
+    let mut chain = running(&store, 2).await;
+    let late = receipts(&store, &space, 1, 2, 10).await;
+    save(&mut chain, &space, 20).await;
+    let manifest = Manifest::assemble(&space, scalar(10), late).unwrap();
+    let error = commit(&mut chain, &manifest, EPOCH, uuid::Uuid::new_v4()).await.unwrap_err();
+    assert!(error.to_string().contains("step 10 comes too late: generation 1 has committed step 20"), "{error}");
+    assert_eq!(good(chain.history()), [20]);
+    chain.append(formed(2, 2, None)).await.unwrap();
+    save(&mut chain, &space, 10).await;
+    assert_eq!(good(chain.history()), [10], "another generation has an order of its own");
+}
+
 #[tokio::test]
 async fn specifications_are_kept_by_hash() {
     let store = Store::memory();
