@@ -47,7 +47,8 @@ pub async fn upload_shard(store: &Store, source: &ShardSource, id: Uuid) -> Resu
 }
 
 /// Makes a manifest a checkpoint. A state that this generation has already committed is not committed again: the
-/// existing checkpoint is returned, so a repeated commit is harmless.
+/// existing checkpoint is returned, so a repeated commit is harmless. A step older than one that this generation has
+/// committed is refused: collection no longer spares its objects.
 pub async fn commit(
     chain: &mut Chain,
     manifest: &Manifest,
@@ -65,6 +66,12 @@ pub async fn commit(
         }
         let (step, was, is) = (manifest.step, before.digest, manifest.digest);
         return Err(StoreError::Bug(format!("step {step} was committed with digest {was}, now it has {is}")).into());
+    }
+    let of_this = chain.history().checkpoints.iter().filter(|c| c.checkpoint.generation == manifest.generation);
+    if let Some(newest) = of_this.map(|c| c.checkpoint.step).max().filter(|newest| *newest > manifest.step) {
+        let (step, generation) = (manifest.step, manifest.generation);
+        let why = format!("step {step} of generation {generation} comes too late: step {newest} is committed");
+        return Err(StoreError::Bug(why).into());
     }
     let name = layout::manifest_name(manifest.step, manifest.generation, id);
     let bytes = manifest.to_json()?;
