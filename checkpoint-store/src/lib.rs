@@ -67,6 +67,7 @@ pub mod conformance;
 pub mod digest;
 pub mod error;
 pub mod history;
+pub mod hostile;
 pub mod layout;
 pub mod leader;
 pub mod load;

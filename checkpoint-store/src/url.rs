@@ -31,16 +31,20 @@ pub fn normalize_url(text: &str, base_dir: &Path) -> Result<String, StoreError> 
             "the store's URL is empty; give a folder or a URL such as s3://bucket/path".into(),
         ));
     }
-    if text.contains("://") {
-        parse(text)?;
-        return Ok(text.trim_end_matches('/').to_owned());
+    if let Some((scheme, rest)) = text.split_once("://") {
+        return Ok(match (parse(text)?, rest.trim_end_matches('/')) {
+            // The root of the disk keeps its slash.
+            (Place::Folder(_), "") => format!("{scheme}:///"),
+            (_, rest) => format!("{scheme}://{rest}"),
+        });
     }
     let path = base_dir.join(text);
     let absolute = std::path::absolute(&path)
         .map_err(|e| StoreError::Input(format!("the store's path {text:?} cannot be made absolute: {e}")))?;
     let url = Url::from_file_path(lexically_clean(&absolute))
         .map_err(|()| StoreError::Input(format!("the store's path {text:?} is not a usable path")))?;
-    Ok(url.as_str().trim_end_matches('/').to_owned())
+    let text = url.as_str().trim_end_matches('/');
+    Ok(if text == "file:" { "file:///".to_owned() } else { text.to_owned() })
 }
 
 /// Removes `.` and `..` by their text, so that one folder has one URL.
@@ -116,6 +120,20 @@ mod tests {
         assert_eq!(normalize_url("/abs", base).unwrap(), "file:///abs");
         assert_eq!(normalize_url("s3://bucket/a/", base).unwrap(), "s3://bucket/a");
         assert_eq!(parse("file:///jobs/x%20y").unwrap(), Place::Folder("/jobs/x y".into()));
+    }
+
+    #[test]
+    fn a_normal_form_is_its_own_normal_form() {
+        for (text, normal) in [
+            ("memory://", "memory://"),
+            ("file:///", "file:///"),
+            ("file:////", "file:///"),
+            ("/", "file:///"),
+            ("s3://b//", "s3://b"),
+        ] {
+            assert_eq!(normalize_url(text, Path::new("/jobs")).unwrap(), normal);
+            assert_eq!(normalize_url(normal, Path::new("/jobs")).unwrap(), normal);
+        }
     }
 
     #[test]
