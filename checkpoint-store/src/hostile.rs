@@ -2,8 +2,8 @@
 //!
 //! Each takes bytes that an attacker may choose, does with them what Cairn does before it believes them, and returns
 //! whether they were accepted. Whatever the bytes are, a function returns: it must not panic, and must not take more
-//! memory than a small multiple of their number. Of what was accepted it asserts what the rest of the library relies on,
-//! so a fuzzer finds not only crashes but also input that should have been refused.
+//! memory than a small multiple of their number. Of what was accepted it asserts what the rest of the library relies
+//! on, so a fuzzer finds not only crashes but also input that should have been refused.
 
 use std::path::Path;
 

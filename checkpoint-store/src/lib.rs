@@ -8,7 +8,8 @@
 //! * [`record`], [`history`], [`chain`]: a job's history as a chain of such puts, and [`leader`] epochs;
 //! * [`object`], [`manifest`], [`save`]: shard → object → receipt → manifest → commit record;
 //! * [`mod@plan`], [`load`], [`mod@verify`]: any range back from any checkpoint, every byte proved;
-//! * [`retention`]: what may go, and how; [`spec_file`]: what was asked; [`layout`]: where everything lies.
+//! * [`retention`]: what may go, and how; [`spec_file`]: what was asked; [`layout`]: where everything lies;
+//! * [`hostile`]: each kind of input as an attacker's, for fuzzers and tests.
 //!
 //! A checkpoint exists exactly when a record of the chain names its manifest with its hash.
 //!

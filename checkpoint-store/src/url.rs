@@ -38,6 +38,9 @@ pub fn normalize_url(text: &str, base_dir: &Path) -> Result<String, StoreError> 
             (_, rest) => format!("{scheme}://{rest}"),
         });
     }
+    if text.contains('\0') {
+        return Err(StoreError::Input(format!("the store's path {text:?} has a zero byte in it")));
+    }
     let path = base_dir.join(text);
     let absolute = std::path::absolute(&path)
         .map_err(|e| StoreError::Input(format!("the store's path {text:?} cannot be made absolute: {e}")))?;
@@ -75,6 +78,9 @@ pub(crate) fn parse(text: &str) -> Result<Place, StoreError> {
             let path = url.to_file_path().map_err(|()| {
                 bad("a file URL has three slashes and an absolute path, as in file:///data/cairn".into())
             })?;
+            if path.as_os_str().as_encoded_bytes().contains(&0) {
+                return Err(bad("no path has a zero byte in it".into()));
+            }
             return Ok(Place::Folder(path));
         }
         "memory" => return Ok(Place::Memory),

@@ -1,11 +1,14 @@
 //! The commit and collection protocol, checked over all its interleavings within small bounds.
 //!
-//! Savers, leaders that die, sleep and wake, a collector in each leader's queue, a reader, and a store whose creates are
-//! atomic but may go unanswered and take effect late. The model checker (stateright) walks every reachable state;
+//! Savers, leaders that die, sleep and wake, a collector in each leader's queue, a reader, and a store whose creates
+//! are atomic but may go unanswered and take effect late. The model checker (stateright) walks every reachable state;
 //! `leader` says which function of the code each step stands for, `properties` what must hold. Each built-in mistake
 //! of [`Bug`] must break the property that guards against it: a model that could not fail would prove nothing.
 //!
-//! `CAIRN_MODEL=large` explores wider bounds, for minutes rather than seconds.
+//! Where the code decides by time or by message, the model lets anything happen: receipts arrive in any order, at any
+//! leader, at any later time; a collection or a new generation may begin whenever a leader has nothing else to do.
+//!
+//! `CAIRN_MODEL=large` explores wider bounds: a quarter of an hour on two busy cores, and up to 4 GB of memory.
 
 mod chain;
 mod leader;
