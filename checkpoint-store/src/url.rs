@@ -68,6 +68,10 @@ fn lexically_clean(path: &Path) -> PathBuf {
 /// Reads a store URL.
 pub(crate) fn parse(text: &str) -> Result<Place, StoreError> {
     let bad = |why: String| StoreError::Input(format!("store URL {text:?}: {why}"));
+    // A URL parser drops them or not, depending on where they stand.
+    if text.trim() != text || text.contains(char::is_control) {
+        return Err(bad("has spaces around it or control characters in it".into()));
+    }
     let url = Url::parse(text)
         .map_err(|e| bad(format!("{e}; expected for example file:///data/cairn or s3://bucket/path")))?;
     if url.query().is_some() || url.fragment().is_some() || !url.username().is_empty() || url.password().is_some() {

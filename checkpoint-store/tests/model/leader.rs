@@ -181,12 +181,12 @@ impl Protocol {
             Doing::Nothing | Doing::Dead => {}
             Doing::Resolving(event) => match self.refresh(s, who) {
                 None => {}
-                Some(true) => self.appended(s, who, event),
+                Some(true) => Self::appended(s, who, event),
                 Some(false) => s.leaders[who].doing = Doing::Appending(event),
             },
             Doing::Appending(event) => {
                 if let Appended::Done = self.append(s, who, event) {
-                    self.appended(s, who, event);
+                    Self::appended(s, who, event);
                 }
             }
             Doing::Storing(manifest) => {
@@ -207,7 +207,7 @@ impl Protocol {
     }
 
     /// What follows once a record is known to be stored: `Job::after`.
-    fn appended(&self, s: &mut State, who: usize, event: Event) {
+    fn appended(s: &mut State, who: usize, event: Event) {
         let leader = &mut s.leaders[who];
         if let Event::Generation { generation, .. } = event {
             (leader.generation, leader.floor) = (generation, 0);
@@ -237,7 +237,7 @@ impl Protocol {
                 Some(Phase::Remove { objects, doomed })
             }
             Phase::Remove { objects, mut doomed } => {
-                s.remove(&doomed.remove(0));
+                s.remove(doomed.remove(0));
                 Some(Phase::Remove { objects, doomed })
             }
         };
@@ -256,7 +256,7 @@ impl Protocol {
     }
 
     /// The leader's next create gets no answer. A record's may take effect later; a manifest's has.
-    pub(crate) fn time_out(&self, s: &mut State, who: usize) -> bool {
+    pub(crate) fn time_out(s: &mut State, who: usize) -> bool {
         let (event, next) = match &s.leaders[who].doing {
             Doing::Appending(event) => (*event, Doing::Resolving(*event)),
             Doing::Committing(manifest) => (Event::Committed(*manifest), Doing::Nothing),

@@ -33,8 +33,10 @@ const fn bounds(ranks: u8, steps: u8, left: Budget) -> Protocol {
 const NONE: Budget =
     Budget { crashes: 0, pauses: 0, timeouts: 0, generations: 0, quarantines: 0, references: 0, readers: 0 };
 /// Everything that one sleeping leader, one unanswered create and a second generation can do to two saves.
-const TAKEOVER: Protocol = bounds(1, 2, Budget { timeouts: 1, generations: 1, references: 1, readers: 1, ..NONE });
-/// As [`TAKEOVER`], with saves of two ranks and no reader.
+const TAKEOVER: Protocol = bounds(1, 2, Budget { timeouts: 1, generations: 1, references: 1, ..NONE });
+/// A reader beside all that, but for the unanswered create.
+const READER: Protocol = bounds(1, 2, Budget { generations: 1, references: 1, readers: 1, ..NONE });
+/// As [`TAKEOVER`], with saves of two ranks.
 const TWO_RANKS: Protocol = bounds(2, 2, Budget { timeouts: 1, generations: 1, references: 1, ..NONE });
 /// Three steps: saves overtake one another, and checkpoints are deleted that others refer to.
 const THREE_STEPS: Protocol = bounds(1, 3, Budget { timeouts: 1, references: 1, ..NONE });
@@ -64,6 +66,7 @@ fn check(name: &str, protocol: Protocol, never: &[&str]) {
 fn the_protocol_holds() {
     let [refers, outlives, late, ..] = POSSIBLE;
     check("takeover", TAKEOVER, &[]);
+    check("reader", READER, &[late]);
     check("two ranks", TWO_RANKS, &[]);
     check("three steps", THREE_STEPS, &[]);
     check("abandoned", ABANDONED, &[refers, outlives, late]);
@@ -79,7 +82,7 @@ fn each_mistake_is_found() {
         (&[Bug::NoLed], TAKEOVER, FENCED),
         (&[Bug::AssumeFailed], TAKEOVER, ONCE),
         (&[Bug::SweepFirst], THREE_STEPS, KEPT),
-        (&[Bug::SweepFirst], TAKEOVER, READ),
+        (&[Bug::SweepFirst], READER, READ),
         (&[Bug::IgnoreOpenSaves], TAKEOVER, WHOLE),
         (&[Bug::TrustReferences], THREE_STEPS, WHOLE),
         (&[Bug::AnyOrder], DAMAGE, WHOLE),

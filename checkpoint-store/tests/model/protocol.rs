@@ -133,14 +133,14 @@ impl Protocol {
                     actions.push(Action::UploadUnanswered { generation, step, rank });
                 }
                 if s.left.references > 0 && rank == 0 && !s.receipts.iter().any(|r| of_this(&r)) {
-                    self.references(s, generation, step, actions);
+                    Self::references(s, generation, step, actions);
                 }
             }
         }
     }
 
     /// A rank may know the objects of any checkpoint that was ever committed, and not know that it has gone.
-    fn references(&self, s: &State, generation: u8, step: u8, actions: &mut Vec<Action>) {
+    fn references(s: &State, generation: u8, step: u8, actions: &mut Vec<Action>) {
         let mut known: Vec<Object> = vec![];
         for record in &s.records {
             if let Event::Committed(manifest) = &record.event {
@@ -264,7 +264,7 @@ impl Protocol {
             Action::Form { leader } => return self.form(s, leader),
             Action::Quarantine { leader } => return self.quarantine(s, leader),
             Action::Answer { leader } => self.advance(s, leader),
-            Action::TimeOut { leader } => return self.time_out(s, leader) && Self::spend(&mut s.left.timeouts),
+            Action::TimeOut { leader } => return Self::time_out(s, leader) && Self::spend(&mut s.left.timeouts),
             Action::Land { place } => {
                 let (number, record) = s.in_flight.remove(place);
                 let taken = usize::from(number) < s.records.len();

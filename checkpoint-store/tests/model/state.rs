@@ -172,15 +172,15 @@ impl State {
     }
 
     /// Removes a file, and notes whether a checkpoint reaches it.
-    pub(crate) fn remove(&mut self, file: &File) {
+    pub(crate) fn remove(&mut self, file: File) {
         let live = self.history().map(|h| h.checkpoints).unwrap_or_default();
         self.robbed |= live.iter().filter(|c| !c.quarantined).any(|c| match file {
-            File::Manifest(name) => c.manifest.name == *name,
-            File::Object(object) => c.manifest.objects().any(|o| o == object),
+            File::Manifest(name) => c.manifest.name == name,
+            File::Object(object) => c.manifest.objects().any(|o| *o == object),
         });
         match file {
-            File::Manifest(name) => self.manifests.retain(|m| m.name != *name),
-            File::Object(object) => drop(self.objects.remove(object)),
+            File::Manifest(name) => self.manifests.retain(|m| m.name != name),
+            File::Object(object) => drop(self.objects.remove(&object)),
         }
     }
 }
