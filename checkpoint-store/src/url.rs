@@ -32,11 +32,14 @@ pub fn normalize_url(text: &str, base_dir: &Path) -> Result<String, StoreError> 
         ));
     }
     if let Some((scheme, rest)) = text.split_once("://") {
-        return Ok(match (parse(text)?, rest.trim_end_matches('/')) {
+        let normal = match (parse(text)?, rest.trim_end_matches('/')) {
             // The root of the disk keeps its slash.
             (Place::Folder(_), "") => format!("{scheme}:///"),
             (_, rest) => format!("{scheme}://{rest}"),
-        });
+        };
+        // What was before the last slash is the end now, where the rules are stricter.
+        parse(&normal)?;
+        return Ok(normal);
     }
     if text.contains('\0') {
         return Err(StoreError::Input(format!("the store's path {text:?} has a zero byte in it")));
