@@ -197,10 +197,8 @@ pub(crate) fn attack(name: &str, target: fn(&[u8]) -> bool, seeds: &[Vec<u8>], a
         }
         let (outcome, held) = measured(|| catch_unwind(AssertUnwindSafe(|| target(&bytes))));
         let shown = || bytes.iter().take(2_000).map(|byte| byte.escape_ascii().to_string()).collect::<String>();
-        match outcome {
-            Ok(yes) => accepted += u64::from(yes),
-            Err(_) => panic!("{name}, seed {seed}, input {round} panicked: {}", shown()),
-        }
+        let Ok(yes) = outcome else { panic!("{name}, seed {seed}, input {round} panicked: {}", shown()) };
+        accepted += u64::from(yes);
         let allowed = allowance.fixed + allowance.each * bytes.len();
         most = most.max(held.saturating_sub(allowance.fixed) / bytes.len().max(1));
         assert!(
