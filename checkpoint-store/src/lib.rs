@@ -11,7 +11,8 @@
 //! * [`mod@plan`], [`load`], [`mod@verify`]: any range back from any checkpoint, every byte proved;
 //! * [`trust`], [`leases`]: what is known of a checkpoint, and who needs it; [`mod@diff`]: how two differ;
 //! * [`policy`], [`retention`]: what may go, and how; [`change`]: what people ask for; [`leadership`]: who may do it;
-//! * [`spec_file`]: what was asked; [`layout`]: where everything lies.
+//! * [`spec_file`]: what was asked; [`layout`]: where everything lies;
+//! * [`hostile`]: each kind of input as an attacker's, for fuzzers and tests.
 //!
 //! A checkpoint exists exactly when a record of the chain names its manifest with its hash.
 //!
@@ -74,6 +75,7 @@ pub mod digest;
 pub mod error;
 mod fields;
 pub mod history;
+pub mod hostile;
 pub mod known;
 pub mod layout;
 pub mod leader;

@@ -31,16 +31,26 @@ pub fn normalize_url(text: &str, base_dir: &Path) -> Result<String, StoreError> 
             "the store's URL is empty; give a folder or a URL such as s3://bucket/path".into(),
         ));
     }
-    if text.contains("://") {
-        parse(text)?;
-        return Ok(text.trim_end_matches('/').to_owned());
+    if let Some((scheme, rest)) = text.split_once("://") {
+        let normal = match (parse(text)?, rest.trim_end_matches('/')) {
+            // The root of the disk keeps its slash.
+            (Place::Folder(_), "") => format!("{scheme}:///"),
+            (_, rest) => format!("{scheme}://{rest}"),
+        };
+        // What was before the last slash is the end now, where the rules are stricter.
+        parse(&normal)?;
+        return Ok(normal);
+    }
+    if text.contains('\0') {
+        return Err(StoreError::Input(format!("the store's path {text:?} has a zero byte in it")));
     }
     let path = base_dir.join(text);
     let absolute = std::path::absolute(&path)
         .map_err(|e| StoreError::Input(format!("the store's path {text:?} cannot be made absolute: {e}")))?;
     let url = Url::from_file_path(lexically_clean(&absolute))
         .map_err(|()| StoreError::Input(format!("the store's path {text:?} is not a usable path")))?;
-    Ok(url.as_str().trim_end_matches('/').to_owned())
+    let text = url.as_str().trim_end_matches('/');
+    Ok(if text == "file:" { "file:///".to_owned() } else { text.to_owned() })
 }
 
 /// Removes `.` and `..` by their text, so that one folder has one URL.
@@ -61,6 +71,10 @@ fn lexically_clean(path: &Path) -> PathBuf {
 /// Reads a store URL.
 pub(crate) fn parse(text: &str) -> Result<Place, StoreError> {
     let bad = |why: String| StoreError::Input(format!("store URL {text:?}: {why}"));
+    // A URL parser drops them or not, depending on where they stand.
+    if text.trim() != text || text.contains(char::is_control) {
+        return Err(bad("has spaces around it or control characters in it".into()));
+    }
     let url = Url::parse(text)
         .map_err(|e| bad(format!("{e}; expected for example file:///data/cairn or s3://bucket/path")))?;
     if url.query().is_some() || url.fragment().is_some() || !url.username().is_empty() || url.password().is_some() {
@@ -71,6 +85,9 @@ pub(crate) fn parse(text: &str) -> Result<Place, StoreError> {
             let path = url.to_file_path().map_err(|()| {
                 bad("a file URL has three slashes and an absolute path, as in file:///data/cairn".into())
             })?;
+            if path.as_os_str().as_encoded_bytes().contains(&0) {
+                return Err(bad("no path has a zero byte in it".into()));
+            }
             return Ok(Place::Folder(path));
         }
         "memory" => return Ok(Place::Memory),
@@ -116,6 +133,20 @@ mod tests {
         assert_eq!(normalize_url("/abs", base).unwrap(), "file:///abs");
         assert_eq!(normalize_url("s3://bucket/a/", base).unwrap(), "s3://bucket/a");
         assert_eq!(parse("file:///jobs/x%20y").unwrap(), Place::Folder("/jobs/x y".into()));
+    }
+
+    #[test]
+    fn a_normal_form_is_its_own_normal_form() {
+        for (text, normal) in [
+            ("memory://", "memory://"),
+            ("file:///", "file:///"),
+            ("file:////", "file:///"),
+            ("/", "file:///"),
+            ("s3://b//", "s3://b"),
+        ] {
+            assert_eq!(normalize_url(text, Path::new("/jobs")).unwrap(), normal);
+            assert_eq!(normalize_url(normal, Path::new("/jobs")).unwrap(), normal);
+        }
     }
 
     #[test]

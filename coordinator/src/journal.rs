@@ -284,6 +284,11 @@ impl Page {
             let why = format!("the chain of job {} is led in epoch {}", chain.job(), history.epoch);
             return Err(StoreError::Fenced(why).into());
         }
+        if found.added > 0 && history.epoch < epoch {
+            // The leader before was not at its end: what the machine knows of the job is from before these records.
+            let why = format!("the chain of job {} has grown since it was read; it must be read again", chain.job());
+            return Err(StoreError::Fenced(why).into());
+        }
         let unclear = self.unclear.take();
         if unclear.is_some() && found.added > 0 && !found.landed {
             // An append that was given up has landed late, in the place of the one whose fate is asked for.
@@ -391,4 +396,33 @@ fn ledger(spec: JobSpec, history: &History) -> Result<Ledger, StoreError> {
         });
     }
     Ok(ledger)
+}
+
+#[cfg(test)]
+mod tests {
+    use checkpoint_store::BlockHash;
+    use proto::ids::Generation;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_job_that_has_grown_since_it_was_read_is_not_led_from_that_reading() {
+        let (store, job) = (Store::memory(), JobName::new("tiny").unwrap());
+        let record = |epoch, event| Record::new(Epoch::new(epoch), Generation::ZERO, event);
+        let submitted = Event::Submitted { spec_hash: BlockHash::of(b"spec"), stop_at: None };
+        let mut old = Chain::create(&store, &job, record(1, submitted)).await.unwrap();
+        let mut page = Page { chain: Some(old.clone()), ..Page::default() };
+        assert_eq!(page.resolve(Epoch::new(2)).await.unwrap(), None);
+        // The leader before was only asleep.
+        old.append(record(1, Event::Scaled { workers: 2 })).await.unwrap();
+        let error = page.resolve(Epoch::new(2)).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Fenced, "{error}");
+        // Read again, the job can be led, and then the former leader is the one that is fenced.
+        let mut page = Page { chain: Chain::load(&store, &job).await.unwrap(), ..Page::default() };
+        page.resolve(Epoch::new(2)).await.unwrap();
+        let led = Event::Led { epoch: Epoch::new(2), leader: "two".into() };
+        page.chain.as_mut().unwrap().append(record(2, led)).await.unwrap();
+        let mut former = Page { chain: Some(old), ..Page::default() };
+        assert_eq!(former.resolve(Epoch::new(1)).await.unwrap_err().kind(), Kind::Fenced);
+    }
 }

@@ -19,6 +19,7 @@ pub mod dataset;
 pub mod feed;
 pub mod generation;
 pub mod gradient;
+pub mod hostile;
 pub mod load;
 pub mod machine;
 pub mod run;

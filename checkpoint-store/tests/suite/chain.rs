@@ -253,6 +253,25 @@ async fn a_generation_commits_its_steps_in_order() {
 }
 
 #[tokio::test]
+async fn a_step_is_not_committed_after_a_newer_one_of_its_generation() {
+    let (store, space) = (Store::memory(), space(&[70_000]));
+    let mut chain = running(&store, 2).await;
+    let late = Manifest::assemble(&space, scalar(10), receipts(&store, &space, 1, 2, 10).await).unwrap();
+    save(&mut chain, &space, 20).await;
+    // No save is open at or before the newest step: the older one's objects go.
+    sweep(&chain, &BTreeSet::from([Step::new(21)])).await.unwrap();
+    let error = commit(&mut chain, &late, EPOCH, uuid::Uuid::new_v4()).await.unwrap_err();
+    assert!(error.to_string().contains("step 20 is committed"), "{error}");
+    assert_eq!(chain.history().checkpoints.len(), 1);
+    // A later generation may save an older step again.
+    let start = chain.history().newest_good().cloned();
+    chain.append(formed(2, 2, None)).await.unwrap();
+    assert!(chain.history().checkpoints.iter().all(|c| c.abandoned) && start.is_some());
+    let checkpoint = save(&mut chain, &space, 10).await;
+    expect_loads(&store, &checkpoint, &space, 3).await;
+}
+
+#[tokio::test]
 async fn specifications_are_kept_by_hash() {
     let store = Store::memory();
     let first = write_spec(&store, &job(), "one".into()).await.unwrap();

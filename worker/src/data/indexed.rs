@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut};
 use rayon::prelude::*;
 
 use super::error::{DataError, Result};
@@ -33,8 +33,32 @@ impl IndexedDataset {
     pub fn open(prefix: &Path) -> Result<Self> {
         let (index_path, path) = (with_ending(prefix, ".idx"), with_ending(prefix, ".bin"));
         let index = map(&index_path)?;
+        Self::check(index, index_path, path, map)
+    }
+
+    /// As [`IndexedDataset::open`], from bytes.
+    pub(crate) fn of_memory(index: &[u8], tokens: &[u8]) -> Result<Self> {
+        let copy = |bytes: &[u8], path: &Path| {
+            // An empty map is an error, as an empty file is.
+            let map = MmapMut::map_anon(bytes.len()).and_then(|mut map| {
+                map.copy_from_slice(bytes);
+                map.make_read_only()
+            });
+            map.map_err(|source| DataError::io(path, "copying", source))
+        };
+        let (index_path, path) = (PathBuf::from("memory.idx"), PathBuf::from("memory.bin"));
+        Self::check(copy(index, &index_path)?, index_path, path, |path| copy(tokens, path))
+    }
+
+    /// Checks the index, then what `tokens` gives against it.
+    fn check(
+        index: Mmap,
+        index_path: PathBuf,
+        path: PathBuf,
+        tokens: impl FnOnce(&Path) -> Result<Mmap>,
+    ) -> Result<Self> {
         let header = Header::read(&index, &index_path)?;
-        let tokens = map(&path)?;
+        let tokens = tokens(&path)?;
         let Header { element, sequences, documents } = header;
         let dataset = Self { index, index_path, tokens, path, element, sequences, documents };
         dataset.check_sequences()?;

@@ -67,7 +67,12 @@ impl Identity {
         connection.send(&[WELCOME], &[], deadline)
     }
 
-    fn greeting(&self, to: Rank, nonce: &[u8; 32]) -> [u8; GREETING] {
+    /// Whether bytes are a greeting that this member would go on with.
+    pub(super) fn understands(&self, bytes: &[u8], from: Rank) -> bool {
+        bytes.len() == GREETING && self.check_greeting(bytes, from).is_ok()
+    }
+
+    pub(super) fn greeting(&self, to: Rank, nonce: &[u8; 32]) -> [u8; GREETING] {
         let mut out = [0; GREETING];
         out[..8].copy_from_slice(MAGIC);
         out[8..12].copy_from_slice(&VERSION.to_le_bytes());

@@ -12,6 +12,7 @@
 mod forming;
 mod frame;
 mod handshake;
+pub(crate) mod hostile;
 mod ring;
 mod socket;
 
