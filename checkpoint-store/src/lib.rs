@@ -8,6 +8,7 @@
 //! * [`record`], [`history`], [`chain`]: a job's history as a chain of such puts, and [`leader`] epochs;
 //! * [`object`], [`manifest`], [`save`]: shard → object → receipt → manifest → commit record;
 //! * [`mod@plan`], [`load`], [`mod@verify`]: any range back from any checkpoint, every byte proved;
+//! * [`tensors`]: boxes of any framework's tensors, written at one sharding and read at another;
 //! * [`retention`]: what may go, and how; [`spec_file`]: what was asked; [`layout`]: where everything lies.
 //!
 //! A checkpoint exists exactly when a record of the chain names its manifest with its hash.
@@ -80,6 +81,7 @@ pub mod save;
 pub mod scalar;
 pub mod space;
 pub mod spec_file;
+pub mod tensors;
 pub mod url;
 pub mod verify;
 

@@ -17,6 +17,7 @@ use crate::history::{Checkpoint, History};
 use crate::layout;
 use crate::load::open_checkpoint;
 use crate::record::{CheckpointRef, Event, Record};
+use crate::tensors::reached_by_tensors;
 
 /// Objects of one page of a listing.
 const PAGE: usize = 1_000;
@@ -74,6 +75,7 @@ pub async fn sweep(chain: &Chain, open: &BTreeSet<Step>) -> Result<usize, StoreE
         }
         kept.insert(layout::manifest(job, &checkpoint.checkpoint.manifest));
     }
+    kept.extend(reached_by_tensors(chain).await?);
     let may_be_named = |path: &str| match layout::step_and_generation(path) {
         Some((step, generation)) => {
             generation > history.generation || (generation == history.generation && open.contains(&step))
