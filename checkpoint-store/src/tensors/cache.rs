@@ -1,9 +1,9 @@
 //! Plans are kept: one vote of hashes tells whether the last one still holds.
 //!
 //! A plan depends on all ranks' descriptions, which rarely change between saves. So ranks do not send them again: each
-//! sends a [`Ballot`] of 64 bytes by whatever collective it has, and [`vote`] says from all ballots whether everyone has
-//! the plan for exactly these descriptions. It is a pure function: all ranks decide alike, and a rank that restarted
-//! with an empty cache makes everyone plan anew.
+//! sends a [`Ballot`] of 64 bytes by whatever collective it has, and [`vote`] says from all ballots whether everyone
+//! has the plan for exactly these descriptions. It is a pure function: all ranks decide alike, and a rank that
+//! restarted with an empty cache makes everyone plan anew.
 
 use std::sync::Arc;
 

@@ -23,8 +23,8 @@ pub struct CanonicalState {
     pub prefix: String,
 }
 
-/// Reads every tensor of the states through canonical blocks and returns the digest of the whole state. The tensors must
-/// have the types of the states: nothing is converted. Memory: one window of 32 MiB and the hashes.
+/// Reads every tensor of the states through canonical blocks and returns the digest of the whole state. The tensors
+/// must have the types of the states: nothing is converted. Memory: one window of 32 MiB and the hashes.
 pub async fn canonicalize(
     reader: &Reader,
     space: &Space,
@@ -35,9 +35,8 @@ pub async fn canonicalize(
     for state in states {
         let (dtype, block) = (state.decl.dtype, space.block_elements());
         let of_boxes = element_type(dtype.name())?;
-        let named = |t: &crate::TensorDecl| {
-            TensorInfo::new(format!("{}{}", state.prefix, t.name), of_boxes, t.shape.clone())
-        };
+        let named =
+            |t: &crate::TensorDecl| TensorInfo::new(format!("{}{}", state.prefix, t.name), of_boxes, t.shape.clone());
         let order = Catalog::new(space.tensors().iter().map(named).collect())?;
         let blocks = (WINDOW / (block * dtype.size())).max(1);
         let mut list = vec![];

@@ -326,8 +326,12 @@ mod tests {
         let tensor = |name: &str, shape: &[u64]| TensorInfo::new(name, ElementType::F32, shape);
         let catalog = Catalog::new(vec![tensor("a", &[2, 3]), tensor("b", &[]), tensor("c", &[4])]).unwrap();
         let region = |offsets: &[u64], lengths: &[u64]| Region::new(offsets.to_vec(), lengths.to_vec()).unwrap();
-        let wanted =
-            vec![(0, region(&[0, 2], &[1, 1])), (0, region(&[1, 0], &[1, 3])), (1, region(&[], &[])), (2, region(&[0], &[2]))];
+        let wanted = vec![
+            (0, region(&[0, 2], &[1, 1])),
+            (0, region(&[1, 0], &[1, 3])),
+            (1, region(&[], &[])),
+            (2, region(&[0], &[2])),
+        ];
         assert_eq!(catalog.flat_pieces(2..9), wanted);
         assert_eq!(catalog.flat_pieces(9..100), vec![(2, region(&[2], &[2]))]);
         assert!(catalog.flat_pieces(11..12).is_empty() && catalog.flat_pieces(5..5).is_empty());

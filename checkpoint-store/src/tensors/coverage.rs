@@ -2,10 +2,10 @@
 //!
 //! The sweep works by divide and conquer. Boxes are sorted along a dimension; where no box crosses, the region falls
 //! apart there, and each part is looked at for itself, along the next dimension. A part that no box covers is a hole; a
-//! part that two boxes fill is an overlap. Rows, columns, grids, flat ranges and replicas fall apart in a few rounds, so
-//! they take O(d · n log n). Boxes that lock into one another like bricks round a corner do not fall apart: there the
-//! region is cut at the boundary that crosses the fewest of them, and the crossed ones count on both sides. In the worst
-//! case, made on purpose, that is quadratic; a bound on the work refuses such a set instead of sweeping on.
+//! part that two boxes fill is an overlap. Rows, columns, grids, flat ranges and replicas fall apart in a few rounds,
+//! so they take O(d · n log n). Boxes that lock into one another like bricks round a corner do not fall apart: there
+//! the region is cut at the boundary that crosses the fewest of them, and the crossed ones count on both sides. In the
+//! worst case, made on purpose, that is quadratic; a bound on the work refuses such a set instead of sweeping on.
 
 use std::ops::Range;
 
@@ -190,7 +190,8 @@ mod tests {
 
         #[test]
         fn exact_covers_are_seen_and_so_is_what_spoils_them(
-            cuts in proptest::collection::vec((any::<usize>(), any::<u64>(), any::<usize>()), 0..25), spoil in any::<usize>(),
+            cuts in proptest::collection::vec((any::<usize>(), any::<u64>(), any::<usize>()), 0..25),
+            spoil in any::<usize>(),
         ) {
             let whole = region(&[0, 0, 0], &[8, 9, 5]);
             let mut boxes = shatter(&whole, &cuts);

@@ -72,8 +72,8 @@ pub struct Parcel {
 }
 
 impl LoadPlan {
-    /// Plans a load: `wanted` has the boxes of each rank, rank 0 first. A pure function, so that all ranks who know what
-    /// everyone wants have the same plan.
+    /// Plans a load: `wanted` has the boxes of each rank, rank 0 first. A pure function, so that all ranks who know
+    /// what everyone wants have the same plan.
     pub fn new(reader: &Reader, wanted: &[Vec<BoxPiece>], options: LoadOptions) -> Result<Self, StoreError> {
         let locate = |piece| reader.catalog().locate(piece).map(|(tensor, region)| (tensor, region.clone()));
         let wanted = wanted.iter().map(|own| own.iter().map(locate).collect::<Result<Vec<_>, _>>());
@@ -162,14 +162,17 @@ impl LoadPlan {
         self.run(reader, Rank::ZERO, own, nobody).await
     }
 
+    /// Reads and proves all reads of all ranks, and keeps nothing.
+    pub(super) async fn prove(&self, reader: &Reader) -> Result<(), StoreError> {
+        let mut proved = stream::iter(self.reads.iter().flatten())
+            .map(|read| reader.fetch(read.object, read.bytes.clone(), &read.chunks))
+            .buffer_unordered(READS_IN_FLIGHT);
+        while proved.try_next().await?.is_some() {}
+        Ok(())
+    }
+
     /// Puts a parcel from another rank into this rank's buffers.
-    pub fn place(
-        &self,
-        reader: &Reader,
-        rank: Rank,
-        parcel: &Parcel,
-        own: &mut [&mut [u8]],
-    ) -> Result<(), StoreError> {
+    pub fn place(&self, reader: &Reader, rank: Rank, parcel: &Parcel, own: &mut [&mut [u8]]) -> Result<(), StoreError> {
         let wanted = self.wanted.get(rank.index()).and_then(|w| w.get(parcel.request)).filter(|_| parcel.to == rank);
         let (Some((tensor, region)), Some(dst)) = (wanted, own.get_mut(parcel.request)) else {
             return Err(StoreError::Input(format!("a parcel for rank {} came to rank {rank}", parcel.to)));

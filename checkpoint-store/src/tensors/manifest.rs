@@ -91,8 +91,7 @@ impl TensorManifest {
         }
         let (format, kind, tensors) = (TENSORS_FORMAT, ManifestKind::Tensors, plan.catalog().clone());
         let index = vec![];
-        let mut manifest =
-            Self { format, kind, job, step, generation, world_size, metadata, tensors, objects, index };
+        let mut manifest = Self { format, kind, job, step, generation, world_size, metadata, tensors, objects, index };
         manifest.check().map_err(StoreError::Input)?;
         Ok(manifest)
     }

@@ -3,8 +3,8 @@
 //! The entries are named `<tensor>#<offset>,<offset>,…` and have the lengths as their shape, so any safetensors reader
 //! opens the file and knows where each box belongs. `__metadata__` has the tensors' full shapes, each entry's offsets,
 //! and the format version. A box is hashed in chunks: runs of its elements of at most 8 MiB, whole rows where rows are
-//! short enough, and at most a 64th of the box where that is not tiny. A reader must read whole chunks to prove them, so
-//! small chunks are what keeps it from reading much more than it needs.
+//! short enough, and at most a 64th of the box where that is not tiny. A reader must read whole chunks to prove them,
+//! so small chunks are what keeps it from reading much more than it needs.
 
 use std::collections::BTreeMap;
 
@@ -26,7 +26,7 @@ use crate::object::{MAX_HEADER, MAX_RECEIPT};
 /// The version of objects, receipts and manifests of boxes.
 pub const TENSORS_FORMAT: u32 = 1;
 /// The most bytes of a chunk.
-pub const MAX_CHUNK: u64 = 8 << 20;
+pub(super) const MAX_CHUNK: u64 = 8 << 20;
 /// Chunks are not made smaller than this.
 const MIN_CHUNK: u64 = 16 << 10;
 /// Chunks of a box, where they are neither too large nor too small.
@@ -135,7 +135,8 @@ pub async fn upload_boxes(
             let chunk = chunk_elements(&share.region, size);
             let (bytes, length) = (body.clone(), (chunk * size) as usize);
             let hashes = tokio::task::spawn_blocking(move || bytes.par_chunks(length).map(BlockHash::of).collect());
-            let hashes = hashes.await.map_err(|e| StoreError::unavailable(format!("hashing boxes of rank {rank}"), e))?;
+            let hashes =
+                hashes.await.map_err(|e| StoreError::unavailable(format!("hashing boxes of rank {rank}"), e))?;
             let (tensor, region) = (share.tensor as u32, share.region.clone());
             pieces.push(StoredPiece { tensor, region, at, chunk, hashes: HashList(hashes) });
             at += body.len() as u64;

@@ -1,10 +1,10 @@
 //! Who writes what: replicas once, by the least-loaded holder, and the same plan on every rank.
 //!
 //! Each rank describes the boxes it holds. The same box in several descriptions is one replica set; it is written once.
-//! Large sets are first cut into runs of rows, so that not even one huge replicated tensor weighs on one rank. Then sets
-//! are given out, those with the fewest holders first (they have the least choice), among them the largest first, each
-//! to the holder with the fewest bytes so far. It is a pure function of the descriptions: every rank that knows them all
-//! computes the same plan, and nobody has to send it.
+//! Large sets are first cut into runs of rows, so that not even one huge replicated tensor weighs on one rank. Then
+//! sets are given out, those with the fewest holders first (they have the least choice), among them the largest first,
+//! each to the holder with the fewest bytes so far. It is a pure function of the descriptions: every rank that knows
+//! them all computes the same plan, and nobody has to send it.
 //!
 //! The boxes must cover every tensor exactly once; holes and overlaps are refused by name and place.
 

@@ -73,7 +73,8 @@ proptest! {
     fn runs_are_the_memory_of_a_box((_, a, b, _) in shape_and_boxes()) {
         let Some(part) = a.intersect(&b) else { return Ok(()) };
         let runs: Vec<_> = a.runs(&part).unwrap().collect();
-        let wanted: Vec<u64> = indices(&part).iter().map(|i| indices(&a).iter().position(|j| j == i).unwrap() as u64).collect();
+        let place = |i: &Vec<u64>| indices(&a).iter().position(|j| j == i).unwrap() as u64;
+        let wanted: Vec<u64> = indices(&part).iter().map(place).collect();
         prop_assert!(runs.iter().cloned().flatten().eq(wanted));
         // None could be joined with the next.
         prop_assert!(runs.windows(2).all(|w| w[0].end < w[1].start));
@@ -105,8 +106,14 @@ proptest! {
 
 #[test]
 fn no_box_is_empty_deep_or_overflows() {
-    let wrong: [(&[u64], &[u64]); 6] =
-        [(&[0], &[0]), (&[0], &[]), (&[u64::MAX], &[1]), (&[0; 17], &[1; 17]), (&[0, 0], &[1 << 40, 1 << 40]), (&[1], &[u64::MAX])];
+    let wrong: [(&[u64], &[u64]); 6] = [
+        (&[0], &[0]),
+        (&[0], &[]),
+        (&[u64::MAX], &[1]),
+        (&[0; 17], &[1; 17]),
+        (&[0, 0], &[1 << 40, 1 << 40]),
+        (&[1], &[u64::MAX]),
+    ];
     for (offsets, lengths) in wrong {
         assert!(Region::new(offsets.to_vec(), lengths.to_vec()).is_err(), "{offsets:?} {lengths:?}");
         let json = serde_json::to_string(&(offsets, lengths)).unwrap();

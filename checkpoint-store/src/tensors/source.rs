@@ -1,8 +1,8 @@
 //! A reader over one checkpoint, of boxes or canonical, as chunks that can be proved.
 //!
-//! Both kinds come down to the same thing: chunks with a hash, each a run of an address space (an object's bytes, or the
-//! canonical space's), made of boxes of tensors. What differs is only where a chunk's boxes come from: the elements of a
-//! piece in order, or the elements of a block of the canonical space.
+//! Both kinds come down to the same thing: chunks with a hash, each a run of an address space (an object's bytes, or
+//! the canonical space's), made of boxes of tensors. What differs is only where a chunk's boxes come from: the elements
+//! of a piece in order, or the elements of a block of the canonical space.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -104,7 +104,9 @@ impl Reader {
             if found != Some(tensor) {
                 let have = found.map_or("lacks it".to_owned(), |t| format!("has {} {:?}", t.dtype.name(), t.shape));
                 let (name, dtype, shape) = (&tensor.name, tensor.dtype.name(), &tensor.shape);
-                return Err(StoreError::Input(format!("tensor {name:?} is wanted as {dtype} {shape:?}: the checkpoint {have}")));
+                return Err(StoreError::Input(format!(
+                    "tensor {name:?} is wanted as {dtype} {shape:?}: the checkpoint {have}"
+                )));
             }
             let length = (region.elements() * tensor.dtype.size()) as usize;
             let (part, after) = rest.split_at_mut_checked(length).ok_or_else(wrong_size)?;

@@ -6,3 +6,4 @@ mod hostile;
 mod reshard;
 mod s3;
 mod support;
+mod tensors;
