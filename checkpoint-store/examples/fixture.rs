@@ -29,6 +29,7 @@ async fn main() -> Result<(), Failure> {
         world_size,
         members: vec![],
         start: None,
+        memory: None,
         identity: "cpu".into(),
         fingerprint: "data".into(),
     };

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::digest::{BlockHash, Digest};
 use crate::record::{CheckpointRef, Event, Member, MemoryPoint, Record};
+use crate::tensors::TensorRef;
 use crate::trust::{Lease, Proof};
 
 /// Where a job is in its life, as far as the chain knows.
@@ -130,6 +131,9 @@ pub struct History {
     pub generations_without_progress: u32,
     /// Committed and not deleted, in the order of their commits.
     pub checkpoints: Vec<Checkpoint>,
+    /// Checkpoints of other frameworks' boxes, committed and not deleted; no job resumes from them by itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tensor_checkpoints: Vec<TensorRef>,
 }
 
 impl Default for History {
@@ -151,6 +155,7 @@ impl Default for History {
             fingerprint: None,
             generations_without_progress: 0,
             checkpoints: vec![],
+            tensor_checkpoints: vec![],
         }
     }
 }
@@ -197,6 +202,10 @@ impl History {
         self.checkpoints.iter().find(|c| c.checkpoint.manifest == manifest)
     }
 
+    fn has_tensors(&self, manifest: &str) -> bool {
+        self.tensor_checkpoints.iter().any(|c| c.manifest == manifest)
+    }
+
     /// The number of the last record.
     pub fn last(&self) -> Option<u64> {
         self.records.checked_sub(1)
@@ -223,11 +232,15 @@ impl History {
                 self.generations_without_progress = 0;
                 self.checkpoints.push(Checkpoint::committed(checkpoint.clone(), self.records));
             }
+            Event::CommittedTensors(checkpoint) => self.tensor_checkpoints.push(checkpoint.clone()),
             Event::Quarantined { manifest, reason } => {
                 let named = self.checkpoints.iter_mut().filter(|c| c.checkpoint.manifest == *manifest);
                 named.for_each(|c| c.quarantined = Some(reason.clone()));
             }
-            Event::Deleted { manifest } => self.checkpoints.retain(|c| c.checkpoint.manifest != *manifest),
+            Event::Deleted { manifest } => {
+                self.checkpoints.retain(|c| c.checkpoint.manifest != *manifest);
+                self.tensor_checkpoints.retain(|c| c.manifest != *manifest);
+            }
             Event::Paused { step } => self.status = Status::Paused { step: *step },
             Event::Scaled { workers } => self.scaled = Some(*workers),
             Event::Finished { step, digest, loss } => {
@@ -315,9 +328,16 @@ impl History {
             Event::Committed(c) if c.generation != self.generation || self.status == Status::Submitted => {
                 out("committed", format!("generation {} is not the running one", c.generation))
             }
-            Event::Committed(c) if self.find(&c.manifest).is_some() => {
+            Event::Committed(c) if self.find(&c.manifest).is_some() || self.has_tensors(&c.manifest) => {
                 out("committed", format!("{} was committed before", c.manifest))
             }
+            Event::CommittedTensors(c) if c.generation != self.generation || self.status == Status::Submitted => {
+                out("committed tensors", format!("generation {} is not the running one", c.generation))
+            }
+            Event::CommittedTensors(c) if self.has_tensors(&c.manifest) || self.find(&c.manifest).is_some() => {
+                out("committed tensors", format!("{} was committed before", c.manifest))
+            }
+            Event::Deleted { manifest } if self.has_tensors(manifest) => Ok(()),
             Event::Quarantined { manifest, .. } | Event::Deleted { manifest } if self.find(manifest).is_none() => {
                 out("checkpoint", format!("there is no checkpoint {manifest}"))
             }

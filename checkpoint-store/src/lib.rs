@@ -9,6 +9,7 @@
 //! * [`object`], [`receipt`], [`manifest`], [`save`]: shard → object → receipt → manifest → commit record;
 //! * [`known`], [`references`]: blocks that have not changed stay where they lie; [`timeline`]: where the time went;
 //! * [`mod@plan`], [`load`], [`mod@verify`]: any range back from any checkpoint, every byte proved;
+//! * [`tensors`]: boxes of any framework's tensors, written at one sharding and read at another;
 //! * [`trust`], [`leases`]: what is known of a checkpoint, and who needs it; [`mod@diff`]: how two differ;
 //! * [`policy`], [`retention`]: what may go, and how; [`change`]: what people ask for; [`leadership`]: who may do it;
 //! * [`spec_file`]: what was asked; [`layout`]: where everything lies;
@@ -97,6 +98,7 @@ pub mod save;
 pub mod scalar;
 pub mod space;
 pub mod spec_file;
+pub mod tensors;
 pub mod timeline;
 pub mod trust;
 pub mod url;

@@ -96,6 +96,8 @@ pub enum Event {
     },
     /// A checkpoint exists from here on.
     Committed(CheckpointRef),
+    /// A checkpoint of another framework's boxes exists from here on.
+    CommittedTensors(crate::tensors::TensorRef),
     /// A checkpoint failed verification and is never resumed from.
     Quarantined {
         /// Its manifest's file name.

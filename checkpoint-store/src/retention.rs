@@ -35,6 +35,7 @@ use crate::load::open_checkpoint;
 use crate::policy::Policy;
 use crate::reach::Reach;
 use crate::record::{CheckpointRef, Event, Record};
+use crate::tensors::reached_by_tensors;
 
 /// Objects of one page of a listing.
 const PAGE: usize = 1_000;
@@ -127,6 +128,7 @@ impl Collector {
         let (store, job, history) = (chain.store(), chain.job(), chain.history());
         let all: Vec<&Checkpoint> = history.checkpoints.iter().collect();
         let kept = self.reach.of(store, job, &all).await?;
+        let tensors: BTreeSet<String> = reached_by_tensors(chain).await?.into_iter().collect();
         let may_be_named = |path: &str| match layout::step_and_generation(path) {
             Some((step, generation)) => {
                 generation > history.generation || (generation == history.generation && open.holds(step))
@@ -137,7 +139,8 @@ impl Collector {
         let mut removed = 0;
         for folder in [layout::checkpoints(job), layout::objects(job)] {
             let paths = list_all(store, &folder).await?;
-            let gone: Vec<String> = paths.into_iter().filter(|p| !kept.holds(p) && !may_be_named(p)).collect();
+            let gone: Vec<String> =
+                paths.into_iter().filter(|p| !kept.holds(p) && !tensors.contains(p) && !may_be_named(p)).collect();
             removed += gone.len();
             let deletions = stream::iter(gone).map(|path| async move { store.delete(&path).await });
             deletions.buffer_unordered(IN_FLIGHT).try_collect::<()>().await?;

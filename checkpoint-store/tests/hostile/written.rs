@@ -63,6 +63,7 @@ fn records(checkpoint: CheckpointRef) -> Vec<Record> {
         world_size: WorldSize::ONE,
         members: vec![member],
         start: Some(checkpoint.clone()),
+        memory: None,
         identity: "cpu".into(),
         fingerprint: "data".into(),
     };
@@ -91,7 +92,8 @@ async fn written() -> Vec<(&'static str, Vec<Vec<u8>>)> {
     let manifest = |receipts: &[Receipt]| {
         Manifest::assemble(&hostile::small_space(), receipts[0].scalar.clone(), receipts.to_vec()).unwrap()
     };
-    let manifests = [manifest(&one), manifest(&two)].map(|m| m.to_json().unwrap().to_vec());
+    let both = |m: Manifest| [m.to_json().unwrap().to_vec(), m.encode().unwrap().bytes.to_vec()];
+    let manifests = [manifest(&one), manifest(&two)].map(both).concat();
     let checkpoint = CheckpointRef {
         step: Step::new(50),
         generation: Generation::new(2),
@@ -117,6 +119,7 @@ async fn written() -> Vec<(&'static str, Vec<Vec<u8>>)> {
         scalar: whole.scalar.clone(),
         states: whole.states.iter().map(|s| s.decl.clone()).collect(),
         hashes: whole.states.iter().map(|s| s.hashes.clone()).collect(),
+        stages: vec![],
     };
     let (parts, entry) = whole.layout(Uuid::nil()).unwrap().unwrap();
     let leader = LeaderRecord {
@@ -135,7 +138,7 @@ async fn written() -> Vec<(&'static str, Vec<Vec<u8>>)> {
         ("leader", vec![json(&leader)]),
         ("manifest", manifests.to_vec()),
         ("path", paths.map(String::into_bytes).to_vec()),
-        ("receipt", one.iter().chain(&two).map(json).collect()),
+        ("receipt", one.iter().chain(&two).map(|receipt| receipt.to_bytes().unwrap()).collect()),
         ("record", records.iter().map(json).collect()),
         ("specification", vec![JOB_FILE.into(), json(&spec)]),
         ("url", urls.map(|url| url.as_bytes().to_vec()).to_vec()),

@@ -11,3 +11,4 @@ mod keeping;
 mod reshard;
 mod s3;
 mod support;
+mod tensors;
