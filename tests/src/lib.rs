@@ -3,6 +3,7 @@
 //! Every test trains a small real model on the shipped corpus in a folder of its own. The oracle of all of them is the
 //! digest: it must equal that of an undisturbed run.
 
+pub mod cluster;
 pub mod job;
 pub mod process;
 pub mod run;

@@ -1,72 +1,10 @@
 //! The parts started by hand: a coordinator, two agents, a submitted job.
 
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use tests::cluster::{Cluster, Part};
 use tests::job::Job;
 use tests::run::{LIMIT, Run, cairn, undisturbed};
-
-/// A part started by hand; killed when the test is done with it.
-struct Part(Child);
-
-impl Part {
-    fn start(words: &[&str]) -> Self {
-        let child = Command::new(tests::cairn()).args(words).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
-        Self(child.expect("cairn starts"))
-    }
-
-    fn kill(mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-impl Drop for Part {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-struct Cluster {
-    address: String,
-    token: String,
-    store: String,
-}
-
-impl Cluster {
-    fn new(job: &Job) -> Self {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
-        let path = |name: &str| job.folder().join(name).display().to_string();
-        Self { address: format!("127.0.0.1:{port}"), token: path("token"), store: path("cairn-store") }
-    }
-
-    fn coordinator(&self) -> Part {
-        let words = ["coordinator", "--store", &self.store, "--listen", &self.address, "--token-file", &self.token];
-        let part = Part::start(&words);
-        let deadline = Instant::now() + LIMIT;
-        while self.call(&["jobs"]).code != Some(0) {
-            assert!(Instant::now() < deadline, "the coordinator does not answer");
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        part
-    }
-
-    fn agent(&self, node: &str) -> Part {
-        let words = ["agent", "--coordinator", &self.address, "--token-file", &self.token, "--node", node];
-        Part::start(&[&words[..], &["--slots", "2"]].concat())
-    }
-
-    fn words<'a>(&'a self, words: &[&'a str]) -> Vec<&'a str> {
-        let mut all = words.to_vec();
-        all.extend(["--coordinator", &self.address, "--token-file", &self.token, "--output", "json"]);
-        all
-    }
-
-    fn call(&self, words: &[&str]) -> tests::run::Outcome {
-        cairn(&self.words(words))
-    }
-}
 
 #[test]
 fn two_agents_run_a_submitted_job_and_one_may_die() {

@@ -67,7 +67,8 @@ impl Device for CpuDevice {
 
     fn numeric_identity(&self) -> String {
         let libraries: Vec<String> = LIBRARIES.iter().map(|(name, version)| format!("{name}-{version}")).collect();
-        format!("cpu {} {} kernels-{KERNELS} {}", std::env::consts::ARCH, self.isa.name(), libraries.join(" "))
+        let (architecture, isa, products) = (std::env::consts::ARCH, self.isa.name(), gemm::identity());
+        format!("cpu {architecture} {isa} kernels-{KERNELS} {products} {}", libraries.join(" "))
     }
 
     fn threads(&self) -> usize {

@@ -1,0 +1,93 @@
+//! The parts of a cluster, started by hand.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::job::Job;
+use crate::run::{LIMIT, Outcome, cairn};
+
+/// A part started by hand; killed when the test is done with it.
+pub struct Part(Child);
+
+impl Part {
+    /// Starts a part.
+    pub fn start(words: &[&str]) -> Self {
+        let child = Command::new(crate::cairn()).args(words).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+        Self(child.expect("cairn starts"))
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Kills it with SIGKILL and waits until it is gone.
+    pub fn kill(mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The parts of one job's cluster, all on this machine.
+pub struct Cluster {
+    address: String,
+    token: String,
+    store: String,
+    memory: String,
+}
+
+impl Cluster {
+    /// A cluster whose store and memory lie in the job's folder.
+    pub fn new(job: &Job) -> Self {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
+        let path = |name: &str| job.folder().join(name).display().to_string();
+        Self {
+            address: format!("127.0.0.1:{port}"),
+            token: path("token"),
+            store: path("cairn-store"),
+            memory: path("m"),
+        }
+    }
+
+    /// Starts the coordinator and waits until it answers.
+    pub fn coordinator(&self) -> Part {
+        let words = ["coordinator", "--store", &self.store, "--listen", &self.address, "--token-file", &self.token];
+        let part = Part::start(&words);
+        let deadline = Instant::now() + LIMIT;
+        while self.call(&["jobs"]).code != Some(0) {
+            assert!(Instant::now() < deadline, "the coordinator does not answer");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        part
+    }
+
+    /// Starts an agent with two slots.
+    pub fn agent(&self, node: &str) -> Part {
+        self.agent_with(node, 2)
+    }
+
+    /// Starts an agent.
+    pub fn agent_with(&self, node: &str, slots: u32) -> Part {
+        let words = ["agent", "--coordinator", &self.address, "--token-file", &self.token, "--node", node];
+        Part::start(&[&words[..], &["--memory", &self.memory, "--slots", &slots.to_string()]].concat())
+    }
+
+    /// A command's words, with those that find this cluster.
+    pub fn words<'a>(&'a self, words: &[&'a str]) -> Vec<&'a str> {
+        let mut all = words.to_vec();
+        all.extend(["--coordinator", &self.address, "--token-file", &self.token, "--output", "json"]);
+        all
+    }
+
+    /// Runs a command against this cluster.
+    pub fn call(&self, words: &[&str]) -> Outcome {
+        cairn(&self.words(words))
+    }
+}

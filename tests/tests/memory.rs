@@ -1,0 +1,143 @@
+//! The memory tier on real processes: what is lost comes back from the nearest copy, and the weights are the same bits.
+//!
+//! Unless a test says otherwise nothing is stored before the last step, so whatever a generation starts from beyond step
+//! 0 was in memory.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use tests::cluster::{Cluster, Part};
+use tests::job::Job;
+use tests::run::{Outcome, Run, undisturbed};
+
+const UNSTORED: &str = "checkpoint.every_steps=1000";
+
+/// The last recovery: its step and its source.
+fn recovered(outcome: &Outcome) -> (u64, String) {
+    let events = outcome.of("recovered");
+    let last: &Value = events.last().unwrap_or_else(|| panic!("nothing was recovered:\n{}", outcome.stderr));
+    (last["step"].as_u64().unwrap(), last["source"].as_str().unwrap().to_string())
+}
+
+#[test]
+fn a_killed_worker_resumes_from_memory() {
+    let expected = undisturbed();
+    let job = Job::with(&[UNSTORED]);
+    let mut run = Run::train(&job, &["--workers", "2"]);
+    run.wait_for_step(8);
+    run.kill("worker", 1);
+    let outcome = run.finish();
+    assert_eq!(outcome.digest(), expected);
+    let (step, source) = recovered(&outcome);
+    // Other ranks read the killed one's slot on the same node.
+    assert_eq!(source, "memory", "{:?}", outcome.events);
+    assert!(step >= 5, "at most the steps since the last snapshot: went on from {step}");
+}
+
+#[test]
+fn a_killed_agent_takes_its_earlier_lifes_snapshots_over() {
+    let expected = undisturbed();
+    let job = Job::with(&[UNSTORED]);
+    let mut run = Run::train(&job, &["--workers", "2"]);
+    run.wait_for_step(8);
+    run.kill("agent", 0);
+    let outcome = run.finish();
+    assert_eq!(outcome.digest(), expected);
+    let (step, source) = recovered(&outcome);
+    assert_eq!(source, "memory");
+    assert!(step >= 5, "went on from {step}");
+}
+
+struct Nodes {
+    cluster: Cluster,
+    _coordinator: Part,
+    agents: Vec<Part>,
+}
+
+/// A worker on each of `count` nodes, submitted.
+fn nodes(job: &Job, count: u32, keys: &[&str]) -> (Nodes, Run) {
+    let cluster = Cluster::new(job);
+    let coordinator = cluster.coordinator();
+    let agents = (0..count).map(|at| cluster.agent_with(&format!("n{at}"), 1)).collect();
+    let file = job.file().display().to_string();
+    let workers = format!("resources.workers={{ min = 1, max = {count} }}");
+    let mut words = vec!["submit", &file, "--set", &workers];
+    keys.iter().for_each(|key| words.extend(["--set", key]));
+    // Starts at its full size, whatever agent comes first.
+    std::thread::sleep(Duration::from_secs(2));
+    let submitted = cluster.call(&words);
+    assert_eq!(submitted.code, Some(0), "{}", submitted.stderr);
+    let watch = Run::start(&cluster.words(&["watch", "t"]));
+    (Nodes { cluster, _coordinator: coordinator, agents }, watch)
+}
+
+#[test]
+fn a_killed_node_comes_back_from_parity() {
+    let expected = undisturbed();
+    let job = Job::with(&[UNSTORED, "fault.suspicion=3"]);
+    let (mut nodes, mut watch) = nodes(&job, 3, &[]);
+    watch.wait_for("generation", |event| event["world_size"] == 3);
+    watch.wait_for_step(10);
+    nodes.agents.remove(1).kill();
+    let outcome = watch.finish();
+    assert_eq!(outcome.digest(), expected);
+    let (step, source) = recovered(&outcome);
+    assert_eq!(source, "parity", "{:?}", outcome.events);
+    assert!(step >= 5, "went on from {step}");
+    let sizes: Vec<_> = outcome.of("generation").iter().filter_map(|event| event["world_size"].as_u64()).collect();
+    assert_eq!(sizes, [3, 2]);
+    let status = nodes.cluster.call(&["status", "t"]);
+    assert_eq!(status.events[0]["state"], "finished");
+}
+
+#[test]
+fn with_two_parities_two_nodes_may_be_killed() {
+    let expected = undisturbed();
+    let job = Job::with(&[UNSTORED, "fault.suspicion=3"]);
+    let (mut nodes, mut watch) = nodes(&job, 4, &["checkpoint.parity=2"]);
+    watch.wait_for("generation", |event| event["world_size"] == 4);
+    watch.wait_for_step(10);
+    let (one, two) = (nodes.agents.remove(3), nodes.agents.remove(0));
+    tests::process::signal(one.id(), "KILL");
+    two.kill();
+    let outcome = watch.finish();
+    assert_eq!(outcome.digest(), expected);
+    let (step, source) = recovered(&outcome);
+    assert_eq!(source, "parity", "{:?}", outcome.events);
+    assert!(step >= 5, "went on from {step}");
+}
+
+#[test]
+fn two_killed_nodes_of_a_group_with_one_parity_come_back_from_the_store() {
+    let expected = undisturbed();
+    let job = Job::with(&["checkpoint.every_steps=5", "fault.suspicion=3"]);
+    let (mut nodes, mut watch) = nodes(&job, 3, &[]);
+    watch.wait_for("generation", |event| event["world_size"] == 3);
+    watch.wait_for("checkpoint", |event| event["step"] == 10);
+    watch.wait_for_step(12);
+    let (one, two) = (nodes.agents.remove(2), nodes.agents.remove(0));
+    tests::process::signal(one.id(), "KILL");
+    two.kill();
+    let outcome = watch.finish();
+    assert_eq!(outcome.digest(), expected);
+    let (step, source) = recovered(&outcome);
+    assert_eq!((step % 5, source.as_str()), (0, "store"), "{:?}", outcome.events);
+    assert!(step >= 10, "went on from {step}");
+}
+
+#[test]
+fn what_may_be_lost_and_what_it_takes_is_shown() {
+    let job = Job::with(&[UNSTORED]);
+    let (nodes, mut watch) = nodes(&job, 2, &[]);
+    watch.wait_for("generation", |event| event["world_size"] == 2);
+    watch.wait_for_step(6);
+    let status = &nodes.cluster.call(&["status", "t"]).events[0];
+    assert!(status["memory"].as_str().unwrap().contains("1 of 2 nodes"), "{status}");
+    assert!(status["memory_step"].as_u64().is_some_and(|step| step >= 1), "{status}");
+    let rooms = status["rooms"].as_array().unwrap();
+    assert_eq!(rooms.len(), 2);
+    assert!(
+        rooms.iter().all(|room| room["used"].as_u64() > Some(0) && room["used"].as_u64() < room["budget"].as_u64())
+    );
+    watch.finish().digest();
+}
