@@ -92,8 +92,8 @@ pub async fn upload_changed(
 }
 
 /// Makes a manifest a checkpoint. A state that this generation has already committed is not committed again: the
-/// existing checkpoint is returned, so a repeated commit is harmless. A generation commits its steps in order: one before
-/// its newest is refused, because a collection may have taken its objects.
+/// existing checkpoint is returned, so a repeated commit is harmless. A generation commits its steps in order: one
+/// before its newest is refused, because a collection may have taken its objects.
 pub async fn commit(
     chain: &mut Chain,
     manifest: &Manifest,
