@@ -148,8 +148,8 @@ async fn committed(
     let mut chain = history(&store, job, 2 * kept as u64, kept).await?;
     let began = Instant::now();
     let mut reached = Reached::default();
-    let committed = commit_encoded(&mut chain, &manifest, encoded, EPOCH, Uuid::new_v4(), &mut reached);
-    committed.await.map_err(Failure::job)?;
+    let committed = commit_encoded(&mut chain, &manifest, encoded, EPOCH, Uuid::new_v4(), &mut reached).await;
+    committed.map_err(Failure::job)?;
     line["record_seconds"] = json!(began.elapsed().as_secs_f64());
     drop((chain, store));
     let began = Instant::now();

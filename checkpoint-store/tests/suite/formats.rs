@@ -127,9 +127,9 @@ async fn no_bytes_do_harm() {
     let longer = [&body[..], &[0]].concat();
     let error = Manifest::parse("m", &pack(&encoded[..12], &longer)).unwrap_err();
     assert!(error.to_string().contains("follow its end"), "{error}");
-    // A few megabytes that unpack to a gigabyte are refused at the first count that cannot be.
+    // A few megabytes that unpack to a gigabyte are read as far as a manifest goes, and no further.
     let mut bomb = FrameEncoder::new(vec![]);
-    bomb.write_all(&body[..body.len() - 4_000]).unwrap();
+    bomb.write_all(&body[..body.len() - 200]).unwrap();
     for _ in 0..1024 {
         bomb.write_all(&vec![0xff; 1 << 20]).unwrap();
     }
