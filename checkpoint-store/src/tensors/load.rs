@@ -274,9 +274,16 @@ fn share_out(reads: Vec<(Read, Vec<usize>)>, ranks: usize) -> Vec<Vec<Read>> {
     out
 }
 
-/// Makes neighbouring reads one, the smallest gaps between them first, as long as the gaps sum to at most `budget`.
+/// Makes neighbouring reads of a rank one, the smallest gaps between them first, as long as the gaps sum to at most
+/// `budget`. A gap that another rank reads stays one: no byte is read twice.
 fn bridge(reads: &mut [Vec<Read>], mut budget: u64) {
-    let gap = |a: &Read, b: &Read| (a.object == b.object).then(|| b.bytes.start - a.bytes.end);
+    let mut starts: Vec<(u32, u64)> = reads.iter().flatten().map(|read| (read.object, read.bytes.start)).collect();
+    starts.sort_unstable();
+    let gap = |a: &Read, b: &Read| {
+        let next = starts.partition_point(|&start| start <= (a.object, a.bytes.start));
+        let is_free = starts.get(next) == Some(&(b.object, b.bytes.start)) && a.object == b.object;
+        is_free.then(|| b.bytes.start - a.bytes.end)
+    };
     let mut gaps: Vec<(u64, usize, usize)> = vec![];
     for (rank, own) in reads.iter().enumerate() {
         let found = own.windows(2).enumerate().filter_map(|(i, w)| Some((gap(&w[0], &w[1])?, rank, i + 1)));
@@ -303,5 +310,36 @@ fn bridge(reads: &mut [Vec<Read>], mut budget: u64) {
             }
         }
         *own = out;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(object: u32, bytes: Range<u64>) -> Read {
+        Read { object, bytes, chunks: vec![] }
+    }
+
+    fn bridged(reads: &[&[(u32, u64, u64)]], budget: u64) -> Vec<Vec<(u32, u64, u64)>> {
+        let of_rank = |own: &&[(u32, u64, u64)]| own.iter().map(|&(o, a, b)| read(o, a..b)).collect();
+        let mut reads: Vec<Vec<Read>> = reads.iter().map(of_rank).collect();
+        bridge(&mut reads, budget);
+        let back = |own: Vec<Read>| own.into_iter().map(|r| (r.object, r.bytes.start, r.bytes.end)).collect();
+        reads.into_iter().map(back).collect()
+    }
+
+    #[test]
+    fn small_free_gaps_are_read_along_within_the_budget() {
+        let own: &[_] = &[(0, 0, 10), (0, 14, 20), (0, 22, 30), (0, 30, 40), (1, 0, 10)];
+        assert_eq!(bridged(&[own], 0), [vec![(0, 0, 10), (0, 14, 20), (0, 22, 40), (1, 0, 10)]]);
+        assert_eq!(bridged(&[own], 5), [vec![(0, 0, 10), (0, 14, 40), (1, 0, 10)]]);
+        assert_eq!(bridged(&[own], 6), [vec![(0, 0, 40), (1, 0, 10)]]);
+        // What another rank reads is not read twice, however large the budget.
+        let other: &[_] = &[(0, 20, 22)];
+        assert_eq!(bridged(&[own, other], 100), [vec![(0, 0, 20), (0, 22, 40), (1, 0, 10)], other.to_vec()]);
+        // Nor does a read grow without bound.
+        let large: &[_] = &[(0, 0, MAX_READ - 5), (0, MAX_READ - 4, MAX_READ + 1)];
+        assert_eq!(bridged(&[large], 100), [large.to_vec()]);
     }
 }

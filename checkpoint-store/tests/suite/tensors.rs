@@ -186,7 +186,7 @@ async fn twenty_million_parameters_load_at_any_size_and_layout() {
         {
             let (ratio, read) = model.load(&reader, to, world).await;
             println!("  loaded {to:?} at {world}: read over needed {ratio:.4}, max over mean bytes read {read:.4}");
-            assert!(ratio <= 1.05, "{to:?} at {world}: {ratio}");
+            assert_eq!(ratio, 1.0, "{to:?} at {world}: each byte once");
         }
     }
 }
@@ -203,7 +203,7 @@ async fn every_layout_loads_as_every_other() {
                 continue;
             }
             let (ratio, _) = model.load(&reader, to, world).await;
-            assert!(ratio <= 1.05, "{from:?} to {to:?} at {world}: {ratio}");
+            assert_eq!(ratio, 1.0, "{from:?} to {to:?} at {world}: each byte once");
         }
         assert_eq!(verify_tensors(&store, &job(), &checkpoint).await.unwrap(), vec![]);
     }
@@ -340,7 +340,8 @@ async fn hostile_manifests_of_boxes_are_refused() {
     for cut in (0..text.len()).step_by(97) {
         assert_eq!(TensorManifest::parse("m", &text[..cut]).unwrap_err().kind(), Kind::Corrupt);
     }
-    let (huge, piece) = (u64::MAX, "/objects/0/pieces/0");
+    // The first piece of the first object is a scalar; this one is rows of the embedding.
+    let (huge, piece) = (u64::MAX, "/objects/0/pieces/1");
     let chunked = json!({"offsets": [0]});
     let changes: Vec<(String, Value)> = vec![
         ("/format".into(), json!(0)),
