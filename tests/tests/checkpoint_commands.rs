@@ -32,7 +32,7 @@ fn steps(events: &[Value]) -> Vec<u64> {
     events.iter().filter_map(|event| event["step"].as_u64()).collect()
 }
 
-fn of<'a>(events: &'a [Value], step: u64) -> &'a Value {
+fn of(events: &[Value], step: u64) -> &Value {
     events.iter().find(|event| event["step"] == step).expect("the step is listed")
 }
 
