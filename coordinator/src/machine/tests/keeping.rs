@@ -31,6 +31,7 @@ fn a_change_is_answered_and_what_is_gone_is_no_start_any_more() {
     let request = ask(&mut rig, b"prune");
     assert_eq!(rig.pending.front().map(|(_, operation)| operation), Some(&Operation::Change(Arc::from(&b"prune"[..]))));
     let quarantined = Some((Step::new(10), "a flipped byte".to_string()));
+    rig.ledger.as_mut().unwrap().forget(&[first(1, 10)]);
     answer(&mut rig, Outcome::Changed(Changed { report: b"done".to_vec(), gone: vec![first(1, 10)], quarantined }));
     assert_eq!(rig.replies[&request], Ok(Answer::Changed(b"done".to_vec())));
     assert!(rig.kinds().contains(&"quarantined"));
