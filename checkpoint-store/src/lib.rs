@@ -7,7 +7,7 @@
 //! * [`backend`], [`url`], [`probe`]: a place to keep bytes, with one primitive that matters, atomic put-if-absent;
 //! * [`record`], [`history`], [`chain`]: a job's history as a chain of such puts, and [`leader`] epochs;
 //! * [`object`], [`manifest`], [`save`]: shard → object → receipt → manifest → commit record;
-//! * [`mod@plan`], [`load`], [`mod@verify`]: any range back from any checkpoint, every byte proved;
+//! * [`mod@plan`], [`load`], [`loader`], [`mod@verify`]: any range back from any checkpoint, every byte proved;
 //! * [`retention`]: what may go, and how; [`spec_file`]: what was asked; [`layout`]: where everything lies.
 //!
 //! A checkpoint exists exactly when a record of the chain names its manifest with its hash.
@@ -60,6 +60,7 @@
 //! # }
 //! ```
 
+pub mod aligned;
 pub mod backend;
 pub mod capture;
 pub mod chain;
@@ -70,6 +71,7 @@ pub mod history;
 pub mod layout;
 pub mod leader;
 pub mod load;
+pub mod loader;
 pub mod manifest;
 pub mod object;
 pub mod plan;
@@ -83,7 +85,8 @@ pub mod spec_file;
 pub mod url;
 pub mod verify;
 
-pub use backend::{Create, Listed, Store};
+pub use aligned::AlignedBuffer;
+pub use backend::{Create, DiskOp, Listed, Store, Witness};
 pub use capture::{CAPTURE_FORMAT, Capture};
 pub use chain::{Chain, ChainError, list_jobs};
 pub use digest::{BlockHash, Digest, HashList, StateDecl, hash_blocks, state_digest};
@@ -91,6 +94,7 @@ pub use error::{Kind, StoreError};
 pub use history::{Checkpoint, FoldError, History, Status};
 pub use leader::{LeaderRecord, LeaderView, Take};
 pub use load::{open_checkpoint, read_range};
+pub use loader::{LoadReport, Loader, Stage};
 pub use manifest::{AssembleError, Manifest};
 pub use object::{Extent, ObjectEntry, Receipt, ShardSource, ShardState};
 pub use plan::plan;

@@ -14,6 +14,7 @@ use safetensors::tensor::Metadata;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::aligned::PAGE;
 use crate::digest::{HashList, StateDecl};
 use crate::error::{StoreError, check_format, parse_json};
 use crate::layout;
@@ -207,7 +208,8 @@ fn header(space: &Space, states: &[StateDecl], range: Range<u64>) -> Result<(Vec
         text += &entry;
     }
     text.push('}');
-    while !text.len().is_multiple_of(8) {
+    // The body begins on a page of the file, so that a local disk can take it straight from a mapped slot.
+    while !(8 + text.len()).is_multiple_of(PAGE) {
         text.push(' ');
     }
     let mut bytes = (text.len() as u64).to_le_bytes().to_vec();

@@ -4,7 +4,7 @@
 //! its outcome is either known or reported as unknown. A timed-out create is *indeterminate*: it is read back and
 //! compared, tried again, and never assumed. On a local disk success means synced, on a bucket it means acknowledged.
 
-mod file;
+pub(crate) mod file;
 mod remote;
 
 use std::fmt;
@@ -16,6 +16,7 @@ use bytes::Bytes;
 use object_store::ObjectStore;
 use uuid::Uuid;
 
+pub use self::file::{DiskOp, Witness};
 use crate::error::StoreError;
 use crate::layout;
 use crate::url::{Place, parse};
@@ -71,7 +72,7 @@ impl Store {
     /// `aws_endpoint` or `aws_access_key_id`.
     pub fn open_with(url: &str, options: &[(&str, &str)]) -> Result<Self, StoreError> {
         let backend = match parse(url)? {
-            Place::Folder(root) => Backend::File(file::FileBackend::make(root, draw_writer())?),
+            Place::Folder(root) => Backend::File(file::FileBackend::make(root, draw_writer(), None)?),
             place => Self::remote(place, options)?,
         };
         Ok(Self::with(url, backend))
@@ -84,6 +85,15 @@ impl Store {
             place => Self::remote(place, &[])?,
         };
         Ok(Self::with(url, backend))
+    }
+
+    /// Opens a store on a local disk, and tells a witness of every operation that changes the disk: for the study of
+    /// crashes.
+    pub fn open_witnessed(url: &str, witness: Witness) -> Result<Self, StoreError> {
+        let Place::Folder(root) = parse(url)? else {
+            return Err(StoreError::Input(format!("only a file:// store can be witnessed, {url} is none")));
+        };
+        Ok(Self::with(url, Backend::File(file::FileBackend::make(root, draw_writer(), Some(witness))?)))
     }
 
     /// A store in this process's memory: for examples and tests.
@@ -125,6 +135,14 @@ impl Store {
     /// Whether a mark was made by [`Store::token`] of this opening of the store, or of a clone of it.
     pub(crate) fn made(&self, token: &str) -> bool {
         token.rsplit_once('-').is_some_and(|(writer, _)| writer == self.0.writer.simple().to_string())
+    }
+
+    /// The local disk this store lies on, if it does.
+    pub(crate) fn local(&self) -> Option<&file::FileBackend> {
+        match &self.0.backend {
+            Backend::File(backend) => Some(backend),
+            Backend::Remote(_) => None,
+        }
     }
 
     /// Puts the object if there is none of that name. The bytes should hold a [`Store::token`] or the name a fresh
