@@ -142,7 +142,8 @@ mod tests {
 
     #[test]
     fn neighbours_are_one_request_and_strangers_are_not() {
-        let read = |object, start: u64, length| Read { object, bytes: start..start + length, blocks: 0..1, elements: 0..1 };
+        let read =
+            |object, start: u64, length| Read { object, bytes: start..start + length, blocks: 0..1, elements: 0..1 };
         let reads = [read(0, 2_000, 1_000), read(0, 0, 1_000), read(0, 1_000, 1_000), read(1, 3_000, 1_000)];
         assert_eq!(join(&reads, 1.0).iter().map(|b| b.reads.clone()).collect::<Vec<_>>(), [vec![1, 2, 0], vec![3]]);
         let far = [read(0, 0, 10_000), read(0, 10_500, 10_000), read(0, 90_000, 10_000)];

@@ -168,11 +168,7 @@ impl<'a> Loader<'a> {
     /// Reads the elements `range` of each named state into its memory, which holds exactly their bytes. On an error the
     /// memory may be partly written. From a local disk the thread that polls this works itself, in steps of a quarter
     /// of a second between which the load can be dropped.
-    pub async fn load(
-        &self,
-        range: Range<u64>,
-        targets: &mut [(&str, &mut [u8])],
-    ) -> Result<LoadReport, StoreError> {
+    pub async fn load(&self, range: Range<u64>, targets: &mut [(&str, &mut [u8])]) -> Result<LoadReport, StoreError> {
         let began = Instant::now();
         let mut report = LoadReport { list: self.list, ..LoadReport::default() };
         let jobs = self.plan(range, targets)?;
@@ -233,12 +229,7 @@ impl<'a> Loader<'a> {
 }
 
 /// Checks the hashes of a run of whole blocks.
-pub(crate) fn verify_blocks(
-    manifest: &Manifest,
-    state: usize,
-    read: &Read,
-    bytes: &[u8],
-) -> Result<(), StoreError> {
+pub(crate) fn verify_blocks(manifest: &Manifest, state: usize, read: &Read, bytes: &[u8]) -> Result<(), StoreError> {
     let block_bytes = manifest.block_elements * manifest.states[state].dtype.size();
     let expected = &manifest.hashes[state].0[read.blocks.start as usize..read.blocks.end as usize];
     let blocks = bytes.chunks(block_bytes as usize).map(BlockHash::of);

@@ -8,11 +8,7 @@ use super::{Job, LoadReport, Loader, REQUESTS};
 use crate::digest::BlockHash;
 use crate::error::StoreError;
 
-pub(super) async fn load(
-    loader: &Loader<'_>,
-    jobs: Vec<Job<'_>>,
-    report: &mut LoadReport,
-) -> Result<(), StoreError> {
+pub(super) async fn load(loader: &Loader<'_>, jobs: Vec<Job<'_>>, report: &mut LoadReport) -> Result<(), StoreError> {
     let mut arriving = stream::iter(jobs).map(|job| one(loader, job)).buffer_unordered(REQUESTS);
     while let Some(done) = arriving.try_next().await? {
         report.add_work(&done);

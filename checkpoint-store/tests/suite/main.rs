@@ -2,7 +2,11 @@
 
 mod backends;
 mod chain;
+mod counting;
+mod crash;
+mod crash_disk;
 mod hostile;
+mod loader;
 mod reshard;
 mod s3;
 mod support;
