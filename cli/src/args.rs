@@ -313,6 +313,44 @@ pub(crate) struct PrepareArgs {
 pub(crate) enum BenchCommand {
     /// Tokens a second of full training steps on this machine.
     Train(BenchTrainArgs),
+    /// Saves and loads of a store, beside a plain writer and reader of the same bytes.
+    Store(BenchStoreArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cairn bench store
+  cairn bench store --store /mnt/scratch --size 4GiB --ranks 4
+  cairn bench store --peer --python venv/bin/python
+
+What it writes it removes again. --peer runs tests/peers/dcp.py: PyTorch's distributed checkpoint and, where it is
+installed, Orbax (pip install torch numpy orbax-checkpoint jax).")]
+pub(crate) struct BenchStoreArgs {
+    /// A folder or an s3:// URL; without it a folder that is made here and removed.
+    #[arg(long)]
+    pub(crate) store: Option<String>,
+    /// Bytes of state over all ranks.
+    #[arg(long, default_value = "1GiB")]
+    pub(crate) size: String,
+    /// Ranks that save and load at once.
+    #[arg(long, default_value_t = 2)]
+    pub(crate) ranks: u32,
+    /// Measurements of each kind; medians count.
+    #[arg(long, default_value_t = 7)]
+    pub(crate) rounds: usize,
+    /// Also measure PyTorch's distributed checkpoint and Orbax.
+    #[arg(long)]
+    pub(crate) peer: bool,
+    /// The Python that has them.
+    #[arg(long, default_value = "python3", env = "CAIRN_PYTHON")]
+    pub(crate) python: PathBuf,
+    /// The peer script.
+    #[arg(long, default_value = "tests/peers/dcp.py", requires = "peer")]
+    pub(crate) script: PathBuf,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) output: Output,
 }
 
 #[derive(Debug, Args)]

@@ -6,15 +6,18 @@ use proto::spec::{JobSpec, Overrides, PRESETS};
 use serde_json::{Value, json};
 
 use crate::args::{BenchCommand, BenchTrainArgs, Output};
+use crate::bench_store;
 use crate::failure::{Failure, chain};
 use crate::table::{self, say};
 
 /// Measurements of each side; they alternate, so that a machine that drifts slows both.
 const ROUNDS: usize = 3;
 
-pub(crate) fn run(command: BenchCommand) -> Result<u8, Failure> {
-    let BenchCommand::Train(args) = command;
-    tokio::task::block_in_place(|| train(&args))
+pub(crate) async fn run(command: BenchCommand) -> Result<u8, Failure> {
+    match command {
+        BenchCommand::Train(args) => tokio::task::block_in_place(|| train(&args)),
+        BenchCommand::Store(args) => bench_store::run(args).await,
+    }
 }
 
 fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {

@@ -6,6 +6,7 @@
 
 mod args;
 mod bench;
+mod bench_store;
 mod checkpoint;
 mod client;
 mod data;
@@ -84,6 +85,6 @@ async fn dispatch(command: Command) -> Result<u8, Failure> {
         Command::Cancel(args) => jobs::cancel(args).await,
         Command::Checkpoint(command) => checkpoint::run(command).await,
         Command::Data(command) => data::run(command),
-        Command::Bench(command) => bench::run(command),
+        Command::Bench(command) => bench::run(command).await,
     }
 }

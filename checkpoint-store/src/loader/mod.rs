@@ -99,6 +99,16 @@ impl LoadReport {
     }
 }
 
+/// Adds loads up; the listing counts once, and the seconds are those of the longest, since loads run side by side.
+impl AddAssign for LoadReport {
+    fn add_assign(&mut self, other: Self) {
+        self.add_work(&other);
+        self.plan += other.plan;
+        self.bytes_needed += other.bytes_needed;
+        self.seconds = self.seconds.max(other.seconds);
+    }
+}
+
 /// Loads ranges of one checkpoint.
 #[derive(Debug, Clone, Copy)]
 pub struct Loader<'a> {

@@ -2,16 +2,22 @@
 
 use std::time::Instant;
 
-use futures::stream::{self, StreamExt, TryStreamExt};
+use futures::stream::{FuturesUnordered, StreamExt};
 
 use super::{Job, LoadReport, Loader, REQUESTS};
 use crate::digest::BlockHash;
 use crate::error::StoreError;
 
 pub(super) async fn load(loader: &Loader<'_>, jobs: Vec<Job<'_>>, report: &mut LoadReport) -> Result<(), StoreError> {
-    let mut arriving = stream::iter(jobs).map(|job| one(loader, job)).buffer_unordered(REQUESTS);
-    while let Some(done) = arriving.try_next().await? {
-        report.add_work(&done);
+    let (mut waiting, mut flight) = (jobs.into_iter(), FuturesUnordered::new());
+    loop {
+        while flight.len() < REQUESTS
+            && let Some(job) = waiting.next()
+        {
+            flight.push(one(loader, job));
+        }
+        let Some(done) = flight.next().await else { break };
+        report.add_work(&done?);
     }
     Ok(())
 }
