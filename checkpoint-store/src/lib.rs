@@ -8,7 +8,7 @@
 //! * [`record`], [`history`], [`chain`]: a job's history as a chain of such puts, and [`leader`] epochs;
 //! * [`object`], [`receipt`], [`manifest`], [`save`]: shard → object → receipt → manifest → commit record;
 //! * [`known`], [`references`]: blocks that have not changed stay where they lie; [`timeline`]: where the time went;
-//! * [`mod@plan`], [`load`], [`mod@verify`]: any range back from any checkpoint, every byte proved;
+//! * [`mod@plan`], [`load`], [`loader`], [`mod@verify`]: any range back from any checkpoint, every byte proved;
 //! * [`tensors`]: boxes of any framework's tensors, written at one sharding and read at another;
 //! * [`trust`], [`leases`]: what is known of a checkpoint, and who needs it; [`mod@diff`]: how two differ;
 //! * [`policy`], [`retention`]: what may go, and how; [`change`]: what people ask for; [`leadership`]: who may do it;
@@ -65,6 +65,7 @@
 //! # }
 //! ```
 
+pub mod aligned;
 pub mod backend;
 pub mod capture;
 pub mod chain;
@@ -83,6 +84,7 @@ pub mod leader;
 pub mod leadership;
 pub mod leases;
 pub mod load;
+pub mod loader;
 pub mod manifest;
 pub mod object;
 pub mod parity;
@@ -104,7 +106,8 @@ pub mod trust;
 pub mod url;
 pub mod verify;
 
-pub use backend::{Create, Limits, Listed, Store};
+pub use aligned::AlignedBuffer;
+pub use backend::{Create, DiskOp, Limits, Listed, Store, Witness};
 pub use capture::{CAPTURE_FORMAT, Capture};
 pub use chain::{Chain, ChainError, Refreshed, list_jobs};
 pub use change::{Change, ChangeReport, Keeper};
@@ -116,6 +119,7 @@ pub use known::KnownBlocks;
 pub use leader::{LeaderRecord, LeaderView, Take};
 pub use leadership::{Claim, LeadError, Leadership};
 pub use load::{open_checkpoint, read_range};
+pub use loader::{LoadReport, Loader};
 pub use manifest::{AssembleError, Encoded, Manifest};
 pub use object::{Extent, ObjectEntry, Run, ShardSource, ShardState, lay_out};
 pub use plan::plan;

@@ -15,6 +15,7 @@ use safetensors::tensor::Metadata;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::aligned::PAGE;
 use crate::digest::{HashList, StateDecl};
 use crate::error::{StoreError, check_format};
 use crate::layout;
@@ -196,7 +197,8 @@ pub fn lay_out(space: &Space, states: &[StateDecl], runs: &[Run]) -> Result<(Vec
         at += elements * state.dtype.size();
     }
     text.push('}');
-    while !text.len().is_multiple_of(8) {
+    // The body begins on a page of the file, so that a local disk can take it straight from a mapped slot.
+    while !(8 + text.len()).is_multiple_of(PAGE) {
         text.push(' ');
     }
     let mut bytes = (text.len() as u64).to_le_bytes().to_vec();

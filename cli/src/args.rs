@@ -288,18 +288,52 @@ pub(crate) struct PrepareArgs {
 pub(crate) enum BenchCommand {
     /// Tokens a second of full training steps on this machine.
     Train(BenchTrainArgs),
-    /// Planning and committing checkpoints of 405 billion parameters, with made-up hashes and no tensors.
-    Synthetic(BenchSyntheticArgs),
+    /// Saves and loads of a store, beside a plain writer and reader of the same bytes.
+    Store(BenchStoreArgs),
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct BenchSyntheticArgs {
-    /// Workers that save.
-    #[arg(long, default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(1..=100_000))]
-    pub(crate) ranks: u32,
-    /// Checkpoints kept in the long histories.
-    #[arg(long, default_value_t = 1_000)]
+#[command(after_help = "\
+Examples:
+  cairn bench store
+  cairn bench store --store /mnt/scratch --size 4GiB --ranks 4
+  cairn bench store --peer --python venv/bin/python
+  cairn bench store --synthetic
+  cairn bench store --capture --size 256MiB
+
+What it writes it removes again. --peer runs tests/peers/dcp.py: PyTorch's distributed checkpoint and, where it is
+installed, Orbax (pip install torch numpy orbax-checkpoint jax).")]
+pub(crate) struct BenchStoreArgs {
+    /// A folder or an s3:// URL; without it a folder that is made here and removed.
+    #[arg(long)]
+    pub(crate) store: Option<String>,
+    /// Bytes of state over all ranks.
+    #[arg(long, default_value = "1GiB", value_parser = crate::size::parse)]
+    pub(crate) size: u64,
+    /// Ranks that save and load at once: 2, with --synthetic 16,384.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) ranks: Option<u32>,
+    /// Measurements of each kind; medians count.
+    #[arg(long, default_value_t = 7)]
+    pub(crate) rounds: usize,
+    /// Instead, plan and commit checkpoints of 405 billion parameters, with made-up hashes and no tensors.
+    #[arg(long, conflicts_with_all = ["store", "size", "peer", "capture"])]
+    pub(crate) synthetic: bool,
+    /// With --synthetic: checkpoints kept in the long histories.
+    #[arg(long, default_value_t = 1_000, requires = "synthetic")]
     pub(crate) kept: usize,
+    /// Instead, train for a while and capture the state at every step: how long that holds the training thread.
+    #[arg(long, conflicts_with_all = ["store", "peer"])]
+    pub(crate) capture: bool,
+    /// Also measure PyTorch's distributed checkpoint and Orbax.
+    #[arg(long)]
+    pub(crate) peer: bool,
+    /// The Python that has them.
+    #[arg(long, default_value = "python3", env = "CAIRN_PYTHON")]
+    pub(crate) python: PathBuf,
+    /// The peer script.
+    #[arg(long, default_value = "tests/peers/dcp.py", requires = "peer")]
+    pub(crate) script: PathBuf,
     /// What standard output carries.
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) output: Output,

@@ -6,17 +6,19 @@ use proto::spec::{JobSpec, Overrides, PRESETS};
 use serde_json::{Value, json};
 
 use crate::args::{BenchCommand, BenchTrainArgs, Output};
-use crate::bench_synthetic;
 use crate::failure::{Failure, chain};
 use crate::table::{self, say};
+use crate::{bench_capture, bench_store, bench_synthetic};
 
 /// Measurements of each side; they alternate, so that a machine that drifts slows both.
 const ROUNDS: usize = 3;
 
-pub(crate) fn run(command: BenchCommand) -> Result<u8, Failure> {
+pub(crate) async fn run(command: BenchCommand) -> Result<u8, Failure> {
     match command {
         BenchCommand::Train(args) => tokio::task::block_in_place(|| train(&args)),
-        BenchCommand::Synthetic(args) => tokio::task::block_in_place(|| bench_synthetic::run(&args)),
+        BenchCommand::Store(args) if args.synthetic => tokio::task::block_in_place(|| bench_synthetic::run(&args)),
+        BenchCommand::Store(args) if args.capture => tokio::task::block_in_place(|| bench_capture::run(&args)),
+        BenchCommand::Store(args) => bench_store::run(args).await,
     }
 }
 

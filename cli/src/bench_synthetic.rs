@@ -16,7 +16,7 @@ use proto::spec::{Architecture, ModelSpec};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::args::{BenchSyntheticArgs, Output};
+use crate::args::{BenchStoreArgs, Output};
 use crate::failure::Failure;
 use crate::table::{self, say};
 
@@ -47,16 +47,20 @@ fn model() -> ModelSpec {
     }
 }
 
-pub(crate) fn run(args: &BenchSyntheticArgs) -> Result<u8, Failure> {
+/// Workers that save, unless said otherwise.
+const RANKS: u32 = 16_384;
+
+pub(crate) fn run(args: &BenchStoreArgs) -> Result<u8, Failure> {
     tokio::runtime::Handle::current().block_on(measure(args))
 }
 
-async fn measure(args: &BenchSyntheticArgs) -> Result<u8, Failure> {
+async fn measure(args: &BenchStoreArgs) -> Result<u8, Failure> {
     let job = JobName::new("synthetic").map_err(Failure::job)?;
     let space = Space::of_model(&model()).map_err(Failure::job)?;
-    let world = WorldSize::new(args.ranks).ok_or_else(|| Failure::request("--ranks must be at least 1"))?;
+    let ranks = args.ranks.unwrap_or(RANKS);
+    let world = WorldSize::new(ranks).ok_or_else(|| Failure::request("--ranks must be at least 1"))?;
     let mut line = json!({
-        "event": "bench_store_synthetic", "parameters": space.elements(), "blocks": space.blocks(), "ranks": args.ranks,
+        "event": "bench_store_synthetic", "parameters": space.elements(), "blocks": space.blocks(), "ranks": ranks,
     });
     let (wire, save_plans) = receipts(&job, &space, world)?;
     line["receipt_bytes"] = json!(wire.iter().map(Vec::len).max());

@@ -6,6 +6,8 @@
 
 mod args;
 mod bench;
+mod bench_capture;
+mod bench_store;
 mod bench_synthetic;
 mod checkpoint;
 mod client;
@@ -86,6 +88,6 @@ async fn dispatch(command: Command) -> Result<u8, Failure> {
         Command::Cancel(args) => jobs::cancel(args).await,
         Command::Checkpoint(command) => checkpoint::run(command).await,
         Command::Data(command) => data::run(command),
-        Command::Bench(command) => bench::run(command),
+        Command::Bench(command) => bench::run(command).await,
     }
 }

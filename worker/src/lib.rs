@@ -14,6 +14,7 @@ pub mod collective;
 pub mod data;
 
 pub mod bench;
+pub mod bench_capture;
 pub mod capture;
 pub mod dataset;
 pub mod feed;

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use checkpoint_store::{CheckpointRef, Manifest, ScalarState, Store, StoreError, open_checkpoint, read_range};
+use checkpoint_store::{CheckpointRef, Loader, Manifest, ScalarState, Store, StoreError, open_checkpoint};
 use proto::ids::Step;
 use proto::spec::JobSpec;
 use tokio::runtime::Handle;
@@ -83,9 +83,8 @@ pub fn load_shard<D: HostDevice>(
         let manifest = open_checkpoint(&store, &spec.name, &reference).await?;
         check(&manifest, spec, space == &manifest.space)?;
         let states = [("param", parameters), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)];
-        for (state, values) in states {
-            read_range(&store, &manifest, state, range.clone(), bytemuck::cast_slice_mut(values)).await?;
-        }
+        let mut targets = states.map(|(state, values)| (state, bytemuck::cast_slice_mut(values)));
+        Loader::new(&store, &manifest).load(range, &mut targets).await?;
         Ok(Start { step: reference.step.get(), source: "store".into() })
     };
     handle.block_on(async {

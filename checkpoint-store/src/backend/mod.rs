@@ -5,7 +5,7 @@
 //! compared, tried again, and never assumed. On a local disk success means synced, on a bucket it means acknowledged.
 
 mod connect;
-mod file;
+pub(crate) mod file;
 mod limits;
 mod remote;
 
@@ -18,6 +18,7 @@ use bytes::Bytes;
 use object_store::ObjectStore;
 use uuid::Uuid;
 
+pub use self::file::{DiskOp, Witness};
 pub use limits::Limits;
 
 use crate::error::StoreError;
@@ -79,7 +80,7 @@ impl Store {
                 Some((name, _)) => {
                     return Err(StoreError::Input(format!("store option {name:?}: a local disk takes no options")));
                 }
-                None => Backend::File(file::FileBackend::make(root, draw_writer())?),
+                None => Backend::File(file::FileBackend::make(root, draw_writer(), None)?),
             },
             place => Self::remote(place, options)?,
         };
@@ -93,6 +94,15 @@ impl Store {
             place => Self::remote(place, &[])?,
         };
         Ok(Self::with(url, backend))
+    }
+
+    /// Opens a store on a local disk, and tells a witness of every operation that changes the disk: for the study of
+    /// crashes.
+    pub fn open_witnessed(url: &str, witness: Witness) -> Result<Self, StoreError> {
+        let Place::Folder(root) = parse(url)? else {
+            return Err(StoreError::Input(format!("only a file:// store can be witnessed, {url} is none")));
+        };
+        Ok(Self::with(url, Backend::File(file::FileBackend::make(root, draw_writer(), Some(witness))?)))
     }
 
     /// A store in this process's memory: for examples and tests.
@@ -142,6 +152,14 @@ impl Store {
     /// Whether a mark was made by [`Store::token`] of this opening of the store, or of a clone of it.
     pub(crate) fn made(&self, token: &str) -> bool {
         token.rsplit_once('-').is_some_and(|(writer, _)| writer == self.0.writer.simple().to_string())
+    }
+
+    /// The local disk this store lies on, if it does.
+    pub(crate) fn local(&self) -> Option<&file::FileBackend> {
+        match &self.0.backend {
+            Backend::File(backend) => Some(backend),
+            Backend::Remote(_) => None,
+        }
     }
 
     /// Puts the object if there is none of that name. The bytes should hold a [`Store::token`] or the name a fresh

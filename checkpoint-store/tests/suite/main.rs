@@ -4,10 +4,15 @@
 mod backends;
 mod chain;
 mod compare;
+mod counting;
+mod crash;
+mod crash_disk;
 mod dedup;
 mod formats;
 mod hostile;
+mod hostile;
 mod keeping;
+mod loader;
 mod reshard;
 mod s3;
 mod support;

@@ -1,0 +1,151 @@
+//! Loading from a local disk: threads read into the caller's memory and verify what they read.
+//!
+//! A thread takes the next request, reads it, hashes it and takes another; with more threads than the disk needs, some
+//! hash while others read. The threads are scoped: they borrow the caller's memory, so none outlives a step of the load.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use tokio::runtime::{Handle, RuntimeFlavor};
+
+use super::{Job, LoadReport, Loader, THREADS};
+use crate::aligned::AlignedBuffer;
+use crate::backend::file::{FileBackend, LargeFile};
+use crate::error::StoreError;
+
+/// The longest the polling thread works before the load may be dropped.
+const STEP: Duration = Duration::from_millis(250);
+
+pub(super) async fn load(
+    loader: &Loader<'_>,
+    disk: &FileBackend,
+    mut jobs: Vec<Job<'_>>,
+    report: &mut LoadReport,
+) -> Result<(), StoreError> {
+    // Taken from the end.
+    jobs.reverse();
+    let jobs = Mutex::new(jobs);
+    let mut done = LoadReport::default();
+    while !lock(&jobs).is_empty() {
+        let step = || step(loader, disk, &jobs);
+        // Tells the runtime, where there is one that can do something about it, that this thread is taken.
+        let worked = match Handle::try_current() {
+            Ok(handle) if handle.runtime_flavor() == RuntimeFlavor::MultiThread => tokio::task::block_in_place(step),
+            _ => step(),
+        };
+        done.add_work(&worked?);
+        tokio::task::yield_now().await;
+    }
+    report.add_work(&done);
+    Ok(())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Works until the jobs are done or the step is over.
+fn step(loader: &Loader<'_>, disk: &FileBackend, jobs: &Mutex<Vec<Job<'_>>>) -> Result<LoadReport, StoreError> {
+    let until = Instant::now() + STEP;
+    let count = THREADS.min(lock(jobs).len());
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..count).map(|_| scope.spawn(|| work(loader, disk, jobs, until))).collect();
+        let mut result = work(loader, disk, jobs, until);
+        for other in others {
+            let joined = other.join();
+            let joined = joined.unwrap_or_else(|_| Err(StoreError::Bug("a thread of a load panicked".into())));
+            result = result.and_then(|mut sum| joined.map(|part| sum.add_work(&part)).map(|()| sum));
+        }
+        result
+    })
+}
+
+fn work(
+    loader: &Loader<'_>,
+    disk: &FileBackend,
+    jobs: &Mutex<Vec<Job<'_>>>,
+    until: Instant,
+) -> Result<LoadReport, StoreError> {
+    let mut report = LoadReport::default();
+    let mut open: Option<(usize, LargeFile<'_>)> = None;
+    let mut buffer: Option<AlignedBuffer> = None;
+    while Instant::now() < until {
+        let Some(job) = lock(jobs).pop() else { break };
+        let path = &loader.manifest.objects[job.object].path;
+        if open.as_ref().is_none_or(|(object, _)| *object != job.object) {
+            let file = disk.open_large(path, loader.store.url());
+            open = Some((job.object, file.map_err(|e| e.missing_is_corrupt("the manifest"))?));
+        }
+        let Some((_, file)) = &open else { continue };
+        if let Err(error) = one(loader, file, job, &mut buffer, &mut report) {
+            // The others stop at once; what they were given is lost with the load.
+            lock(jobs).clear();
+            return Err(error);
+        }
+    }
+    Ok(report)
+}
+
+/// Reads, verifies and places one request.
+fn one(
+    loader: &Loader<'_>,
+    file: &LargeFile<'_>,
+    mut job: Job<'_>,
+    buffer: &mut Option<AlignedBuffer>,
+    report: &mut LoadReport,
+) -> Result<(), StoreError> {
+    let length = job.length();
+    report.requests += 1;
+    report.bytes_read += length;
+    if job.is_in_place() {
+        let piece = &mut job.pieces[0];
+        let began = Instant::now();
+        let come = file.read_into(piece.to, job.bytes.start)?;
+        report.read.add(began.elapsed(), length);
+        whole(loader, &job, come)?;
+        let (began, piece) = (Instant::now(), &job.pieces[0]);
+        loader.verify(piece.state, &piece.read, piece.to)?;
+        report.verify.add(began.elapsed(), length);
+        return Ok(());
+    }
+    if buffer.as_ref().is_none_or(|b| (b.as_slice().len() as u64) < length) {
+        *buffer = Some(AlignedBuffer::new(length as usize));
+    }
+    let Some(buffer) = buffer else { return Ok(()) };
+    let bytes = &mut buffer.as_mut_slice()[..length as usize];
+    let began = Instant::now();
+    let come = file.read_into(bytes, job.bytes.start)?;
+    report.read.add(began.elapsed(), length);
+    whole(loader, &job, come)?;
+    place(loader, job, bytes, report)
+}
+
+/// Verifies the runs of a request and copies what is wanted of them.
+pub(super) fn place(
+    loader: &Loader<'_>,
+    job: Job<'_>,
+    bytes: &[u8],
+    report: &mut LoadReport,
+) -> Result<(), StoreError> {
+    for piece in job.pieces {
+        let run = &piece.read.bytes;
+        let run = &bytes[(run.start - job.bytes.start) as usize..(run.end - job.bytes.start) as usize];
+        let began = Instant::now();
+        loader.verify(piece.state, &piece.read, run)?;
+        report.verify.add(began.elapsed(), run.len() as u64);
+        let began = Instant::now();
+        piece.to.copy_from_slice(&run[piece.skip..piece.skip + piece.to.len()]);
+        report.place.add(began.elapsed(), piece.to.len() as u64);
+    }
+    Ok(())
+}
+
+fn whole(loader: &Loader<'_>, job: &Job<'_>, come: usize) -> Result<(), StoreError> {
+    if come as u64 == job.length() {
+        return Ok(());
+    }
+    let path = &loader.manifest.objects[job.object].path;
+    let (start, end) = (job.bytes.start, job.bytes.end);
+    Err(StoreError::Corrupt(format!("{path} is short: bytes {start}..{end} were asked for, {come} came")))
+}
