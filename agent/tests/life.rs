@@ -118,7 +118,7 @@ impl Coordinator {
 fn spec(name: &str, folder: &Path) -> proto::spec::JobSpec {
     let text = format!(
         "name = \"{name}\"\n[model]\npreset = \"tiny\"\n[data]\ntrain = \"x\"\n[training]\nsteps = 10\n\
-         [checkpoint]\nstore = \"store\""
+         [checkpoint]\nstore = \"store\"\nmemory = false"
     );
     proto::spec::JobSpec::parse("test", &text, folder, &BTreeMap::new()).unwrap()
 }

@@ -276,8 +276,8 @@ impl History {
         };
         let step = |start: &Option<CheckpointRef>| start.as_ref().map_or(Step::ZERO, |s| s.step);
         let from = memory.map_or(step(start), |memory| memory.step);
-        if from > self.memory.map_or(step(&self.start), |memory| memory.step) {
-            // It goes on further than the one before it did.
+        if memory.is_some() && from > self.memory.map_or(step(&self.start), |memory| memory.step) {
+            // It goes on further than the one before it did: that is progress too.
             self.generations_without_progress = 0;
         }
         for c in &mut self.checkpoints {

@@ -1,10 +1,10 @@
 //! The parts started by hand: a coordinator, two agents, a submitted job.
 
-use std::time::{Duration, Instant};
+use std::process::Command;
 
-use tests::cluster::{Cluster, Part};
+use tests::cluster::Cluster;
 use tests::job::Job;
-use tests::run::{LIMIT, Run, cairn, undisturbed};
+use tests::run::{Run, undisturbed};
 
 #[test]
 fn two_agents_run_a_submitted_job_and_one_may_die() {

@@ -83,6 +83,7 @@ fn capture(job: &str, generation: u64, slots: &str) -> wire::Captured {
         generation,
         step: 4,
         world_size: 1,
+        store: true,
         capture: capture.to_json().unwrap(),
         ..Default::default()
     }

@@ -10,7 +10,6 @@ mod crash_disk;
 mod dedup;
 mod formats;
 mod hostile;
-mod hostile;
 mod keeping;
 mod loader;
 mod reshard;

@@ -98,6 +98,7 @@ impl Job {
         cx.publish(&self.name, event);
         self.ledger.commit(checkpoint);
         self.budget.progress();
+        self.reached = self.reached.max(step);
         self.commit_after = (Duration::ZERO, 0);
         self.retain = true;
         let owed = self.gathering.committed(step);
@@ -165,7 +166,8 @@ impl Job {
         cx.log(&self.name, format!("generation {generation}: {world_size} workers start from {from}"));
         cx.publish(&self.name, JobEvent::Generation { generation: generation.get(), world_size });
         self.newest = (start, None);
-        if start > self.reached {
+        if membership.memory.is_some() && start > self.reached {
+            // It goes on further than any before it: that is progress too.
             self.reached = start;
             self.budget.progress();
         }
