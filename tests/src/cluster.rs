@@ -1,6 +1,6 @@
 //! The parts of a cluster, started by hand.
 
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::job::Job;
@@ -21,6 +21,11 @@ impl Part {
         self.0.id()
     }
 
+    /// Waits for it to end by itself.
+    pub fn wait(&mut self) -> ExitStatus {
+        self.0.wait().expect("a child can be waited for")
+    }
+
     /// Kills it with SIGKILL and waits until it is gone.
     pub fn kill(mut self) {
         let _ = self.0.kill();
@@ -37,7 +42,8 @@ impl Drop for Part {
 
 /// The parts of one job's cluster, all on this machine.
 pub struct Cluster {
-    address: String,
+    /// Where the coordinator listens.
+    pub address: String,
     token: String,
     store: String,
     memory: String,

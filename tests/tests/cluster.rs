@@ -4,7 +4,7 @@ use std::process::Command;
 
 use tests::cluster::Cluster;
 use tests::job::Job;
-use tests::run::{Run, undisturbed};
+use tests::run::{Run, cairn, undisturbed};
 
 #[test]
 fn two_agents_run_a_submitted_job_and_one_may_die() {
@@ -12,7 +12,7 @@ fn two_agents_run_a_submitted_job_and_one_may_die() {
     let job = Job::new();
     let cluster = Cluster::new(&job);
     let _coordinator = cluster.coordinator();
-    let (_a, b) = (cluster.agent("a"), cluster.agent("b"));
+    let (_a, mut b) = (cluster.agent("a"), cluster.agent("b"));
     let file = job.file().display().to_string();
     // Both agents take part: the job wants all four slots.
     let set = ["--set", "resources.workers={ min = 4, max = 4 }"];
@@ -102,8 +102,8 @@ fn an_agent_asked_to_stop_leaves_in_order() {
     let mut watch = Run::start(&cluster.words(&["watch", "t"]));
     watch.wait_for("generation", |event| event["world_size"] == 4);
     watch.wait_for_step(20);
-    assert!(tests::process::signal(b.0.id(), "TERM"));
-    let status = b.0.wait().expect("a child can be waited for");
+    assert!(tests::process::signal(b.id(), "TERM"));
+    let status = b.wait();
     assert!(status.success(), "{status:?}");
     let outcome = watch.finish();
     assert_eq!(outcome.digest(), expected);

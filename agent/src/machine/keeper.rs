@@ -66,6 +66,8 @@ pub struct Keeper {
     peers: BTreeMap<usize, Vec<PeerStep>>,
     /// The newest complete step of the group.
     complete: Option<StepKey>,
+    /// What the peers were last told.
+    told: Vec<PeerStep>,
 }
 
 impl Keeper {
@@ -77,6 +79,7 @@ impl Keeper {
         self.membership = membership;
         self.peers.clear();
         self.complete = None;
+        self.told.clear();
         let (generation, start) = (self.membership.generation, self.membership.start);
         let mut todo = self.release(|key| key.0 < generation && Some(key) != start);
         todo.push(Keep::Publish);
@@ -164,7 +167,6 @@ impl Keeper {
             if everywhere && !held.encoded && !held.encoding {
                 if parities == 0 || members < 2 {
                     held.encoded = true;
-                    todo.push(Keep::Publish);
                 } else {
                     held.encoding = true;
                     todo.push(Keep::Encode(key));
@@ -178,6 +180,12 @@ impl Keeper {
                     todo.extend(self.release(|other| other < key));
                 }
             }
+        }
+        let holds: Vec<PeerStep> = self.holds().collect();
+        if holds != self.told {
+            self.told = holds;
+            // First of all: the peers wait for it.
+            todo.insert(0, Keep::Publish);
         }
         todo
     }
@@ -249,15 +257,22 @@ mod tests {
         keeper.announce(membership(1, 2, None));
         for step in [5, 6] {
             keeper.captured((1, step), 0);
-            assert!(keeper.next().is_empty(), "the peer does not hold it yet");
+            assert_eq!(
+                keeper.next(),
+                [Keep::Publish],
+                "the peer does not hold it yet, and is told that this node does"
+            );
             keeper.peer(1, 1, peer(step, false));
             assert_eq!(keeper.next(), [Keep::Encode((1, step))]);
             assert!(keeper.next().is_empty());
             keeper.encoded((1, step), true);
-            assert!(keeper.next().is_empty(), "the peer's parity is missing");
+            assert_eq!(keeper.next(), [Keep::Publish], "the peer's parity is missing");
             keeper.peer(1, 1, peer(step, true));
             let mut expected = vec![Keep::Complete((1, step))];
             expected.extend((step == 6).then_some(Keep::Release((1, 5))));
+            if step == 6 {
+                expected.insert(0, Keep::Publish);
+            }
             assert_eq!(keeper.next(), expected);
         }
         assert_eq!(keeper.holds().collect::<Vec<_>>(), peer(6, true));
@@ -286,7 +301,7 @@ mod tests {
         keeper.next();
         keeper.captured((1, 6), 0);
         keeper.peer(1, 1, peer(6, true));
-        assert_eq!(keeper.next(), [Keep::Encode((1, 6))]);
+        assert_eq!(keeper.next(), [Keep::Publish, Keep::Encode((1, 6))]);
         keeper.fence(1);
         keeper.encoded((1, 6), true);
         assert!(keeper.next().is_empty(), "5 may have been chosen already");
@@ -302,7 +317,7 @@ mod tests {
         keeper.announce(membership(1, 2, None));
         keeper.captured((1, 5), 0);
         keeper.peer(1, 1, peer(5, false));
-        assert_eq!(keeper.next(), [Keep::Encode((1, 5))]);
+        assert_eq!(keeper.next(), [Keep::Publish, Keep::Encode((1, 5))]);
         keeper.encoded((1, 5), false);
         assert_eq!(keeper.next(), [Keep::Encode((1, 5))]);
     }

@@ -297,8 +297,6 @@ impl Memory {
                 of.keeper.encoded(key, false);
             }
         }
-        let todo = vec![Keep::Publish];
-        self.carry_out(&job, todo);
     }
 
     /// A step is complete in all groups.
