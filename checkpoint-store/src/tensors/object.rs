@@ -1,7 +1,7 @@
 //! A rank's object of boxes: a plain safetensors file, and the receipt for it.
 //!
-//! The entries are named `<tensor>#<offset>,<offset>,…` and have the lengths as their shape, so any safetensors
-//! reader opens the file and knows where each box belongs. `__metadata__` has the tensors' full shapes, each entry's offsets,
+//! The entries are named `<tensor>#<offset>,<offset>,…` and have the lengths as their shape, so any safetensors reader
+//! opens the file and knows where each box belongs. `__metadata__` has the tensors' full shapes, each entry's offsets,
 //! and the format version. A box is hashed in chunks: runs of its elements of at most 8 MiB, whole rows where rows are
 //! short enough, and at most a 64th of the box where that is not tiny. A reader must read whole chunks to prove them,
 //! so small chunks are what keeps it from reading much more than it needs.
@@ -232,7 +232,7 @@ fn header(catalog: &Catalog, shares: &[Share]) -> Result<Vec<u8>, StoreError> {
     let mut text = format!("{{\"__metadata__\":{}", serde_json::to_string(&metadata).map_err(fail)?);
     for (name, entry) in &entries {
         let (name, entry) = (serde_json::to_string(name).map_err(fail)?, serde_json::to_string(entry).map_err(fail)?);
-        text += &format!(",{name}:{entry}");
+        text.extend([",", &name, ":", &entry]);
     }
     text.push('}');
     while !text.len().is_multiple_of(8) {

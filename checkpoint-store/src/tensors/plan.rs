@@ -174,16 +174,16 @@ pub(super) fn max_over_mean(loads: &[u64]) -> f64 {
     if sum == 0 { 1.0 } else { most as f64 * loads.len() as f64 / sum as f64 }
 }
 
+/// Every distinct box, as tensor and region, with its holders, as rank and place in its description.
+type Holders<'a> = BTreeMap<(usize, &'a Region), Vec<(usize, usize)>>;
+
 /// Every distinct box with its holders, in order.
-fn holders<'a>(
-    catalog: &Catalog,
-    descriptions: &'a [Description],
-) -> Result<BTreeMap<(usize, &'a Region), Vec<(usize, usize)>>, StoreError> {
+fn holders<'a>(catalog: &Catalog, descriptions: &'a [Description]) -> Result<Holders<'a>, StoreError> {
     let wrong = |why: String| Err(StoreError::Input(why));
     if descriptions.is_empty() {
         return wrong("a save needs the description of at least one rank".into());
     }
-    let mut all: BTreeMap<_, Vec<(usize, usize)>> = BTreeMap::new();
+    let mut all = Holders::new();
     let mut pieces = 0usize;
     for (rank, description) in descriptions.iter().enumerate() {
         if description.rank.index() != rank {
@@ -239,8 +239,10 @@ mod tests {
         Catalog::new(shapes.iter().enumerate().map(tensor).collect()).unwrap()
     }
 
-    fn described(held: &[Vec<(&str, [u64; 2], [u64; 2])>]) -> Vec<Description> {
-        let rank = |(rank, boxes): (usize, &Vec<(&str, [u64; 2], [u64; 2])>)| Description {
+    type Held<'a> = (&'a str, [u64; 2], [u64; 2]);
+
+    fn described(held: &[Vec<Held<'_>>]) -> Vec<Description> {
+        let rank = |(rank, boxes): (usize, &Vec<Held<'_>>)| Description {
             rank: Rank::new(rank as u32),
             pieces: boxes.iter().map(|(name, o, n)| BoxPiece::new(*name, o, n).unwrap()).collect(),
         };

@@ -156,7 +156,7 @@ impl Reader {
         self.parts(id).iter().any(|(t, part, _)| *t == tensor && part.intersect(region).is_some())
     }
 
-    fn piece<'a>(manifest: &'a TensorManifest, id: ChunkId) -> &'a StoredPiece {
+    fn piece(manifest: &TensorManifest, id: ChunkId) -> &StoredPiece {
         &manifest.objects[id.object as usize].pieces[id.piece as usize]
     }
 
