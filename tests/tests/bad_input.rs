@@ -136,13 +136,13 @@ fn a_missing_object() {
 #[test]
 fn truncated_and_hostile_manifests() {
     let job = stored();
-    let manifests: Vec<_> = job.stored(".json").into_iter().filter(|file| is_checkpoint(file)).collect();
-    let manifest = &manifests[0];
+    let manifest = &job.stored(".manifest")[0];
     let good = std::fs::read(manifest).expect("read");
     let name = manifest.file_name().expect("a name").to_string_lossy().into_owned();
     let nested = [b"[".repeat(200_000), b"]".repeat(200_000)].concat();
-    let huge = String::from_utf8_lossy(&good).replace("\"world_size\":2", "\"world_size\":4294967295");
-    for hostile in [good[..good.len() / 2].to_vec(), nested, huge.into_bytes(), b"{}".to_vec()] {
+    // A frame whose lengths are as large as they can be.
+    let huge = [&good[..20], &[0xff; 4096]].concat();
+    for hostile in [good[..good.len() / 2].to_vec(), nested, huge, b"{}".to_vec()] {
         std::fs::write(manifest, hostile).expect("written");
         damaged(&job, &[&name]);
     }
