@@ -8,7 +8,10 @@
 //! ```
 
 use bytes::Bytes;
-use checkpoint_store::*;
+use checkpoint_store::{
+    BlockHash, Chain, Dtype, Event, HashList, Manifest, Record, ScalarState, ShardSource, ShardState, Space, StateDecl,
+    Store, TensorDecl, commit, hash_blocks, upload_shard,
+};
 use proto::ids::{Epoch, Generation, JobName, Step, WorldSize};
 use uuid::Uuid;
 
