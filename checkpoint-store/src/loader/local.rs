@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::{Handle, RuntimeFlavor};
 
 use super::{Job, LoadReport, Loader, THREADS};
-use crate::aligned::AlignedBuffer;
+use crate::aligned::{AlignedBuffer, PAGE};
 use crate::backend::file::{FileBackend, LargeFile};
 use crate::error::StoreError;
 
@@ -95,29 +95,33 @@ fn one(
     buffer: &mut Option<AlignedBuffer>,
     report: &mut LoadReport,
 ) -> Result<(), StoreError> {
-    let length = job.length();
     report.requests += 1;
-    report.bytes_read += length;
-    if job.is_in_place() {
-        let piece = &mut job.pieces[0];
+    if job.is_in_place() && file.suits(job.pieces[0].to, job.bytes.start) {
+        let (length, piece) = (job.length(), &mut job.pieces[0]);
         let began = Instant::now();
         let come = file.read_into(piece.to, job.bytes.start)?;
         report.read.add(began.elapsed(), length);
-        whole(loader, &job, come)?;
+        report.bytes_read += length;
+        whole(loader, &job, come as u64)?;
         let (began, piece) = (Instant::now(), &job.pieces[0]);
         loader.verify(piece.state, &piece.read, piece.to)?;
         report.verify.add(began.elapsed(), length);
         return Ok(());
     }
-    if buffer.as_ref().is_none_or(|b| (b.as_slice().len() as u64) < length) {
-        *buffer = Some(AlignedBuffer::new(length as usize));
-    }
-    let Some(buffer) = buffer else { return Ok(()) };
-    let bytes = &mut buffer.as_mut_slice()[..length as usize];
+    // Whole pages around the request, which the disk reads fastest.
+    let page = PAGE as u64;
+    let (start, end) = (job.bytes.start / page * page, job.bytes.end.next_multiple_of(page));
+    let (lead, length) = ((job.bytes.start - start) as usize, (end - start) as usize);
+    let buffer = match buffer.take().filter(|b| b.as_slice().len() >= length) {
+        Some(large) => buffer.insert(large),
+        None => buffer.insert(AlignedBuffer::new(length)),
+    };
     let began = Instant::now();
-    let come = file.read_into(bytes, job.bytes.start)?;
-    report.read.add(began.elapsed(), length);
-    whole(loader, &job, come)?;
+    let come = file.read_into(&mut buffer.as_mut_slice()[..length], start)?;
+    report.read.add(began.elapsed(), come as u64);
+    report.bytes_read += come as u64;
+    whole(loader, &job, (come.saturating_sub(lead) as u64).min(job.length()))?;
+    let bytes = &buffer.as_slice()[lead..lead + job.length() as usize];
     place(loader, job, bytes, report)
 }
 
@@ -141,8 +145,8 @@ pub(super) fn place(
     Ok(())
 }
 
-fn whole(loader: &Loader<'_>, job: &Job<'_>, come: usize) -> Result<(), StoreError> {
-    if come as u64 == job.length() {
+fn whole(loader: &Loader<'_>, job: &Job<'_>, come: u64) -> Result<(), StoreError> {
+    if come == job.length() {
         return Ok(());
     }
     let path = &loader.manifest.objects[job.object].path;

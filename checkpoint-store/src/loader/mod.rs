@@ -4,7 +4,7 @@
 //! plan     which blocks of which objects           → requests of at most 8 MiB, each with its place in the memory
 //! read     several requests in flight, each byte once
 //! verify   the BLAKE3 of each block, on the thread that read it, while other threads read
-//! place    a copy, only where a request is not exactly a piece of the caller's memory
+//! place    a copy, where a request is not exactly a piece of the caller's memory, or not on pages
 //! ```
 //!
 //! On a local disk (`local`) threads read into the caller's memory itself. From a bucket (`remote`) a request's bytes
@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use proto::ids::JobName;
 use serde::Serialize;
 
+use crate::aligned::PAGE;
 use crate::backend::Store;
 use crate::digest::BlockHash;
 use crate::error::StoreError;
@@ -34,7 +35,7 @@ const THREADS: usize = 4;
 const REQUESTS: usize = 8;
 /// Most memory of a load from a local disk beside the caller's: a request's buffer for each thread. A block larger than
 /// [`MAX_READ`] counts in its place.
-pub const BUFFER_LOCAL: u64 = THREADS as u64 * MAX_READ;
+pub const BUFFER_LOCAL: u64 = THREADS as u64 * (MAX_READ + 3 * PAGE as u64);
 /// Most memory of a load from a bucket beside the caller's: each request's bytes, twice while its body is put together.
 pub const BUFFER_REMOTE: u64 = 2 * REQUESTS as u64 * MAX_READ;
 

@@ -89,7 +89,9 @@ impl<S: ObjectStore> ObjectStore for Counting<S> {
         'c: 'f,
         Self: 'f,
     {
-        ranges.iter().for_each(|range| self.count(range.end - range.start));
+        for range in ranges {
+            self.count(range.end - range.start);
+        }
         self.inner.get_ranges(at, ranges)
     }
 

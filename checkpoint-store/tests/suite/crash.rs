@@ -146,7 +146,9 @@ async fn nothing_left_over(chain: &Chain, folder: &Path) -> Result<(), String> {
 async fn crash(base: &Path, log: &Log, space: &Space, dice: &mut Dice, depth: usize) -> Result<usize, String> {
     let at = dice.below(log.ops.len() + 1);
     let mut disk = Disk::of(base);
-    log.ops[..at].iter().for_each(|op| disk.apply(op));
+    for op in &log.ops[..at] {
+        disk.apply(op);
+    }
     let newest = log.acknowledged.iter().filter(|(when, _)| *when <= at).map(|(_, step)| *step).max();
     let after = folder();
     disk.crash(dice, after.path());

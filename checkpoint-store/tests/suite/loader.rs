@@ -81,11 +81,15 @@ async fn a_range_within_blocks_costs_its_edges_only() {
     }
     let whole_blocks = (14 - 1) * 3 * 65_536 * 4;
     assert_eq!(report.bytes_needed, 12 * (range.end - range.start));
-    assert!((whole_blocks..=whole_blocks * 105 / 100).contains(&report.bytes_read), "{report:?}");
+    // From a disk whole pages may come along.
+    assert!(
+        (whole_blocks..=whole_blocks * 105 / 100 + 8_192 * report.requests).contains(&report.bytes_read),
+        "{report:?}"
+    );
     let mut memory = vec![0; 4 * (range.end - range.start) as usize];
     let mut targets = [("param", memory.as_mut_slice())];
     let exact = Loader::new(&store, &manifest).over_read(1.0).load(range, &mut targets).await.unwrap();
-    assert_eq!(exact.bytes_read, whole_blocks / 3);
+    assert!((whole_blocks / 3..=whole_blocks / 3 + 8_192 * exact.requests).contains(&exact.bytes_read), "{exact:?}");
 }
 
 #[tokio::test]

@@ -26,8 +26,9 @@ use rustix::io::Errno;
 
 pub use self::disk::{DiskOp, Witness};
 use self::folder::{Folder, TEMPORARY};
-use self::read::{Opened, read_up_to};
+use self::read::{MEMORY, Opened, read_up_to};
 use super::{Create, Listed};
+use crate::aligned::PAGE;
 use crate::error::{Source, StoreError};
 
 /// The longest one operation on the disk may take before the caller goes on without it; uploads are the long ones.
@@ -177,6 +178,12 @@ pub(crate) struct LargeFile<'a> {
 }
 
 impl LargeFile<'_> {
+    /// Whether `to` can be filled from `offset` on without a detour through other memory than the fastest way needs.
+    pub(crate) fn suits(&self, to: &[u8], offset: u64) -> bool {
+        let whole_pages = offset.is_multiple_of(PAGE as u64) && to.len().is_multiple_of(PAGE);
+        !self.opened.wants_pages() || (whole_pages && to.as_ptr().addr().is_multiple_of(MEMORY))
+    }
+
     /// Fills `to` from `offset` on; fewer bytes if the file ends before. Returns how many.
     pub(crate) fn read_into(&self, to: &mut [u8], offset: u64) -> Result<usize, StoreError> {
         let failed = |errno| Failure { what: self.what.clone(), errno: Some(errno), source: None };

@@ -1,16 +1,19 @@
 //! Reading large ranges: from the page cache if they are there, else past it, into the caller's memory.
 //!
-//! A first try takes what the cache holds without touching the disk. What is not there comes by direct input where
-//! offset, memory and length allow it, which neither copies the bytes nor drives other programs' pages out; else by
-//! plain reads, which the system reads ahead for.
+//! A look at the first page tells whether the cache has the range; then a plain read is a copy of memory. What is not
+//! there comes by direct input where offset, memory and length allow it, which neither copies the bytes nor drives other
+//! programs' pages out; else by plain reads. The look makes the system fetch the page if it is not there, so it is
+//! dropped again: else the next look would take it for the whole range.
 
 use std::fs::File;
 use std::io::IoSliceMut;
+use std::num::NonZero;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
+use rustix::fs::Advice;
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::errno;
@@ -18,7 +21,7 @@ use crate::aligned::PAGE;
 
 /// What direct input asks of a memory address on every disk this was tried on; one that asks for more refuses, and is
 /// read plainly.
-const MEMORY: usize = 512;
+pub(super) const MEMORY: usize = 512;
 
 /// A file open for large reads.
 pub(super) struct Opened<'a> {
@@ -31,44 +34,41 @@ pub(super) struct Opened<'a> {
 
 impl<'a> Opened<'a> {
     pub(super) fn new(file: File, size: u64, direct: Option<File>, allowed: &'a AtomicBool) -> Self {
+        // Requests are large and come in no order: the system is to fetch what is asked for, at once, and no more. One
+        // that does not know the advice reads all the same.
+        let _ = rustix::fs::fadvise(&file, 0, None, Advice::Random);
         Self { file, size, direct, allowed }
+    }
+
+    /// Whether reads of whole pages into aligned memory are the fast ones.
+    pub(super) fn wants_pages(&self) -> bool {
+        self.direct.is_some() && self.allowed.load(Ordering::Relaxed)
     }
 
     /// Fills `to` from `offset` on; fewer bytes if the file ends before. Returns how many.
     pub(super) fn read_into(&self, to: &mut [u8], offset: u64) -> Result<usize, Errno> {
         let length = (self.size.saturating_sub(offset)).min(to.len() as u64) as usize;
         let to = &mut to[..length];
-        let mut done = self.read_cached(to, offset);
-        if done < length {
-            done += self.read_direct(&mut to[done..], offset + done as u64)?;
+        let mut done = 0;
+        if self.wants_pages() && !self.is_cached(to, offset) {
+            done = self.read_direct(to, offset)?;
+            let page = NonZero::new(PAGE as u64);
+            let _ = rustix::fs::fadvise(&self.file, offset, page, Advice::DontNeed);
         }
-        if done < length {
-            done += fill(&self.file, &mut to[done..], offset + done as u64)?;
-        }
-        Ok(done)
+        Ok(done + fill(&self.file, &mut to[done..], offset + done as u64)?)
     }
 
-    /// What the page cache holds of the range, from its start on.
-    fn read_cached(&self, to: &mut [u8], offset: u64) -> usize {
-        let mut done = 0;
-        while done < to.len() {
-            let into = &mut [IoSliceMut::new(&mut to[done..])];
-            match rustix::io::preadv2(&self.file, into, offset + done as u64, ReadWriteFlags::NOWAIT) {
-                Ok(n) if n > 0 => done += n,
-                Err(Errno::INTR) => {}
-                // Not there, or a file system that cannot tell; a real failure shows again in the read that follows.
-                _ => break,
-            }
-        }
-        done
+    /// Whether the page cache holds the first page of a range; it is read into `to`.
+    fn is_cached(&self, to: &mut [u8], offset: u64) -> bool {
+        let page = to.len().min(PAGE);
+        let into = &mut [IoSliceMut::new(&mut to[..page])];
+        matches!(rustix::io::preadv2(&self.file, into, offset, ReadWriteFlags::NOWAIT), Ok(n) if n == page)
     }
 
     fn read_direct(&self, to: &mut [u8], offset: u64) -> Result<usize, Errno> {
         let length = to.len() / PAGE * PAGE;
         let fits = offset.is_multiple_of(PAGE as u64) && to.as_ptr().addr().is_multiple_of(MEMORY) && length > 0;
-        let Some(file) = self.direct.as_ref().filter(|_| fits && self.allowed.load(Ordering::Relaxed)) else {
-            return Ok(0);
-        };
+        let Some(file) = self.direct.as_ref().filter(|_| fits) else { return Ok(0) };
         match fill(file, &mut to[..length], offset) {
             Err(Errno::INVAL) => {
                 self.allowed.store(false, Ordering::Relaxed);
