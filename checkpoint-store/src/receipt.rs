@@ -2,7 +2,7 @@
 //!
 //! It names the object that was written and, where blocks had not changed, the older objects that hold them already. It
 //! comes over the wire, so reading one bounds every length; whether a set of receipts makes a checkpoint is judged when
-//! the manifest is assembled. Format 2 is binary ([`crate::codec`]); format 1, JSON, is still read.
+//! the manifest is assembled. Format 2 is binary (`codec`); format 1, JSON, is still read.
 
 use std::io::{Read, Write};
 

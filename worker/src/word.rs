@@ -85,7 +85,9 @@ impl Word {
         let flag = |set: bool, flag: u8| if set { flag } else { 0 };
         out.push(flag(self.stop, STOP) | flag(self.fault.is_some(), FAULT) | flag(self.wish.ready, READY));
         let counts = [self.losses.len() as u32, self.norms.len() as u32, self.wish.interval, self.wish.guard];
-        counts.iter().for_each(|count| out.extend_from_slice(&count.to_le_bytes()));
+        for count in counts {
+            out.extend_from_slice(&count.to_le_bytes());
+        }
         out.extend_from_slice(&self.wish.complete.to_le_bytes());
         for value in self.losses.iter().chain(&self.norms) {
             out.extend_from_slice(&value.to_le_bytes());

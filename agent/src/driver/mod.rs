@@ -315,7 +315,7 @@ impl Driver {
             }
             worker_message::Body::Skipped(skipped) if skipped.memory => self.memory.skipped(&job),
             worker_message::Body::Skipped(skipped) => {
-                self.skipped(wire::SaveSkipped { job: job.to_string(), ..skipped })
+                self.skipped(wire::SaveSkipped { job: job.to_string(), ..skipped });
             }
             worker_message::Body::Captured(captured) => self.captured(&job, worker, &captured),
             worker_message::Body::Restore(restore) => {

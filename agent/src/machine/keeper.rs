@@ -152,7 +152,7 @@ impl Keeper {
     }
 
     /// Says what comes next, after any of the above.
-    pub fn next(&mut self) -> Vec<Keep> {
+    pub fn advance(&mut self) -> Vec<Keep> {
         let mut todo = vec![];
         if self.is_frozen() {
             return todo;
@@ -241,13 +241,13 @@ mod tests {
         assert_eq!(keeper.announce(both.clone()), [Keep::Publish]);
         assert!(keeper.announce(both).is_empty(), "the same again is no news");
         assert!(keeper.captured((1, 5), 0));
-        assert!(keeper.next().is_empty());
+        assert!(keeper.advance().is_empty());
         keeper.captured((1, 5), 1);
-        assert_eq!(keeper.next(), [Keep::Publish, Keep::Complete((1, 5))]);
-        assert!(keeper.next().is_empty());
+        assert_eq!(keeper.advance(), [Keep::Publish, Keep::Complete((1, 5))]);
+        assert!(keeper.advance().is_empty());
         keeper.captured((1, 6), 0);
         keeper.captured((1, 6), 1);
-        assert_eq!(keeper.next(), [Keep::Publish, Keep::Complete((1, 6)), Keep::Release((1, 5))]);
+        assert_eq!(keeper.advance(), [Keep::Publish, Keep::Complete((1, 6)), Keep::Release((1, 5))]);
         assert!(!keeper.captured((0, 9), 0), "of another generation");
     }
 
@@ -258,22 +258,22 @@ mod tests {
         for step in [5, 6] {
             keeper.captured((1, step), 0);
             assert_eq!(
-                keeper.next(),
+                keeper.advance(),
                 [Keep::Publish],
                 "the peer does not hold it yet, and is told that this node does"
             );
             keeper.peer(1, 1, peer(step, false));
-            assert_eq!(keeper.next(), [Keep::Encode((1, step))]);
-            assert!(keeper.next().is_empty());
+            assert_eq!(keeper.advance(), [Keep::Encode((1, step))]);
+            assert!(keeper.advance().is_empty());
             keeper.encoded((1, step), true);
-            assert_eq!(keeper.next(), [Keep::Publish], "the peer's parity is missing");
+            assert_eq!(keeper.advance(), [Keep::Publish], "the peer's parity is missing");
             keeper.peer(1, 1, peer(step, true));
             let mut expected = vec![Keep::Complete((1, step))];
             expected.extend((step == 6).then_some(Keep::Release((1, 5))));
             if step == 6 {
                 expected.insert(0, Keep::Publish);
             }
-            assert_eq!(keeper.next(), expected);
+            assert_eq!(keeper.advance(), expected);
         }
         assert_eq!(keeper.holds().collect::<Vec<_>>(), peer(6, true));
     }
@@ -283,9 +283,9 @@ mod tests {
         let mut keeper = Keeper::default();
         keeper.announce(Membership { groups: 2, ..membership(1, 1, None) });
         keeper.captured((1, 5), 0);
-        keeper.next();
+        keeper.advance();
         keeper.captured((1, 6), 0);
-        assert_eq!(keeper.next(), [Keep::Publish, Keep::Complete((1, 6))]);
+        assert_eq!(keeper.advance(), [Keep::Publish, Keep::Complete((1, 6))]);
         assert_eq!(keeper.complete_everywhere((1, 5)), []);
         assert_eq!(keeper.complete_everywhere((1, 6)), [Keep::Release((1, 5))]);
     }
@@ -296,19 +296,19 @@ mod tests {
         keeper.announce(membership(1, 2, None));
         keeper.captured((1, 5), 0);
         keeper.peer(1, 1, peer(5, true));
-        keeper.next();
+        keeper.advance();
         keeper.encoded((1, 5), true);
-        keeper.next();
+        keeper.advance();
         keeper.captured((1, 6), 0);
         keeper.peer(1, 1, peer(6, true));
-        assert_eq!(keeper.next(), [Keep::Publish, Keep::Encode((1, 6))]);
+        assert_eq!(keeper.advance(), [Keep::Publish, Keep::Encode((1, 6))]);
         keeper.fence(1);
         keeper.encoded((1, 6), true);
-        assert!(keeper.next().is_empty(), "5 may have been chosen already");
+        assert!(keeper.advance().is_empty(), "5 may have been chosen already");
         assert!(keeper.keeps((1, 5)) && keeper.keeps((1, 6)));
         assert_eq!(keeper.announce(membership(2, 1, Some((1, 5)))), [Keep::Release((1, 6)), Keep::Publish]);
         keeper.captured((2, 6), 0);
-        assert_eq!(keeper.next(), [Keep::Publish, Keep::Complete((2, 6)), Keep::Release((1, 5))]);
+        assert_eq!(keeper.advance(), [Keep::Publish, Keep::Complete((2, 6)), Keep::Release((1, 5))]);
     }
 
     #[test]
@@ -317,8 +317,8 @@ mod tests {
         keeper.announce(membership(1, 2, None));
         keeper.captured((1, 5), 0);
         keeper.peer(1, 1, peer(5, false));
-        assert_eq!(keeper.next(), [Keep::Publish, Keep::Encode((1, 5))]);
+        assert_eq!(keeper.advance(), [Keep::Publish, Keep::Encode((1, 5))]);
         keeper.encoded((1, 5), false);
-        assert_eq!(keeper.next(), [Keep::Encode((1, 5))]);
+        assert_eq!(keeper.advance(), [Keep::Encode((1, 5))]);
     }
 }

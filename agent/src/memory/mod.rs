@@ -227,7 +227,7 @@ impl Memory {
 
     /// After any change: what the keeper wants done.
     pub(crate) fn advance(&mut self, job: &JobName) -> Vec<Effect> {
-        let todo = self.jobs.get_mut(job).map(|of| of.keeper.next()).unwrap_or_default();
+        let todo = self.jobs.get_mut(job).map(|of| of.keeper.advance()).unwrap_or_default();
         self.carry_out(job, todo)
     }
 

@@ -158,12 +158,10 @@ impl Reader<'_> {
                 }
             }
         }
-        match self.captures.contains_key(&rank) {
-            true => Ok(()),
-            false => {
-                Err(transient(format!("nobody in reach can describe rank {rank}'s snapshot of step {}", self.key.1)))
-            }
+        if self.captures.contains_key(&rank) {
+            return Ok(());
         }
+        Err(transient(format!("nobody in reach can describe rank {rank}'s snapshot of step {}", self.key.1)))
     }
 
     /// Whether a capture is of the step, and complete.
@@ -185,10 +183,10 @@ impl Reader<'_> {
         let mut reasons: Vec<String> = vec![];
         for source in [Source::Memory, Source::Peer, Source::Parity, Source::Store] {
             let read = match source {
-                Source::Memory => self.from_memory(piece, out),
-                Source::Peer => self.from_peer(piece, out).await,
-                Source::Parity => self.from_parity(piece, out).await,
-                Source::Store => self.from_store(piece, out).await,
+                Source::Memory => self.read_memory(piece, out),
+                Source::Peer => self.read_peer(piece, out).await,
+                Source::Parity => self.read_parity(piece, out).await,
+                Source::Store => self.read_store(piece, out).await,
             };
             match read {
                 Ok(()) if self.is_right(piece, out) => return Ok(source),
@@ -210,7 +208,7 @@ impl Reader<'_> {
         list.get(start..end).is_some_and(|right| right == found)
     }
 
-    fn from_memory(&self, piece: &Piece, out: &mut [u8]) -> Result<(), String> {
+    fn read_memory(&self, piece: &Piece, out: &mut [u8]) -> Result<(), String> {
         let held = self.vault.snapshot(&self.task.job, self.key, piece.rank).ok_or("not held here")?;
         let (from, to) = (piece.from.start as usize, piece.from.end as usize);
         out.copy_from_slice(held.payload.get(from..to).ok_or("the snapshot is too short")?);
@@ -223,7 +221,7 @@ impl Reader<'_> {
         payload_bytes(&self.task.space, &before, self.before)
     }
 
-    async fn from_peer(&self, piece: &Piece, out: &mut [u8]) -> Result<(), String> {
+    async fn read_peer(&self, piece: &Piece, out: &mut [u8]) -> Result<(), String> {
         let (group, at) = self.group(piece.rank).ok_or("no node had it")?;
         let member = &group.members[at];
         let base = self.base(member, piece.rank);
@@ -266,7 +264,7 @@ impl Reader<'_> {
         read.map_err(|status| format!("node {}: {}", member.node, status.message()))
     }
 
-    async fn from_parity(&self, piece: &Piece, out: &mut [u8]) -> Result<(), String> {
+    async fn read_parity(&self, piece: &Piece, out: &mut [u8]) -> Result<(), String> {
         let (group, lost) = self.group(piece.rank).ok_or("no node had it")?;
         let ranks: Vec<Vec<u32>> = group.members.iter().map(|member| member.ranks.clone()).collect();
         let layout = layout(&self.task.space, &ranks, self.before, group.parities as usize);
@@ -329,7 +327,7 @@ impl Reader<'_> {
         restored.map(|()| out).map_err(|error| error.to_string())
     }
 
-    async fn from_store(&self, piece: &Piece, out: &mut [u8]) -> Result<(), String> {
+    async fn read_store(&self, piece: &Piece, out: &mut [u8]) -> Result<(), String> {
         let Some((url, reference)) = &self.task.checkpoint else { return Err("not stored".into()) };
         if reference.step.get() != self.key.1 {
             return Err(format!("the newest stored checkpoint is of step {}", reference.step));

@@ -83,7 +83,9 @@ impl Vault {
         let Some(of) = all.get_mut(job) else { return vec![] };
         let mut free = vec![];
         if let Some(ranks) = of.snapshots.get_mut(&key) {
-            ranks.iter_mut().for_each(|(rank, held)| which(*rank, held));
+            for (rank, held) in ranks.iter_mut() {
+                which(*rank, held);
+            }
             let gone: Vec<u32> =
                 ranks.iter().filter(|(_, held)| !held.kept && !held.uploading).map(|(rank, _)| *rank).collect();
             free.extend(gone.into_iter().filter_map(|rank| ranks.remove(&rank)));

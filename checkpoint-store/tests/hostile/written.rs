@@ -136,7 +136,7 @@ async fn written() -> Vec<(&'static str, Vec<Vec<u8>>)> {
         ("capture", vec![json(&capture)]),
         ("header", vec![parts[0][8..].to_vec()]),
         ("leader", vec![json(&leader)]),
-        ("manifest", manifests.to_vec()),
+        ("manifest", manifests.clone()),
         ("path", paths.map(String::into_bytes).to_vec()),
         ("receipt", one.iter().chain(&two).map(|receipt| receipt.to_bytes().unwrap()).collect()),
         ("record", records.iter().map(json).collect()),

@@ -21,7 +21,8 @@ pub(super) async fn unpin(args: StepArgs) -> Result<u8, Failure> {
 async fn mark(args: &StepArgs, what: &str, change: impl FnOnce(String) -> Change) -> Result<u8, Failure> {
     let (store, chain) = open(&args.job).await?;
     let checkpoint = best(&chain, Some(args.step))?.checkpoint;
-    let report = door::perform(&args.leader, &store, chain, &change(checkpoint.manifest.clone())).await?;
+    let change = change(checkpoint.manifest.clone());
+    let report = Box::pin(door::perform(&args.leader, &store, chain, &change)).await?;
     let changed = report.records > 0;
     match args.job.output {
         Output::Json => {
@@ -54,7 +55,7 @@ pub(super) async fn prune(args: PruneArgs) -> Result<u8, Failure> {
         return Ok(0);
     }
     let before: Chain = chain.clone();
-    let report = door::perform(&args.leader, &store, chain, &Change::Prune { keep }).await?;
+    let report = Box::pin(door::perform(&args.leader, &store, chain, &Change::Prune { keep })).await?;
     tell(&args, &report.deleted, report.freed, Some(report.files));
     if let Some(why) = &report.unfinished {
         let job = before.job();

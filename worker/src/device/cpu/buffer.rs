@@ -56,6 +56,7 @@ impl std::fmt::Debug for CpuBuffer {
 impl Deref for CpuBuffer {
     type Target = [f32];
 
+    #[allow(clippy::cast_ptr_alignment)] // a mapping begins at a page
     fn deref(&self) -> &[f32] {
         match &self.memory {
             Memory::Own(lines) => &bytemuck::cast_slice(lines)[..self.len],
@@ -69,6 +70,7 @@ impl Deref for CpuBuffer {
 }
 
 impl DerefMut for CpuBuffer {
+    #[allow(clippy::cast_ptr_alignment)] // a mapping begins at a page
     fn deref_mut(&mut self) -> &mut [f32] {
         match &mut self.memory {
             Memory::Own(lines) => &mut bytemuck::cast_slice_mut(lines)[..self.len],

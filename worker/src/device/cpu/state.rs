@@ -148,6 +148,7 @@ pub(super) fn block_square_sums(pool: &Pool, block: usize, gradient: &[f32], out
 /// AdamW on `n` elements: decay, moments, step. The moments are read from one place and written to another, which may
 /// be the same; a mirror that is not null gets the new parameters too.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)] // the form that `kernel!` calls
 unsafe fn adamw_chunk<L: Lanes>(
     n: usize,
     scalars: AdamwScalars,
