@@ -75,6 +75,29 @@ fn tiles(shape: MatmulShape) -> (usize, usize) {
     (height, width)
 }
 
+/// What decides how the products add up beyond the libraries' versions. With vectors of AVX2 or AVX-512 the sums are cut
+/// at fixed lengths; elsewhere the fallback cuts them by the sizes of the caches, so those are part of the arithmetic.
+pub(super) fn identity() -> String {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") {
+            return "products-avx512".into();
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            return "products-avx2".into();
+        }
+    }
+    let size = |index: usize| {
+        let path = format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size");
+        std::fs::read_to_string(path).map_or_else(|_| "?".into(), |text| text.trim().to_string())
+    };
+    let caches: Vec<String> = (0..4).map(size).collect();
+    format!("products-portable gemm-{FALLBACK} caches-{}", caches.join("/"))
+}
+
+/// The locked version of the library that makes the products where there are no wide vectors.
+pub(super) const FALLBACK: &str = "0.19.0";
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -123,26 +146,3 @@ mod tests {
         }
     }
 }
-
-/// What decides how the products add up beyond the libraries' versions. With vectors of AVX2 or AVX-512 the sums are cut
-/// at fixed lengths; elsewhere the fallback cuts them by the sizes of the caches, so those are part of the arithmetic.
-pub(super) fn identity() -> String {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            return "products-avx512".into();
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            return "products-avx2".into();
-        }
-    }
-    let size = |index: usize| {
-        let path = format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size");
-        std::fs::read_to_string(path).map_or_else(|_| "?".into(), |text| text.trim().to_string())
-    };
-    let caches: Vec<String> = (0..4).map(size).collect();
-    format!("products-portable gemm-{FALLBACK} caches-{}", caches.join("/"))
-}
-
-/// The locked version of the library that makes the products where there are no wide vectors.
-pub(super) const FALLBACK: &str = "0.19.0";
