@@ -77,6 +77,12 @@ pub(crate) async fn agent(args: AgentArgs) -> Result<u8, Failure> {
 
 pub(crate) fn worker(args: WorkerArgs) -> Result<u8, Failure> {
     let options = worker::Options { agent_socket: args.agent, worker: args.id, job: args.job };
+    // A signal to everything on the node (a terminal's, a scheduler's) is the agent's to answer: it saves first, and
+    // this process ends with the agent's socket.
+    for kind in [SignalKind::interrupt(), SignalKind::terminate()] {
+        let mut asked = signal(kind).map_err(|error| Failure::job(format!("cannot listen for signals: {error}")))?;
+        tokio::spawn(async move { while asked.recv().await.is_some() {} });
+    }
     let outcome = tokio::task::block_in_place(|| worker::run(options));
     outcome.map(|()| 0).map_err(|error| Failure::job(chain(&error)))
 }

@@ -44,8 +44,10 @@ impl Drop for Part {
 pub struct Cluster {
     /// Where the coordinator listens.
     pub address: String,
-    token: String,
-    store: String,
+    /// The token file.
+    pub token: String,
+    /// The store, as a path.
+    pub store: String,
     memory: String,
 }
 

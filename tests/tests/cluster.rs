@@ -12,7 +12,7 @@ fn two_agents_run_a_submitted_job_and_one_may_die() {
     let job = Job::new();
     let cluster = Cluster::new(&job);
     let _coordinator = cluster.coordinator();
-    let (_a, mut b) = (cluster.agent("a"), cluster.agent("b"));
+    let (_a, b) = (cluster.agent("a"), cluster.agent("b"));
     let file = job.file().display().to_string();
     // Both agents take part: the job wants all four slots.
     let set = ["--set", "resources.workers={ min = 4, max = 4 }"];

@@ -76,7 +76,9 @@ fn nodes(job: &Job, count: u32, keys: &[&str]) -> (Nodes, Run) {
     let file = job.file().display().to_string();
     let workers = format!("resources.workers={{ min = 1, max = {count} }}");
     let mut words = vec!["submit", &file, "--set", &workers];
-    keys.iter().for_each(|key| words.extend(["--set", key]));
+    for key in keys {
+        words.extend(["--set", key]);
+    }
     // Starts at its full size, whatever agent comes first.
     std::thread::sleep(Duration::from_secs(2));
     let submitted = cluster.call(&words);

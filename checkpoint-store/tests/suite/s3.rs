@@ -158,6 +158,7 @@ async fn moto() -> Option<(Server, SocketAddr)> {
     let server = match started {
         Ok(child) => Server(child),
         Err(e) => {
+            assert!(std::env::var_os("CAIRN_REQUIRE_TOOLS").is_none(), "{program} does not start: {e}");
             eprintln!("skipped: {program} does not start ({e}); pip install 'moto[server]' or set CAIRN_MOTO");
             return None;
         }

@@ -56,6 +56,10 @@ impl FileBackend {
         for parent in missing.iter().filter_map(|p| p.parent()) {
             File::open(parent).and_then(|f| f.sync_all()).map_err(|e| fail("synced", e))?;
         }
+        if let (true, Some(parent)) = (missing.is_empty(), root.parent()) {
+            // Whoever made it may have crashed before the sync; a parent that is not ours to open is not ours to sync.
+            let _ = File::open(parent).and_then(|f| f.sync_all());
+        }
         let probe = Self::existing(root.clone())?.0.open_root().and_then(|folder| {
             let name = format!("{TEMPORARY}{}.tmp", writer.simple());
             folder.new_file(&name)?;
