@@ -78,7 +78,7 @@ fn is_bad(outcome: &Outcome) -> bool {
     let Some(violation) = &outcome.violation else { return false };
     println!("seed {}: {}", outcome.options.seed, outcome.report());
     if let Some(plant) = outcome.options.plant {
-        let meant = violation.contains(plant.sign());
+        let meant = plant.signs().iter().any(|sign| violation.contains(sign));
         println!("{plant:?} was planted and noticed{}", if meant { "" } else { ", for another reason" });
     }
     true

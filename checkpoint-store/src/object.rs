@@ -278,7 +278,7 @@ fn held(space: &Space, states: &[StateDecl], metadata: &Metadata) -> Result<Vec<
             let (range, first) = (tensors.get(tensor)?, first.parse::<u64>().ok()?);
             let [elements] = info.shape.as_slice() else { return None };
             let inside = first.checked_add(*elements as u64).is_some_and(|end| end <= range.end - range.start);
-            inside.then_some((state, range.start + first, *elements as u64))
+            inside.then(|| (state, range.start + first, *elements as u64))
         });
         let Some((state, first, elements)) = place else {
             let shown: String = name.chars().take(80).collect();

@@ -261,7 +261,7 @@ async fn a_step_is_not_committed_after_a_newer_one_of_its_generation() {
     // No save is open at or before the newest step: the older one's objects go.
     sweep(&chain, &BTreeSet::from([Step::new(21)])).await.unwrap();
     let error = commit(&mut chain, &late, EPOCH, uuid::Uuid::new_v4()).await.unwrap_err();
-    assert!(error.to_string().contains("step 20 is committed"), "{error}");
+    assert!(error.to_string().contains("has committed step 20"), "{error}");
     assert_eq!(chain.history().checkpoints.len(), 1);
     // A later generation may save an older step again.
     let start = chain.history().newest_good().cloned();

@@ -120,9 +120,15 @@ async fn play(changes: Vec<Change>) {
         fresh += receipts.iter().filter_map(|r| r.object.as_ref()).map(|o| o.bytes).sum::<u64>();
         whole += 2 * 4 * model.space.elements();
         let before = model.expect(&store, &checkpoint, size % 3 + 1).await;
-        let (gone, _) = collect(&mut chain, EPOCH, 1, &BTreeSet::new()).await.unwrap();
-        assert_eq!(gone.len(), usize::from(index > 0));
-        let needed: BTreeSet<String> = before.objects.iter().map(|o| o.path.clone()).collect();
+        collect(&mut chain, EPOCH, 1, &BTreeSet::new()).await.unwrap();
+        // What stays is the newest, and what the present generation started from.
+        let mut needed: BTreeSet<String> = before.objects.iter().map(|o| o.path.clone()).collect();
+        for kept in chain.history().checkpoints.clone() {
+            let start = chain.history().start.as_ref().is_some_and(|start| *start == kept.checkpoint);
+            assert!(kept.checkpoint == checkpoint || start, "step {} stays for no reason", kept.checkpoint.step);
+            let manifest = open_checkpoint(&store, chain.job(), &kept.checkpoint).await.unwrap();
+            needed.extend(manifest.objects.into_iter().map(|o| o.path));
+        }
         assert_eq!(stored(&store).await, needed, "step {step}");
         model.expect(&store, &checkpoint, size).await;
         // What a whole save of the same state would have as its digest.

@@ -61,19 +61,19 @@ impl Plant {
     ];
 
     /// What the violation it leads to says.
-    pub(crate) fn sign(self) -> &'static str {
+    pub(crate) fn signs(self) -> &'static [&'static str] {
         match self {
-            Self::ReceiptBeforeObject | Self::SlotReused | Self::CollectsOpenSaves => {
-                "was committed but does not verify"
-            }
-            Self::CreateOverwrites => "was overwritten",
-            Self::BytesBeforeRecord => "is reachable, but was deleted",
-            Self::IgnoresFencing => "superseded",
-            Self::CommitsTwice => "was committed twice",
+            Self::ReceiptBeforeObject | Self::SlotReused => &["was committed but does not verify"],
+            // Its objects before the commit, or its manifest just after, whichever comes first.
+            Self::CollectsOpenSaves => &["was committed but does not verify", "is reachable, but was deleted"],
+            Self::CreateOverwrites => &["was overwritten"],
+            Self::BytesBeforeRecord => &["is reachable, but was deleted"],
+            Self::IgnoresFencing => &["superseded"],
+            Self::CommitsTwice => &["was committed twice"],
             // Twice, or torn, whichever comes first.
-            Self::CommitsLate => "was committed",
-            Self::NeverSweeps => "was never collected",
-            Self::DeletesNewest => "the newest good checkpoint was deleted",
+            Self::CommitsLate => &["was committed"],
+            Self::NeverSweeps => &["was never collected"],
+            Self::DeletesNewest => &["the newest good checkpoint was deleted"],
         }
     }
 }
@@ -140,12 +140,14 @@ pub(crate) fn shard(generation: u64, world: WorldSize, rank: Rank, step: u64, to
 
 /// Stores a shard. The receipt is what the agent sends.
 pub(crate) async fn save(store: &Store, source: &ShardSource, id: Uuid) -> Result<Receipt, StoreError> {
-    upload_shard(store, source, id).await
+    let receipt = upload_shard(store, source, id).await?;
+    // How long it took is the real clock's, which is not a seed's to say.
+    Ok(Receipt { stages: vec![], ..receipt })
 }
 
 /// The receipt of a shard that is not stored.
 pub(crate) async fn receipt_alone(source: &ShardSource, id: Uuid) -> Result<Receipt, StoreError> {
-    upload_shard(&Store::memory(), source, id).await
+    save(&Store::memory(), source, id).await
 }
 
 /// Commits a complete set of receipts.
