@@ -177,17 +177,9 @@ struct Stopwatch<'a> {
 impl Observer<CpuDevice> for Stopwatch<'_> {
     type Error = StepError;
 
-    fn updated(
-        &mut self,
-        _: &Trainer<CpuDevice>,
-        _: &mut Member<CpuDevice>,
-        _: u64,
-        _: &Taken,
-    ) -> Result<(), StepError> {
-        Ok(())
-    }
+    fn updated(&mut self, _: u64, _: &Taken) {}
 
-    fn finished(&mut self, done: Finished) {
+    fn finished(&mut self, _: &Trainer<CpuDevice>, _: &mut Member<CpuDevice>, done: Finished) -> Result<(), StepError> {
         if done.step > 1 {
             self.times.push(done.took.as_secs_f64());
         }
@@ -195,6 +187,7 @@ impl Observer<CpuDevice> for Stopwatch<'_> {
         if Instant::now() >= self.until && done.step > 2 {
             self.control.stop();
         }
+        Ok(())
     }
 }
 

@@ -211,13 +211,22 @@ struct Watch<'a> {
 impl Observer<CpuDevice> for Watch<'_> {
     type Error = StepError;
 
-    fn updated(
+    fn updated(&mut self, _: u64, _: &Taken) {}
+
+    fn finished(
         &mut self,
         trainer: &Trainer<CpuDevice>,
         member: &mut Member<CpuDevice>,
-        step: u64,
-        taken: &Taken,
+        done: Finished,
     ) -> Result<(), StepError> {
+        // The first steps touch their memory for the first time.
+        if done.step > 2 {
+            self.seen.steps.push(done.took.as_secs_f64());
+        }
+        if Instant::now() >= self.until && done.step > 4 {
+            self.control.stop();
+        }
+        let (step, taken) = (done.step, &done.taken);
         self.seen.skipped += u64::from(taken.decision.skipped == Some(Tier::Memory));
         if taken.decision.capture != Some(Tier::Memory) {
             return Ok(());
@@ -247,16 +256,6 @@ impl Observer<CpuDevice> for Watch<'_> {
         self.seen.held.push(began.elapsed().as_secs_f64());
         // Without its thread nothing more would be captured; the ring's end is what ends a run.
         announced.map_err(|_| StepError::Aborted)
-    }
-
-    fn finished(&mut self, done: Finished) {
-        // The first steps touch their memory for the first time.
-        if done.step > 2 {
-            self.seen.steps.push(done.took.as_secs_f64());
-        }
-        if Instant::now() >= self.until && done.step > 4 {
-            self.control.stop();
-        }
     }
 }
 

@@ -185,17 +185,10 @@ pub struct Finished {
 pub trait Observer<D: HostDevice> {
     /// Why it breaks the generation off.
     type Error: From<StepError>;
-    /// A step's update is done; its validation, if it has one, is not. The state is to be captured now if the step
-    /// decided so.
-    fn updated(
-        &mut self,
-        trainer: &Trainer<D>,
-        member: &mut Member<D>,
-        step: u64,
-        taken: &Taken,
-    ) -> Result<(), Self::Error>;
-    /// A step is finished.
-    fn finished(&mut self, done: Finished);
+    /// A step's update is done; its validation, if it has one, is not.
+    fn updated(&mut self, step: u64, taken: &Taken);
+    /// A step is finished. The state is to be captured now if the step decided so.
+    fn finished(&mut self, trainer: &Trainer<D>, member: &mut Member<D>, done: Finished) -> Result<(), Self::Error>;
 }
 
 /// Takes steps from `from` on. Returns the last step and its loss.
@@ -218,10 +211,10 @@ pub fn train<D: HostDevice, O: Observer<D>>(
         let took = began.elapsed();
         member.stepped(step, took, taken.decision.capture.is_some());
         loss = Some(taken.loss);
-        observer.updated(trainer, member, step, &taken)?;
+        observer.updated(step, &taken);
         let due = every > 0 && (step.is_multiple_of(every) || step == steps);
         let validation = if due { step::validate(trainer, member, control)? } else { None };
-        observer.finished(Finished { step, taken, validation, took });
+        observer.finished(trainer, member, Finished { step, taken, validation, took })?;
         if taken.last {
             break;
         }

@@ -299,23 +299,31 @@ struct Saver<'a> {
 impl Observer<CpuDevice> for Saver<'_> {
     type Error = Failure;
 
-    fn updated(
-        &mut self,
-        trainer: &Trainer<CpuDevice>,
-        member: &mut Member<CpuDevice>,
-        step: u64,
-        taken: &Taken,
-    ) -> Result<(), Failure> {
+    fn updated(&mut self, step: u64, taken: &Taken) {
         let generation = self.place.membership.generation.get();
         if taken.last || self.told.elapsed() >= PROGRESS {
             self.told = Instant::now();
             (self.tell)(News::Event(Input::Stepped { generation, step, loss: taken.loss }));
         }
-        if let Some(tier) = taken.decision.capture {
+    }
+
+    fn finished(
+        &mut self,
+        trainer: &Trainer<CpuDevice>,
+        member: &mut Member<CpuDevice>,
+        done: Finished,
+    ) -> Result<(), Failure> {
+        // Before the capture, so that a checkpoint's validation loss is known when it is committed.
+        if self.first {
+            (self.tell)(News::Step(self.place.report(&done)));
+        }
+        let (step, decision) = (done.step, done.taken.decision);
+        if let Some(tier) = decision.capture {
             self.capture(trainer, member, step, tier)?;
         }
-        if let Some(tier) = taken.decision.skipped {
-            let RingMembership { job, rank, .. } = &self.place.membership;
+        let RingMembership { job, rank, generation, .. } = &self.place.membership;
+        let generation = generation.get();
+        if let Some(tier) = decision.skipped {
             (self.tell)(News::Skipped(wire::SaveSkipped {
                 job: job.to_string(),
                 generation,
@@ -326,17 +334,11 @@ impl Observer<CpuDevice> for Saver<'_> {
             }));
         }
         // With one group the agent knows by itself.
-        if self.place.groups > 1 && taken.decision.complete > self.complete {
-            self.complete = taken.decision.complete;
+        if self.place.groups > 1 && decision.complete > self.complete {
+            self.complete = decision.complete;
             (self.tell)(News::Complete(wire::StepComplete { generation, step: self.complete, seconds: 0.0 }));
         }
         Ok(())
-    }
-
-    fn finished(&mut self, done: Finished) {
-        if self.first {
-            (self.tell)(News::Step(self.place.report(&done)));
-        }
     }
 }
 
