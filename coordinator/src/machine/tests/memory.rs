@@ -21,11 +21,11 @@ fn trained() -> Rig {
 }
 
 fn last_start(rig: &Rig) -> (Option<u64>, Option<u64>) {
-    let generations = rig.records.iter().filter_map(|entry| match entry {
+    let mut generations = rig.records.iter().filter_map(|entry| match entry {
         Entry::Generation(membership) => Some(membership),
         _ => None,
     });
-    let last = generations.last().unwrap();
+    let last = generations.next_back().unwrap();
     (last.start.as_ref().map(|start| start.step.get()), last.memory.map(|memory| memory.step.get()))
 }
 
