@@ -36,8 +36,8 @@ pub(crate) struct Folder {
 }
 
 impl Folder {
-    /// Makes a folder for this life, named after `incarnation`, in `parent`. With it come the folders that earlier lives
-    /// of this node's agent left; they lie in this one now.
+    /// Makes a folder for this life, named after `incarnation`, in `parent`. With it come the folders that earlier
+    /// lives of this node's agent left; they lie in this one now.
     pub(crate) fn create(
         parent: &Path,
         incarnation: &str,

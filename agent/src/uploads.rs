@@ -220,7 +220,8 @@ async fn persist(save: Save, key: SaveKey, inputs: mpsc::Sender<Input>) -> Resul
 }
 
 async fn attempt(save: &Save) -> Result<Vec<u8>, StoreError> {
-    // The store was proved to be the coordinator's when this agent was taken in; one that has vanished since is not made.
+    // The store was proved to be the coordinator's when this agent was taken in; one that has vanished since is not
+    // made.
     let store = Store::open_existing(&save.url)?;
     let options = UploadOptions { known: Some(&save.known), stages: &save.stages };
     let source = &save.source;

@@ -1,10 +1,10 @@
 //! Reed–Solomon parity of the snapshots of a group of nodes: who holds what, and the sums.
 //!
-//! A node's *payload* is its ranks' slots end to end. Over a group of `n` nodes with `m` parities, payloads are taken as
-//! padded with zeros to a common length and cut into `n − m` *parts*. There are `n` *stripes*: stripe `s` has its parity
-//! on nodes `s … s+m−1` (mod n) and one part of each other node. So every node holds `m` parity shards of a part's length,
-//! `m/(n−m)` of a snapshot, and any `m` nodes may be lost: each stripe keeps `n − m` of its `n` shards. (The rotation is
-//! that of RAID 5; the code is that of the `reed-solomon-simd` crate, over GF(2^16).)
+//! A node's *payload* is its ranks' slots end to end. Over a group of `n` nodes with `m` parities, payloads are taken
+//! as padded with zeros to a common length and cut into `n − m` *parts*. There are `n` *stripes*: stripe `s` has its
+//! parity on nodes `s … s+m−1` (mod n) and one part of each other node. So every node holds `m` parity shards of a
+//! part's length, `m/(n−m)` of a snapshot, and any `m` nodes may be lost: each stripe keeps `n − m` of its `n` shards.
+//! (The rotation is that of RAID 5; the code is that of the `reed-solomon-simd` crate, over GF(2^16).)
 //!
 //! The code works on columns of 64 bytes, so any range of such columns can be encoded or restored by itself, and memory
 //! is bounded by the range, not by the payload.

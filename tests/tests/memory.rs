@@ -1,7 +1,7 @@
 //! The memory tier on real processes: what is lost comes back from the nearest copy, and the weights are the same bits.
 //!
-//! Unless a test says otherwise nothing is stored before the last step, so whatever a generation starts from beyond step
-//! 0 was in memory.
+//! Unless a test says otherwise nothing is stored before the last step, so whatever a generation starts from beyond
+//! step 0 was in memory.
 
 use std::time::Duration;
 

@@ -1,4 +1,5 @@
-//! What a capture at every step costs the training thread: real steps, real slots on the memory file system, real hashes.
+//! What a capture at every step costs the training thread: real steps, real slots on the memory file system, real
+//! hashes.
 //!
 //! Held is all that the thread does for a capture: writing the parameters into the slot is part of the update and costs
 //! memory bandwidth, so the time of whole steps is measured too, with captures and without. A thread stands in for the

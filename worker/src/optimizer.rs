@@ -81,8 +81,8 @@ impl AdamW {
         }
     }
 
-    /// Updates the elements `shard` of the canonical space. `state.parameters` is the whole space (on the CPU the master
-    /// copy is the parameters); all other buffers hold the shard alone.
+    /// Updates the elements `shard` of the canonical space. `state.parameters` is the whole space (on the CPU the
+    /// master copy is the parameters); all other buffers hold the shard alone.
     pub fn update<D: Device>(
         &self,
         device: &D,

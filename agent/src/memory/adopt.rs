@@ -1,8 +1,8 @@
 //! What an earlier life of this agent left in its folder: snapshots and parity that may be all a job has of a step.
 //!
 //! Beside each snapshot's slot lies its capture, beside each parity its group, written when they were whole. An agent
-//! that starts takes the folder of a dead one of its own node, proves each snapshot by its hashes, and holds it as if it
-//! had captured it itself. What does not prove is dropped: a slot may have been written to again.
+//! that starts takes the folder of a dead one of its own node, proves each snapshot by its hashes, and holds it as if
+//! it had captured it itself. What does not prove is dropped: a slot may have been written to again.
 
 use std::collections::BTreeMap;
 use std::fs::File;

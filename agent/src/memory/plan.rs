@@ -1,7 +1,8 @@
 //! Where the bytes of a shard lie among the shards of another generation. Pure.
 //!
 //! A slot holds `[param | exp_avg | exp_avg_sq]` of its rank's shard; a node's payload is its ranks' slots end to end.
-//! Shards are runs of whole blocks whatever the world size, so every piece is whole blocks and can be verified by itself.
+//! Shards are runs of whole blocks whatever the world size, so every piece is whole blocks and can be verified by
+//! itself.
 
 use std::ops::Range;
 

@@ -1,7 +1,8 @@
 //! Loading from a local disk: threads read into the caller's memory and verify what they read.
 //!
 //! A thread takes the next request, reads it, hashes it and takes another; with more threads than the disk needs, some
-//! hash while others read. The threads are scoped: they borrow the caller's memory, so none outlives a step of the load.
+//! hash while others read. The threads are scoped: they borrow the caller's memory, so none outlives a step of the
+//! load.
 
 use std::sync::Mutex;
 use std::sync::PoisonError;

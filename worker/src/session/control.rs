@@ -1,5 +1,5 @@
-//! How the session reaches into a running generation: a flag to stop after the step, a way to break off at once, and the
-//! agent's answer to a request to restore.
+//! How the session reaches into a running generation: a flag to stop after the step, a way to break off at once, and
+//! the agent's answer to a request to restore.
 //!
 //! The training thread is blocked in computation, in the ring or in the store when it must be told something, so it
 //! cannot be sent a message. It looks at these flags between micro-batches, the ring's sockets are shut down under it,

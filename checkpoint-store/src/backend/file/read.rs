@@ -1,9 +1,9 @@
 //! Reading large ranges: from the page cache if they are there, else past it, into the caller's memory.
 //!
 //! A look at the first page tells whether the cache has the range; then a plain read is a copy of memory. What is not
-//! there comes by direct input where offset, memory and length allow it, which neither copies the bytes nor drives other
-//! programs' pages out; else by plain reads. The look makes the system fetch the page if it is not there, so it is
-//! dropped again: else the next look would take it for the whole range.
+//! there comes by direct input where offset, memory and length allow it, which neither copies the bytes nor drives
+//! other programs' pages out; else by plain reads. The look makes the system fetch the page if it is not there, so it
+//! is dropped again: else the next look would take it for the whole range.
 
 use std::fs::File;
 use std::io::IoSliceMut;

@@ -75,8 +75,9 @@ fn tiles(shape: MatmulShape) -> (usize, usize) {
     (height, width)
 }
 
-/// What decides how the products add up beyond the libraries' versions. With vectors of AVX2 or AVX-512 the sums are cut
-/// at fixed lengths; elsewhere the fallback cuts them by the sizes of the caches, so those are part of the arithmetic.
+/// What decides how the products add up beyond the libraries' versions. With vectors of AVX2 or AVX-512 the sums are
+/// cut at fixed lengths; elsewhere the fallback cuts them by the sizes of the caches, so those are part of the
+/// arithmetic.
 pub(super) fn identity() -> String {
     #[cfg(target_arch = "x86_64")]
     {
