@@ -15,7 +15,7 @@ use crate::backend::file::{FileBackend, LargeFile};
 use crate::error::StoreError;
 
 /// The longest the polling thread works before the load may be dropped.
-const STEP: Duration = Duration::from_millis(250);
+const STEP: Duration = Duration::from_millis(500);
 
 pub(super) async fn load(
     loader: &Loader<'_>,

@@ -62,12 +62,14 @@ pub(super) fn store_failure(error: &StoreError) -> Failure {
 
 async fn measure(args: &BenchStoreArgs, url: &str, bytes: u64) -> Result<Report, Failure> {
     let ours = ours::Ours::open(url, bytes).map_err(|e| store_failure(&e))?;
-    let plain = Plain::open(url)?;
+    // Names that no job of the store has.
+    let run = uuid::Uuid::new_v4().simple().to_string()[..12].to_owned();
+    let plain = Plain::open(url, &run)?;
     let shape = ours.shape(args.ranks);
     let mut report = Report::new(url, bytes, args.ranks, args.rounds);
     let mut buffers = shape.buffers();
     for round in 0..args.rounds {
-        let name = format!("bench-{round}");
+        let name = format!("bench-{run}-{round}");
         let (began, saved) = (Instant::now(), ours.save(&name, &shape).await.map_err(|e| store_failure(&e))?);
         report.save.ours.push(began.elapsed().as_secs_f64());
         report.save.plain.push(plain.write(&shape).await?);
@@ -77,7 +79,7 @@ async fn measure(args: &BenchStoreArgs, url: &str, bytes: u64) -> Result<Report,
     plain.remove().await?;
     drop((buffers, shape));
     for (from, to) in RESHARDS {
-        report.reshards.push(reshard(&ours, from, to, args.rounds).await?);
+        report.reshards.push(reshard(&ours, &run, (from, to), args.rounds).await?);
     }
     (report.blake3, report.memcpy) = memory_rates();
     if args.peer {
@@ -109,10 +111,11 @@ async fn loads(
 }
 
 /// Loads what `from` ranks saved at `to` ranks, in turn with what `to` ranks saved.
-async fn reshard(ours: &ours::Ours, from: u32, to: u32, rounds: usize) -> Result<Reshard, Failure> {
+async fn reshard(ours: &ours::Ours, run: &str, (from, to): (u32, u32), rounds: usize) -> Result<Reshard, Failure> {
+    let (first, second) = (format!("bench-{run}-from"), format!("bench-{run}-to"));
     let (mut same, mut across, mut last) = (vec![], vec![], LoadReport::default());
-    let saved = ours.save("bench-from", &ours.shape(from)).await.map_err(|e| store_failure(&e))?;
-    let base = ours.save("bench-to", &ours.shape(to)).await.map_err(|e| store_failure(&e))?;
+    let saved = ours.save(&first, &ours.shape(from)).await.map_err(|e| store_failure(&e))?;
+    let base = ours.save(&second, &ours.shape(to)).await.map_err(|e| store_failure(&e))?;
     let mut buffers = ours.shape(to).buffers();
     for _ in 0..rounds {
         for (checkpoint, times) in [(&base, &mut same), (&saved, &mut across)] {
@@ -122,7 +125,7 @@ async fn reshard(ours: &ours::Ours, from: u32, to: u32, rounds: usize) -> Result
             last = load;
         }
     }
-    for name in ["bench-from", "bench-to"] {
+    for name in [&first, &second] {
         ours.remove(name).await.map_err(|e| store_failure(&e))?;
     }
     Ok(Reshard { from, to, times: Pair { ours: across, plain: same }, over_read: last.over_read() })

@@ -5,6 +5,7 @@
 //! programs' pages out; else by plain reads. The look makes the system fetch the page if it is not there, so it is
 //! dropped again: else the next look would take it for the whole range.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::IoSliceMut;
 use std::num::NonZero;
@@ -30,6 +31,8 @@ pub(super) struct Opened<'a> {
     direct: Option<File>,
     /// Shared with the folder: the first refusal ends direct input.
     allowed: &'a AtomicBool,
+    /// A look found that the cache does not have it: no more looks.
+    is_cold: Cell<bool>,
 }
 
 impl<'a> Opened<'a> {
@@ -37,7 +40,7 @@ impl<'a> Opened<'a> {
         // Requests are large and come in no order: the system is to fetch what is asked for, at once, and no more. One
         // that does not know the advice reads all the same.
         let _ = rustix::fs::fadvise(&file, 0, None, Advice::Random);
-        Self { file, size, direct, allowed }
+        Self { file, size, direct, allowed, is_cold: Cell::new(false) }
     }
 
     /// Whether reads of whole pages into aligned memory are the fast ones.
@@ -50,10 +53,16 @@ impl<'a> Opened<'a> {
         let length = (self.size.saturating_sub(offset)).min(to.len() as u64) as usize;
         let to = &mut to[..length];
         let mut done = 0;
-        if self.wants_pages() && !self.is_cached(to, offset) {
-            done = self.read_direct(to, offset)?;
-            let page = NonZero::new(PAGE as u64);
-            let _ = rustix::fs::fadvise(&self.file, offset, page, Advice::DontNeed);
+        if self.wants_pages() {
+            let looks = !self.is_cold.get();
+            self.is_cold.set(!looks || !self.is_cached(to, offset));
+            if self.is_cold.get() {
+                done = self.read_direct(to, offset)?;
+            }
+            if looks && self.is_cold.get() {
+                let page = NonZero::new(PAGE as u64);
+                let _ = rustix::fs::fadvise(&self.file, offset, page, Advice::DontNeed);
+            }
         }
         Ok(done + fill(&self.file, &mut to[done..], offset + done as u64)?)
     }
