@@ -117,13 +117,14 @@ impl Folder {
         open_regular(&place, OFlags::empty())
     }
 
-    /// Opens a file to read much of it: also for direct input where the disk takes it.
-    pub(super) fn open_large(&self, path: &str) -> Result<Opened<'_>, Errno> {
+    /// Opens a file to read much of it: also for direct input where the disk takes it. The files of one load share what
+    /// a look into the page cache found.
+    pub(super) fn open_large<'a>(&'a self, path: &str, is_cold: &'a AtomicBool) -> Result<Opened<'a>, Errno> {
         let place = self.enter(path, false)?;
         let (file, size) = open_regular(&place, OFlags::empty())?;
         let wanted = self.direct.load(Ordering::Relaxed);
         let direct = wanted.then(|| open_regular(&place, OFlags::DIRECT)).and_then(Result::ok).map(|(file, _)| file);
-        Ok(Opened::new(file, size, direct, &self.direct))
+        Ok(Opened::new(file, size, direct, &self.direct, is_cold))
     }
 
     /// The entries of a folder, by name.

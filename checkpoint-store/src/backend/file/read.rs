@@ -2,13 +2,11 @@
 //!
 //! A look at the first page tells whether the cache has the range; then a plain read is a copy of memory. What is not
 //! there comes by direct input where offset, memory and length allow it, which neither copies the bytes nor drives other
-//! programs' pages out; else by plain reads. The look makes the system fetch the page if it is not there, so it is
-//! dropped again: else the next look would take it for the whole range.
+//! programs' pages out; else by plain reads. A look costs the read of a page if it is not there, so the first that finds
+//! nothing is the last of its load.
 
-use std::cell::Cell;
 use std::fs::File;
 use std::io::IoSliceMut;
-use std::num::NonZero;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,16 +29,22 @@ pub(super) struct Opened<'a> {
     direct: Option<File>,
     /// Shared with the folder: the first refusal ends direct input.
     allowed: &'a AtomicBool,
-    /// A look found that the cache does not have it: no more looks.
-    is_cold: Cell<bool>,
+    /// Shared by a load: a look found that the cache does not have it, so there are no more looks.
+    is_cold: &'a AtomicBool,
 }
 
 impl<'a> Opened<'a> {
-    pub(super) fn new(file: File, size: u64, direct: Option<File>, allowed: &'a AtomicBool) -> Self {
+    pub(super) fn new(
+        file: File,
+        size: u64,
+        direct: Option<File>,
+        allowed: &'a AtomicBool,
+        is_cold: &'a AtomicBool,
+    ) -> Self {
         // Requests are large and come in no order: the system is to fetch what is asked for, at once, and no more. One
         // that does not know the advice reads all the same.
         let _ = rustix::fs::fadvise(&file, 0, None, Advice::Random);
-        Self { file, size, direct, allowed, is_cold: Cell::new(false) }
+        Self { file, size, direct, allowed, is_cold }
     }
 
     /// Whether reads of whole pages into aligned memory are the fast ones.
@@ -54,14 +58,11 @@ impl<'a> Opened<'a> {
         let to = &mut to[..length];
         let mut done = 0;
         if self.wants_pages() {
-            let looks = !self.is_cold.get();
-            self.is_cold.set(!looks || !self.is_cached(to, offset));
-            if self.is_cold.get() {
-                done = self.read_direct(to, offset)?;
+            if !self.is_cold.load(Ordering::Relaxed) && !self.is_cached(to, offset) {
+                self.is_cold.store(true, Ordering::Relaxed);
             }
-            if looks && self.is_cold.get() {
-                let page = NonZero::new(PAGE as u64);
-                let _ = rustix::fs::fadvise(&self.file, offset, page, Advice::DontNeed);
+            if self.is_cold.load(Ordering::Relaxed) {
+                done = self.read_direct(to, offset)?;
             }
         }
         Ok(done + fill(&self.file, &mut to[done..], offset + done as u64)?)
