@@ -6,6 +6,7 @@
 
 use std::sync::Mutex;
 use std::sync::PoisonError;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use tokio::runtime::{Handle, RuntimeFlavor};
@@ -16,7 +17,15 @@ use crate::backend::file::{FileBackend, LargeFile};
 use crate::error::StoreError;
 
 /// The longest the polling thread works before the load may be dropped.
-const STEP: Duration = Duration::from_millis(250);
+const STEP: Duration = Duration::from_millis(500);
+
+/// What the threads of a load share.
+struct Work<'m> {
+    /// Taken from the end.
+    jobs: Mutex<Vec<Job<'m>>>,
+    /// Whether a look into the page cache has found nothing.
+    is_cold: AtomicBool,
+}
 
 pub(super) async fn load(
     loader: &Loader<'_>,
@@ -24,12 +33,11 @@ pub(super) async fn load(
     mut jobs: Vec<Job<'_>>,
     report: &mut LoadReport,
 ) -> Result<(), StoreError> {
-    // Taken from the end.
     jobs.reverse();
-    let jobs = Mutex::new(jobs);
+    let work = Work { jobs: Mutex::new(jobs), is_cold: AtomicBool::new(false) };
     let mut done = LoadReport::default();
-    while !lock(&jobs).is_empty() {
-        let step = || step(loader, disk, &jobs);
+    while !lock(&work.jobs).is_empty() {
+        let step = || step(loader, disk, &work);
         // Tells the runtime, where there is one that can do something about it, that this thread is taken.
         let worked = match Handle::try_current() {
             Ok(handle) if handle.runtime_flavor() == RuntimeFlavor::MultiThread => tokio::task::block_in_place(step),
@@ -47,12 +55,12 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 /// Works until the jobs are done or the step is over.
-fn step(loader: &Loader<'_>, disk: &FileBackend, jobs: &Mutex<Vec<Job<'_>>>) -> Result<LoadReport, StoreError> {
+fn step(loader: &Loader<'_>, disk: &FileBackend, shared: &Work<'_>) -> Result<LoadReport, StoreError> {
     let until = Instant::now() + STEP;
-    let count = THREADS.min(lock(jobs).len());
+    let count = THREADS.min(lock(&shared.jobs).len());
     std::thread::scope(|scope| {
-        let others: Vec<_> = (1..count).map(|_| scope.spawn(|| work(loader, disk, jobs, until))).collect();
-        let mut result = work(loader, disk, jobs, until);
+        let others: Vec<_> = (1..count).map(|_| scope.spawn(|| work(loader, disk, shared, until))).collect();
+        let mut result = work(loader, disk, shared, until);
         for other in others {
             let joined = other.join();
             let joined = joined.unwrap_or_else(|_| Err(StoreError::Bug("a thread of a load panicked".into())));
@@ -62,26 +70,21 @@ fn step(loader: &Loader<'_>, disk: &FileBackend, jobs: &Mutex<Vec<Job<'_>>>) -> 
     })
 }
 
-fn work(
-    loader: &Loader<'_>,
-    disk: &FileBackend,
-    jobs: &Mutex<Vec<Job<'_>>>,
-    until: Instant,
-) -> Result<LoadReport, StoreError> {
+fn work(loader: &Loader<'_>, disk: &FileBackend, shared: &Work<'_>, until: Instant) -> Result<LoadReport, StoreError> {
     let mut report = LoadReport::default();
     let mut open: Option<(usize, LargeFile<'_>)> = None;
     let mut buffer: Option<AlignedBuffer> = None;
     while Instant::now() < until {
-        let Some(job) = lock(jobs).pop() else { break };
+        let Some(job) = lock(&shared.jobs).pop() else { break };
         let path = &loader.manifest.objects[job.object].path;
         if open.as_ref().is_none_or(|(object, _)| *object != job.object) {
-            let file = disk.open_large(path, loader.store.url());
+            let file = disk.open_large(path, loader.store.url(), &shared.is_cold);
             open = Some((job.object, file.map_err(|e| e.missing_is_corrupt("the manifest"))?));
         }
         let Some((_, file)) = &open else { continue };
         if let Err(error) = one(loader, file, job, &mut buffer, &mut report) {
             // The others stop at once; what they were given is lost with the load.
-            lock(jobs).clear();
+            lock(&shared.jobs).clear();
             return Err(error);
         }
     }

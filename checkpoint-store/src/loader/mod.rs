@@ -177,8 +177,8 @@ impl<'a> Loader<'a> {
     }
 
     /// Reads the elements `range` of each named state into its memory, which holds exactly their bytes. On an error the
-    /// memory may be partly written. From a local disk the thread that polls this works itself, in steps of a quarter
-    /// of a second between which the load can be dropped.
+    /// memory may be partly written. From a local disk the thread that polls this works itself, in steps of half a
+    /// second between which the load can be dropped.
     pub async fn load(&self, range: Range<u64>, targets: &mut [(&str, &mut [u8])]) -> Result<LoadReport, StoreError> {
         let began = Instant::now();
         let mut report = LoadReport { list: self.list, ..LoadReport::default() };

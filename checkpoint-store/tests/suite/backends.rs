@@ -103,3 +103,20 @@ async fn a_save_without_its_record_is_not_a_checkpoint() {
     assert_eq!(found.history().newest_good(), Some(&first));
     expect_loads(&store, &first, &space, 3).await;
 }
+
+/// A job's folder may be removed by hand; many writers at once then make it again.
+#[tokio::test(flavor = "multi_thread")]
+async fn folders_that_were_removed_are_made_again_by_all_who_need_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    for turn in 0..20 {
+        let writes = (0..8).map(|i| {
+            let (store, path) = (store.clone(), format!("jobs/again/objects/{i}/{turn}"));
+            tokio::spawn(async move { store.create(&path, Bytes::from_static(b"x")).await })
+        });
+        for write in writes.collect::<Vec<_>>() {
+            assert_eq!(write.await.unwrap().unwrap(), Create::Created);
+        }
+        std::fs::remove_dir_all(folder.path().join("a/b/store/jobs/again")).unwrap();
+    }
+}

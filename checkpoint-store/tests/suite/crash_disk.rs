@@ -152,9 +152,13 @@ impl Disk {
 
     /// One of the states a crash now may leave, made in an empty folder.
     pub(crate) fn crash(&self, dice: &mut Dice, root: &Path) {
-        let mut changes: BTreeMap<&str, Vec<Option<Entry>>> = BTreeMap::new();
+        // In the order in which things happened, so that a seed does the same whatever random names they had.
+        let mut changes: Vec<(&str, Vec<Option<Entry>>)> = vec![];
         for (name, entry) in &self.pending {
-            changes.entry(name).or_default().push(*entry);
+            match changes.iter_mut().find(|(known, _)| known == name) {
+                Some((_, states)) => states.push(*entry),
+                None => changes.push((name, vec![*entry])),
+            }
         }
         let mut names = self.synced.clone();
         for (name, states) in changes {
@@ -163,17 +167,14 @@ impl Disk {
                 set(&mut names, name, states[last]);
             }
         }
-        let mut contents: BTreeMap<usize, Vec<u8>> = BTreeMap::new();
+        let contents: Vec<Vec<u8>> = self.inodes.iter().map(|inode| inode.crash(dice)).collect();
         // Sorted by path, so a folder comes before what is in it.
         for (name, entry) in &names {
             let is_reachable = parent(name).is_empty() || root.join(parent(name)).is_dir();
             match entry {
                 _ if !is_reachable => {}
                 Entry::Folder => std::fs::create_dir(root.join(name)).unwrap(),
-                Entry::File(inode) => {
-                    let bytes = contents.entry(*inode).or_insert_with(|| self.inodes[*inode].crash(dice));
-                    std::fs::write(root.join(name), bytes).unwrap();
-                }
+                Entry::File(inode) => std::fs::write(root.join(name), &contents[*inode]).unwrap(),
             }
         }
     }
@@ -182,9 +183,12 @@ impl Disk {
 impl Inode {
     fn crash(&self, dice: &mut Dice) -> Vec<u8> {
         let mut bytes = self.synced.clone();
-        // All of it, nothing, up to a place, or any sectors.
+        if self.pending.is_empty() {
+            return bytes;
+        }
+        // Nothing of it, all, up to a place, or any sectors.
         let (mode, place) = (dice.below(4), dice.below(1 << 20));
-        if self.pending.is_empty() || mode == 0 {
+        if mode == 0 {
             return bytes;
         }
         for pending in &self.pending {

@@ -53,22 +53,31 @@ pub(super) fn store_failure(error: &StoreError) -> Failure {
 
 async fn measure(args: &BenchStoreArgs, url: &str, bytes: u64) -> Result<Report, Failure> {
     let ours = ours::Ours::open(url, bytes).map_err(|e| store_failure(&e))?;
-    let plain = Plain::open(url)?;
+    // Names that no job of the store has.
+    let run = uuid::Uuid::new_v4().simple().to_string()[..12].to_owned();
+    let plain = Plain::open(url, &run)?;
     let shape = ours.shape(ranks(args));
     let mut report = Report::new(url, bytes, ranks(args), args.rounds);
     let mut buffers = shape.buffers();
     for round in 0..args.rounds {
-        let name = format!("bench-{round}");
+        let name = format!("bench-{run}-{round}");
+        // What one side leaves the disk to do falls into the other's time, so each goes first in turn.
+        let first = round % 2 == 1;
+        if first {
+            report.save.plain.push(plain.write(&shape).await?);
+        }
         let (began, saved) = (Instant::now(), ours.save(&name, &shape).await.map_err(|e| store_failure(&e))?);
         report.save.ours.push(began.elapsed().as_secs_f64());
-        report.save.plain.push(plain.write(&shape).await?);
-        loads(&ours, &plain, &saved, &mut buffers, &mut report).await?;
+        if !first {
+            report.save.plain.push(plain.write(&shape).await?);
+        }
+        loads((&ours, &plain), &saved, first, &mut buffers, &mut report).await?;
         ours.remove(&name).await.map_err(|e| store_failure(&e))?;
     }
     plain.remove().await?;
     drop((buffers, shape));
     for (from, to) in RESHARDS {
-        report.reshards.push(reshard(&ours, from, to, args.rounds).await?);
+        report.reshards.push(reshard(&ours, &run, (from, to), args.rounds).await?);
     }
     (report.blake3, report.memcpy) = memory_rates();
     if args.peer {
@@ -78,9 +87,9 @@ async fn measure(args: &BenchStoreArgs, url: &str, bytes: u64) -> Result<Report,
 }
 
 async fn loads(
-    ours: &ours::Ours,
-    plain: &Plain,
+    (ours, plain): (&ours::Ours, &Plain),
     saved: &Saved,
+    plain_first: bool,
     buffers: &mut Vec<AlignedBuffer>,
     report: &mut Report,
 ) -> Result<(), Failure> {
@@ -88,10 +97,15 @@ async fn loads(
         if !cold && !plain.has_cache() {
             continue;
         }
+        if plain_first {
+            pair.plain.push(plain.read(buffers, cold).await?);
+        }
         ours.prepare(saved, cold)?;
         let (seconds, load) = ours.load(saved, buffers).await.map_err(|e| store_failure(&e))?;
         pair.ours.push(seconds);
-        pair.plain.push(plain.read(buffers, cold).await?);
+        if !plain_first {
+            pair.plain.push(plain.read(buffers, cold).await?);
+        }
         if cold {
             report.load = load;
         }
@@ -100,10 +114,11 @@ async fn loads(
 }
 
 /// Loads what `from` ranks saved at `to` ranks, in turn with what `to` ranks saved.
-async fn reshard(ours: &ours::Ours, from: u32, to: u32, rounds: usize) -> Result<Reshard, Failure> {
+async fn reshard(ours: &ours::Ours, run: &str, (from, to): (u32, u32), rounds: usize) -> Result<Reshard, Failure> {
+    let (first, second) = (format!("bench-{run}-from"), format!("bench-{run}-to"));
     let (mut same, mut across, mut last) = (vec![], vec![], LoadReport::default());
-    let saved = ours.save("bench-from", &ours.shape(from)).await.map_err(|e| store_failure(&e))?;
-    let base = ours.save("bench-to", &ours.shape(to)).await.map_err(|e| store_failure(&e))?;
+    let saved = ours.save(&first, &ours.shape(from)).await.map_err(|e| store_failure(&e))?;
+    let base = ours.save(&second, &ours.shape(to)).await.map_err(|e| store_failure(&e))?;
     let mut buffers = ours.shape(to).buffers();
     for _ in 0..rounds {
         for (checkpoint, times) in [(&base, &mut same), (&saved, &mut across)] {
@@ -113,7 +128,7 @@ async fn reshard(ours: &ours::Ours, from: u32, to: u32, rounds: usize) -> Result
             last = load;
         }
     }
-    for name in ["bench-from", "bench-to"] {
+    for name in [&first, &second] {
         ours.remove(name).await.map_err(|e| store_failure(&e))?;
     }
     Ok(Reshard { from, to, times: Pair { ours: across, plain: same }, over_read: last.over_read() })

@@ -180,7 +180,11 @@ impl Ours {
         loop {
             let found = self.store.list(&folder, None, 1_000).await?;
             if found.is_empty() {
-                return Ok(());
+                // Its empty folders, where there are such.
+                return match plain::folder(&self.url).map(|root| std::fs::remove_dir_all(root.join(&folder))) {
+                    Some(Err(e)) => Err(StoreError::Input(format!("{folder} cannot be removed: {e}"))),
+                    _ => Ok(()),
+                };
             }
             for listed in found {
                 self.store.delete(&listed.path).await?;

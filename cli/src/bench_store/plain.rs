@@ -34,7 +34,7 @@ const RANGES: usize = 8;
 /// Where the plain bytes go.
 pub(super) enum Plain {
     Folder(PathBuf),
-    Bucket(Box<dyn ObjectStore>),
+    Bucket(Box<dyn ObjectStore>, String),
 }
 
 /// The folder of a `file://` URL.
@@ -58,16 +58,18 @@ pub(super) fn prepare(path: &Path, cold: bool) -> Result<(), Failure> {
 }
 
 impl Plain {
-    pub(super) fn open(url: &str) -> Result<Self, Failure> {
+    pub(super) fn open(url: &str, run: &str) -> Result<Self, Failure> {
         if let Some(root) = folder(url) {
-            return Ok(Self::Folder(root.join("bench-plain")));
+            return Ok(Self::Folder(root.join(format!("bench-plain-{run}"))));
         }
         if !url.starts_with("s3://") {
             return Err(Failure::request(format!("--store {url} must be a folder or an s3:// URL")));
         }
         let client = ClientOptions::new().with_allow_http(true);
         let built = AmazonS3Builder::from_env().with_url(url).with_client_options(client).build();
-        Ok(Self::Bucket(Box::new(built.map_err(Failure::request)?)))
+        let below = url.trim_start_matches("s3://").split_once('/').map_or("", |(_, path)| path.trim_matches('/'));
+        let prefix = format!("{below}/bench-plain-{run}").trim_start_matches('/').to_owned();
+        Ok(Self::Bucket(Box::new(built.map_err(Failure::request)?), prefix))
     }
 
     /// Whether reads can be cold or warm.
@@ -94,9 +96,13 @@ impl Plain {
                     Ok(began.elapsed().as_secs_f64())
                 })
             }
-            Self::Bucket(client) => {
+            Self::Bucket(client, prefix) => {
                 let began = Instant::now();
-                let ranks = shape.slots.iter().enumerate().map(|(rank, slot)| put(client.as_ref(), rank, slot));
+                let ranks = shape
+                    .slots
+                    .iter()
+                    .enumerate()
+                    .map(|(rank, slot)| put(client.as_ref(), format!("{prefix}/{rank}"), slot));
                 futures::future::try_join_all(ranks).await.map_err(Failure::job)?;
                 Ok(began.elapsed().as_secs_f64())
             }
@@ -117,9 +123,12 @@ impl Plain {
                     Ok(began.elapsed().as_secs_f64())
                 })
             }
-            Self::Bucket(client) => {
+            Self::Bucket(client, prefix) => {
                 let began = Instant::now();
-                let ranks = buffers.iter_mut().enumerate().map(|(rank, to)| get(client.as_ref(), rank, to));
+                let ranks = buffers
+                    .iter_mut()
+                    .enumerate()
+                    .map(|(rank, to)| get(client.as_ref(), format!("{prefix}/{rank}"), to));
                 futures::future::try_join_all(ranks).await.map_err(Failure::job)?;
                 Ok(began.elapsed().as_secs_f64())
             }
@@ -132,8 +141,8 @@ impl Plain {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(failed("removing", folder)(e)),
                 _ => Ok(()),
             },
-            Self::Bucket(client) => {
-                let listed = client.list(Some(&"bench-plain".into()));
+            Self::Bucket(client, prefix) => {
+                let listed = client.list(Some(&prefix.as_str().into()));
                 let gone = listed.try_for_each(|meta| async move { client.delete(&meta.location).await });
                 gone.await.map_err(Failure::job)
             }
@@ -207,16 +216,16 @@ fn read_file(path: &Path, to: &mut [u8], direct: bool) -> Result<(), Failure> {
     work().map_err(failed("reading", path))
 }
 
-async fn put(client: &dyn ObjectStore, rank: usize, slot: &Bytes) -> Result<(), object_store::Error> {
-    let mut upload = client.put_multipart(&format!("bench-plain/{rank}").into()).await?;
+async fn put(client: &dyn ObjectStore, path: String, slot: &Bytes) -> Result<(), object_store::Error> {
+    let mut upload = client.put_multipart(&path.into()).await?;
     let parts = (0..slot.len()).step_by(PART).map(|at| slot.slice(at..slot.len().min(at + PART)));
     let sends: Vec<_> = parts.map(|part| upload.put_part(PutPayload::from(part))).collect();
     stream::iter(sends).buffer_unordered(PARTS).try_collect::<()>().await?;
     upload.complete().await.map(|_| ())
 }
 
-async fn get(client: &dyn ObjectStore, rank: usize, to: &mut AlignedBuffer) -> Result<(), object_store::Error> {
-    let path = format!("bench-plain/{rank}").into();
+async fn get(client: &dyn ObjectStore, path: String, to: &mut AlignedBuffer) -> Result<(), object_store::Error> {
+    let path = path.into();
     let path = &path;
     let reads = to.as_mut_slice().chunks_mut(READ).enumerate().map(|(index, chunk)| async move {
         let start = (index * READ) as u64;

@@ -21,6 +21,8 @@ use crate::backend::{Create, Listed};
 
 /// Temporary files start with this; object paths cannot (their segments never start with a dot).
 pub(super) const TEMPORARY: &str = ".cairn-";
+/// How often a path is entered again, one lost folder at a time; paths are far less deep.
+const REENTRIES: u32 = 32;
 
 pub(super) struct Folder {
     pub(super) root: PathBuf,
@@ -48,6 +50,10 @@ impl Folder {
 
     /// Enters the folder of `path`; with `make`, missing folders are made and every folder's entry is synced.
     pub(super) fn enter<'a>(&self, path: &'a str, make: bool) -> Result<Place<'a>, Errno> {
+        self.enter_within(path, make, REENTRIES)
+    }
+
+    fn enter_within<'a>(&self, path: &'a str, make: bool, left: u32) -> Result<Place<'a>, Errno> {
         let mut folder = self.open_root()?;
         let (folders, name) = path.rsplit_once('/').unwrap_or(("", path));
         for segment in folders.split('/').filter(|s| !s.is_empty()) {
@@ -60,8 +66,11 @@ impl Folder {
                 self.synced().insert(walked.clone());
             }
             folder = match folder.open(segment) {
-                // Someone removed the folder since it was synced: start again, making it.
-                Err(Errno::NOENT) if make && self.synced().remove(&walked) => return self.enter(path, make),
+                // Someone removed the folder since it was synced: start again, making it. Another thread may do the same.
+                Err(Errno::NOENT) if make && left > 0 => {
+                    self.synced().remove(&walked);
+                    return self.enter_within(path, make, left - 1);
+                }
                 other => other?,
             };
         }
@@ -108,13 +117,14 @@ impl Folder {
         open_regular(&place, OFlags::empty())
     }
 
-    /// Opens a file to read much of it: also for direct input where the disk takes it.
-    pub(super) fn open_large(&self, path: &str) -> Result<Opened<'_>, Errno> {
+    /// Opens a file to read much of it: also for direct input where the disk takes it. The files of one load share what
+    /// a look into the page cache found.
+    pub(super) fn open_large<'a>(&'a self, path: &str, is_cold: &'a AtomicBool) -> Result<Opened<'a>, Errno> {
         let place = self.enter(path, false)?;
         let (file, size) = open_regular(&place, OFlags::empty())?;
         let wanted = self.direct.load(Ordering::Relaxed);
         let direct = wanted.then(|| open_regular(&place, OFlags::DIRECT)).and_then(Result::ok).map(|(file, _)| file);
-        Ok(Opened::new(file, size, direct, &self.direct))
+        Ok(Opened::new(file, size, direct, &self.direct, is_cold))
     }
 
     /// The entries of a folder, by name.

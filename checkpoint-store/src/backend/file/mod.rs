@@ -18,6 +18,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -76,10 +77,15 @@ impl FileBackend {
         Err(StoreError::Input(format!("the store's folder {} does not exist or is not a folder", root.display())))
     }
 
-    /// Opens a file for large reads, on the calling thread.
-    pub(crate) fn open_large(&self, path: &str, url: &str) -> Result<LargeFile<'_>, StoreError> {
+    /// Opens a file for large reads, on the calling thread. `is_cold` is shared by one load, and begins as false.
+    pub(crate) fn open_large<'a>(
+        &'a self,
+        path: &str,
+        url: &str,
+        is_cold: &'a AtomicBool,
+    ) -> Result<LargeFile<'a>, StoreError> {
         let what = format!("reading {}", self.name(path));
-        match self.0.open_large(path) {
+        match self.0.open_large(path, is_cold) {
             Ok(opened) => Ok(LargeFile { opened, what }),
             Err(errno) => Err(Failure { what, errno: Some(errno), source: None }.not_found(path, url)),
         }

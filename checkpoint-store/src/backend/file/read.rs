@@ -2,12 +2,11 @@
 //!
 //! A look at the first page tells whether the cache has the range; then a plain read is a copy of memory. What is not
 //! there comes by direct input where offset, memory and length allow it, which neither copies the bytes nor drives
-//! other programs' pages out; else by plain reads. The look makes the system fetch the page if it is not there, so it
-//! is dropped again: else the next look would take it for the whole range.
+//! other programs' pages out; else by plain reads. A look costs the read of a page if it is not there, so the first
+//! that finds nothing is the last of its load.
 
 use std::fs::File;
 use std::io::IoSliceMut;
-use std::num::NonZero;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,14 +29,22 @@ pub(super) struct Opened<'a> {
     direct: Option<File>,
     /// Shared with the folder: the first refusal ends direct input.
     allowed: &'a AtomicBool,
+    /// Shared by a load: a look found that the cache does not have it, so there are no more looks.
+    is_cold: &'a AtomicBool,
 }
 
 impl<'a> Opened<'a> {
-    pub(super) fn new(file: File, size: u64, direct: Option<File>, allowed: &'a AtomicBool) -> Self {
+    pub(super) fn new(
+        file: File,
+        size: u64,
+        direct: Option<File>,
+        allowed: &'a AtomicBool,
+        is_cold: &'a AtomicBool,
+    ) -> Self {
         // Requests are large and come in no order: the system is to fetch what is asked for, at once, and no more. One
         // that does not know the advice reads all the same.
         let _ = rustix::fs::fadvise(&file, 0, None, Advice::Random);
-        Self { file, size, direct, allowed }
+        Self { file, size, direct, allowed, is_cold }
     }
 
     /// Whether reads of whole pages into aligned memory are the fast ones.
@@ -50,10 +57,13 @@ impl<'a> Opened<'a> {
         let length = (self.size.saturating_sub(offset)).min(to.len() as u64) as usize;
         let to = &mut to[..length];
         let mut done = 0;
-        if self.wants_pages() && !self.is_cached(to, offset) {
-            done = self.read_direct(to, offset)?;
-            let page = NonZero::new(PAGE as u64);
-            let _ = rustix::fs::fadvise(&self.file, offset, page, Advice::DontNeed);
+        if self.wants_pages() {
+            if !self.is_cold.load(Ordering::Relaxed) && !self.is_cached(to, offset) {
+                self.is_cold.store(true, Ordering::Relaxed);
+            }
+            if self.is_cold.load(Ordering::Relaxed) {
+                done = self.read_direct(to, offset)?;
+            }
         }
         Ok(done + fill(&self.file, &mut to[done..], offset + done as u64)?)
     }
