@@ -60,7 +60,8 @@
 //! let submitted = Event::Submitted { spec_hash: BlockHash::of(b"spec"), stop_at: None };
 //! let mut chain = Chain::create(&store, &job, Record::new(epoch, Generation::ZERO, submitted)).await?;
 //! let formed = Event::Generation {
-//!     generation, world_size, members: vec![], start: None, identity: "gpu".into(), fingerprint: "data".into(),
+//!     generation, world_size, members: vec![], start: None, memory: None,
+//!     identity: "gpu".into(), fingerprint: "data".into(),
 //! };
 //! chain.append(Record::new(epoch, generation, formed)).await?;
 //! let mut receipts = vec![];
