@@ -66,7 +66,7 @@ impl Folder {
                 self.synced().insert(walked.clone());
             }
             folder = match folder.open(segment) {
-                // Someone removed the folder since it was synced: start again, making it. Another thread may do the same.
+                // Someone removed the folder since it was synced: start again, making it. Others may do the same.
                 Err(Errno::NOENT) if make && left > 0 => {
                     self.synced().remove(&walked);
                     return self.enter_within(path, make, left - 1);
