@@ -149,7 +149,7 @@ impl Vault {
     }
 
     /// A range of this node's payload of a step: its ranks' shards end to end, as if followed by zeros. `None` if it
-    /// does not hold all of `ranks` (all it has, if none are named).
+    /// holds nothing of the step, or if more padding is asked for than any layout has.
     pub(crate) fn payload(&self, job: &JobName, key: StepKey, range: Range<u64>) -> Option<Vec<Bytes>> {
         let all = self.read();
         let ranks = all.get(job)?.snapshots.get(&key)?;
@@ -162,6 +162,9 @@ impl Vault {
                 missing -= to - from;
             }
             at = end;
+        }
+        if missing > MOST_PADDING {
+            return None;
         }
         while missing > 0 {
             let zeros = missing.min(ZEROS.len() as u64);
@@ -184,6 +187,9 @@ impl Vault {
         self.read().get(job).and_then(|of| of.parity.get(&key)).map_or(0, BTreeMap::len)
     }
 }
+
+/// Most padding of one read: a peer must not make this node list zeros without end.
+const MOST_PADDING: u64 = 16 << 30;
 
 /// What padding is sent from.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
@@ -225,6 +231,7 @@ mod tests {
         assert_eq!(read(2399..2402), [2, 0, 0]);
         assert_eq!(read(1 << 40..(1 << 40) + 70_000).len(), 70_000);
         assert!(vault.payload(&job, (1, 6), 0..1).is_none());
+        assert!(vault.payload(&job, (1, 5), 0..1 << 40).is_none(), "zeros without end");
         assert_eq!(vault.bytes(), 2400);
     }
 
