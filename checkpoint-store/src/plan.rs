@@ -27,8 +27,14 @@ pub struct Read {
     pub elements: Range<u64>,
 }
 
-/// The reads that together cover `range` of the state with this index, in canonical order.
+/// The reads that together cover `range` of the state with this index, in canonical order, each of at most
+/// [`MAX_READ`] bytes or one block.
 pub fn plan(manifest: &Manifest, state: usize, range: Range<u64>) -> Vec<Read> {
+    plan_within(MAX_READ, manifest, state, range)
+}
+
+/// As [`plan`], with another bound on the bytes of a read.
+pub(crate) fn plan_within(most: u64, manifest: &Manifest, state: usize, range: Range<u64>) -> Vec<Read> {
     let space = &manifest.space;
     let range = range.start..range.end.min(space.elements());
     let Some(decl) = manifest.states.get(state) else { return vec![] };
@@ -36,7 +42,7 @@ pub fn plan(manifest: &Manifest, state: usize, range: Range<u64>) -> Vec<Read> {
         return vec![];
     }
     let (size, block) = (decl.dtype.size(), space.block_elements());
-    let most = (MAX_READ / (block * size)).max(1);
+    let most = (most / (block * size)).max(1);
     let wanted = range.start / block..range.end.div_ceil(block);
     let mut reads = vec![];
     for extent in manifest.extents(state, range) {
@@ -65,9 +71,9 @@ pub struct Batch {
     pub reads: Vec<usize>,
 }
 
-/// Joins reads into requests of at most [`MAX_READ`] bytes. Reads that touch are always joined; others while the bytes
-/// of all gaps together, smallest first, stay within `over_read` times the bytes wanted.
-pub fn join(reads: &[Read], over_read: f64) -> Vec<Batch> {
+/// Joins reads into requests of at most `most` bytes. Reads that touch are always joined; others while the bytes of all
+/// gaps together, smallest first, stay within `over_read` times the bytes wanted.
+pub fn join(reads: &[Read], over_read: f64, most: u64) -> Vec<Batch> {
     let mut order: Vec<usize> = (0..reads.len()).collect();
     order.sort_by_key(|&i| (reads[i].object, reads[i].bytes.start));
     let wanted: u64 = reads.iter().map(|r| r.bytes.end - r.bytes.start).sum();
@@ -82,7 +88,7 @@ pub fn join(reads: &[Read], over_read: f64) -> Vec<Batch> {
     let mut joins = vec![false; reads.len()];
     for (gap, place) in gaps {
         // A gap as wide as a request is no saving, whatever the share allows.
-        if gap > left || gap >= MAX_READ {
+        if gap > left || gap >= most {
             break;
         }
         left -= gap;
@@ -91,7 +97,7 @@ pub fn join(reads: &[Read], over_read: f64) -> Vec<Batch> {
     let mut batches: Vec<Batch> = vec![];
     for (place, &index) in order.iter().enumerate() {
         let read = &reads[index];
-        match batches.last_mut().filter(|b| joins[place] && read.bytes.end - b.bytes.start <= MAX_READ) {
+        match batches.last_mut().filter(|b| joins[place] && read.bytes.end - b.bytes.start <= most) {
             Some(batch) => {
                 batch.bytes.end = read.bytes.end;
                 batch.reads.push(index);
@@ -120,7 +126,7 @@ mod tests {
                 ends[object] = start + length;
                 Read { object, bytes: start..start + length, blocks: 0..1, elements: 0..1 }
             }).collect();
-            let batches = join(&reads, over_read);
+            let batches = join(&reads, over_read, MAX_READ);
             let mut seen = vec![0; reads.len()];
             for batch in &batches {
                 prop_assert!(batch.bytes.end - batch.bytes.start <= MAX_READ);
@@ -145,9 +151,12 @@ mod tests {
         let read =
             |object, start: u64, length| Read { object, bytes: start..start + length, blocks: 0..1, elements: 0..1 };
         let reads = [read(0, 2_000, 1_000), read(0, 0, 1_000), read(0, 1_000, 1_000), read(1, 3_000, 1_000)];
-        assert_eq!(join(&reads, 1.0).iter().map(|b| b.reads.clone()).collect::<Vec<_>>(), [vec![1, 2, 0], vec![3]]);
+        assert_eq!(
+            join(&reads, 1.0, MAX_READ).iter().map(|b| b.reads.clone()).collect::<Vec<_>>(),
+            [vec![1, 2, 0], vec![3]]
+        );
         let far = [read(0, 0, 10_000), read(0, 10_500, 10_000), read(0, 90_000, 10_000)];
-        assert_eq!(join(&far, 1.05).len(), 2);
-        assert_eq!(join(&far, 1.0).len(), 3);
+        assert_eq!(join(&far, 1.05, MAX_READ).len(), 2);
+        assert_eq!(join(&far, 1.0, MAX_READ).len(), 3);
     }
 }

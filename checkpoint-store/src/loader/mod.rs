@@ -1,7 +1,8 @@
 //! The loader: a range of several states at once, straight into the caller's memory, every block verified.
 //!
 //! ```text
-//! plan     which blocks of which objects           → requests of at most 8 MiB, each with its place in the memory
+//! plan     which blocks of which objects           → requests of 1 MiB from a disk, 8 MiB from a bucket, each with
+//!                                                     its place in the memory
 //! read     several requests in flight, each byte once
 //! verify   the BLAKE3 of each block, on the thread that read it, while other threads read
 //! place    a copy, where a request is not exactly a piece of the caller's memory, or not on pages
@@ -26,16 +27,19 @@ use crate::digest::BlockHash;
 use crate::error::StoreError;
 use crate::load::open_checkpoint;
 use crate::manifest::Manifest;
-use crate::plan::{MAX_READ, OVER_READ, Read, join, plan};
+use crate::plan::{MAX_READ, OVER_READ, Read, join, plan_within};
 use crate::record::CheckpointRef;
 
 /// Threads that read and verify from a local disk.
 const THREADS: usize = 4;
+/// Most bytes of a request to a local disk. Small, so that no thread waits long for another at the end of a step, and
+/// what was read is still near the processor when it is hashed; large enough for a disk's full rate.
+const LOCAL_READ: u64 = 1 << 20;
 /// Requests to a bucket in flight.
 const REQUESTS: usize = 8;
 /// Most memory of a load from a local disk beside the caller's: a request's buffer for each thread. A block larger than
-/// [`MAX_READ`] counts in its place.
-pub const BUFFER_LOCAL: u64 = THREADS as u64 * (MAX_READ + 3 * PAGE as u64);
+/// 1 MiB counts in its place.
+pub const BUFFER_LOCAL: u64 = THREADS as u64 * (LOCAL_READ + 3 * PAGE as u64);
 /// Most memory of a load from a bucket beside the caller's: each request's bytes, twice while its body is put together.
 pub const BUFFER_REMOTE: u64 = 2 * REQUESTS as u64 * MAX_READ;
 
@@ -195,12 +199,13 @@ impl<'a> Loader<'a> {
 
     /// The requests of a load, in the order in which they lie in the objects.
     fn plan<'m>(&self, range: Range<u64>, targets: &'m mut [(&str, &mut [u8])]) -> Result<Vec<Job<'m>>, StoreError> {
+        let most = if self.store.local().is_some() { LOCAL_READ } else { MAX_READ };
         let (mut reads, mut pieces) = (vec![], vec![]);
         for (name, memory) in targets {
             let state = self.state(name, &range, memory.len() as u64)?;
             let size = self.manifest.states[state].dtype.size();
             let mut rest = &mut **memory;
-            for read in plan(self.manifest, state, range.clone()) {
+            for read in plan_within(most, self.manifest, state, range.clone()) {
                 let first = read.elements.start.max(range.start);
                 let end = read.elements.end.min(range.end);
                 let skip = ((first - read.elements.start) * size) as usize;
@@ -210,7 +215,7 @@ impl<'a> Loader<'a> {
                 pieces.push(Some(Piece { state, read, skip, to }));
             }
         }
-        let batches = join(&reads, self.over_read).into_iter();
+        let batches = join(&reads, self.over_read, most).into_iter();
         Ok(batches
             .map(|batch| {
                 let pieces = batch.reads.iter().filter_map(|&read| pieces[read].take()).collect();

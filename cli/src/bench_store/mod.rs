@@ -5,16 +5,18 @@
 
 mod ours;
 mod plain;
+mod rates;
 mod report;
 
 use std::process::Command;
 use std::time::Instant;
 
-use checkpoint_store::{AlignedBuffer, BlockHash, LoadReport, StoreError, normalize_url};
+use checkpoint_store::{AlignedBuffer, LoadReport, StoreError, normalize_url};
 use serde_json::Value;
 
 use self::ours::Saved;
 use self::plain::Plain;
+use self::rates::Rates;
 use self::report::{Pair, Report, Reshard};
 use crate::args::BenchStoreArgs;
 use crate::failure::{Failure, chain};
@@ -23,8 +25,6 @@ use crate::failure::{Failure, chain};
 const RESHARDS: [(u32, u32); 3] = [(4, 3), (8, 3), (3, 8)];
 /// Most bytes of state.
 const MOST: u64 = 1 << 40;
-/// Bytes of the memory measurements.
-const MEMORY: usize = 256 << 20;
 
 pub(crate) async fn run(args: BenchStoreArgs) -> Result<u8, Failure> {
     let bytes = args.size;
@@ -79,7 +79,7 @@ async fn measure(args: &BenchStoreArgs, url: &str, bytes: u64) -> Result<Report,
     for (from, to) in RESHARDS {
         report.reshards.push(reshard(&ours, &run, (from, to), args.rounds).await?);
     }
-    (report.blake3, report.memcpy) = memory_rates();
+    report.rates = tokio::task::block_in_place(Rates::measure)?;
     if args.peer {
         report.peer = Some(tokio::task::block_in_place(|| peer(args, url, bytes))?);
     }
@@ -98,16 +98,18 @@ async fn loads(
             continue;
         }
         if plain_first {
-            pair.plain.push(plain.read(buffers, cold).await?);
+            pair.plain.push(plain.read(buffers, cold, false).await?);
         }
         ours.prepare(saved, cold)?;
         let (seconds, load) = ours.load(saved, buffers).await.map_err(|e| store_failure(&e))?;
         pair.ours.push(seconds);
         if !plain_first {
-            pair.plain.push(plain.read(buffers, cold).await?);
+            pair.plain.push(plain.read(buffers, cold, false).await?);
         }
         if cold {
             report.load = load;
+        } else {
+            report.warm_hashed.push(plain.read(buffers, cold, true).await?);
         }
     }
     Ok(())
@@ -135,30 +137,6 @@ async fn reshard(ours: &ours::Ours, run: &str, (from, to): (u32, u32), rounds: u
 }
 
 /// Bytes a second of BLAKE3 over blocks and of a copy, each on one thread; the best of five.
-fn memory_rates() -> (f64, f64) {
-    let (mut from, mut to) = (AlignedBuffer::new(MEMORY), AlignedBuffer::new(MEMORY));
-    from.as_mut_slice().fill(3);
-    to.as_mut_slice().fill(1);
-    let best = |work: &mut dyn FnMut()| {
-        let once = |work: &mut dyn FnMut()| {
-            let began = Instant::now();
-            work();
-            MEMORY as f64 / began.elapsed().as_secs_f64()
-        };
-        (0..5).map(|_| once(work)).fold(0.0, f64::max)
-    };
-    let blake3 = best(&mut || {
-        for block in from.as_slice().chunks(256 << 10) {
-            std::hint::black_box(BlockHash::of(block));
-        }
-    });
-    let memcpy = best(&mut || {
-        to.as_mut_slice().copy_from_slice(from.as_slice());
-        std::hint::black_box(&to);
-    });
-    (blake3, memcpy)
-}
-
 /// The same bytes by PyTorch's distributed checkpoint, and Orbax.
 fn peer(args: &BenchStoreArgs, url: &str, bytes: u64) -> Result<Value, Failure> {
     let Some(root) = plain::folder(url) else {

@@ -1,11 +1,12 @@
 //! The plain side of the store benchmark: the same bytes with nothing done to them.
 //!
 //! On a local disk each rank's bytes go to a file of their own with direct output where the disk takes it, in writes of
-//! 4 MiB from two threads, into room set aside, synced with their folder; they come back in reads of 8 MiB from four
-//! threads. In a bucket they are one multipart upload a rank, parts of 16 MiB, four in flight, and come back in ranges
+//! 4 MiB from two threads, into room set aside, synced with their folder; they come back in reads of 1 MiB from four
+//! threads, hashed as they come if asked for. In a bucket they are one multipart upload a rank, parts of 16 MiB, four in flight, and come back in ranges
 //! of 8 MiB, eight in flight.
 
 use std::fs::{File, OpenOptions};
+use std::hint::black_box;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -13,8 +14,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use bytes::Bytes;
-use checkpoint_store::AlignedBuffer;
 use checkpoint_store::aligned::PAGE;
+use checkpoint_store::{AlignedBuffer, BlockHash};
 use futures::stream::{self, StreamExt, TryStreamExt};
 use object_store::aws::AmazonS3Builder;
 use object_store::{ClientOptions, ObjectStore, ObjectStoreExt, PutPayload};
@@ -25,7 +26,9 @@ use crate::failure::Failure;
 
 const WRITE: usize = 4 << 20;
 const WRITERS: usize = 2;
-const READ: usize = 8 << 20;
+const READ: usize = 1 << 20;
+const RANGE: usize = 8 << 20;
+const BLOCK: usize = 256 << 10;
 const READERS: usize = 4;
 const PART: usize = 16 << 20;
 const PARTS: usize = 4;
@@ -109,8 +112,9 @@ impl Plain {
         }
     }
 
-    /// Reads every rank's bytes back into its memory. Returns the seconds.
-    pub(super) async fn read(&self, buffers: &mut [AlignedBuffer], cold: bool) -> Result<f64, Failure> {
+    /// Reads every rank's bytes back into its memory; with `hashed` each block's BLAKE3 is taken on the way, which is the
+    /// least that a reader who proves its bytes can do. Returns the seconds.
+    pub(super) async fn read(&self, buffers: &mut [AlignedBuffer], cold: bool, hashed: bool) -> Result<f64, Failure> {
         match self {
             Self::Folder(_) => {
                 let files = self.files(buffers.len());
@@ -119,7 +123,9 @@ impl Plain {
                 }
                 tokio::task::block_in_place(|| {
                     let began = Instant::now();
-                    each(files.iter().zip(buffers), |(path, buffer)| read_file(path, buffer.as_mut_slice(), cold))?;
+                    each(files.iter().zip(buffers), |(path, buffer)| {
+                        read_file(path, buffer.as_mut_slice(), cold, hashed)
+                    })?;
                     Ok(began.elapsed().as_secs_f64())
                 })
             }
@@ -196,7 +202,7 @@ fn write_file(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
     work().map_err(failed("writing", path))
 }
 
-fn read_file(path: &Path, to: &mut [u8], direct: bool) -> Result<(), Failure> {
+fn read_file(path: &Path, to: &mut [u8], direct: bool, hashed: bool) -> Result<(), Failure> {
     let length = to.len() / PAGE * PAGE;
     let mut work = || -> std::io::Result<()> {
         let file = open(OpenOptions::new().read(true), path, direct)?;
@@ -206,6 +212,9 @@ fn read_file(path: &Path, to: &mut [u8], direct: bool) -> Result<(), Failure> {
                 let next = chunks.lock().map_err(|_| std::io::ErrorKind::Other)?.next();
                 let Some((index, chunk)) = next else { return Ok(()) };
                 file.read_exact_at(chunk, (index * READ) as u64)?;
+                if hashed {
+                    chunk.chunks(BLOCK).for_each(|block| _ = black_box(BlockHash::of(block)));
+                }
             }
         };
         std::thread::scope(|scope| {
@@ -227,8 +236,8 @@ async fn put(client: &dyn ObjectStore, path: String, slot: &Bytes) -> Result<(),
 async fn get(client: &dyn ObjectStore, path: String, to: &mut AlignedBuffer) -> Result<(), object_store::Error> {
     let path = path.into();
     let path = &path;
-    let reads = to.as_mut_slice().chunks_mut(READ).enumerate().map(|(index, chunk)| async move {
-        let start = (index * READ) as u64;
+    let reads = to.as_mut_slice().chunks_mut(RANGE).enumerate().map(|(index, chunk)| async move {
+        let start = (index * RANGE) as u64;
         let bytes = client.get_range(path, start..start + chunk.len() as u64).await?;
         chunk[..bytes.len()].copy_from_slice(&bytes);
         Ok(())

@@ -3,6 +3,7 @@
 use checkpoint_store::LoadReport;
 use serde_json::{Value, json};
 
+use super::rates::Rates;
 use crate::args::Output;
 use crate::table::{self, say};
 
@@ -55,8 +56,9 @@ pub(super) struct Report {
     pub(super) warm: Pair,
     pub(super) load: LoadReport,
     pub(super) reshards: Vec<Reshard>,
-    pub(super) blake3: f64,
-    pub(super) memcpy: f64,
+    /// Seconds of a plain warm reader that also hashes.
+    pub(super) warm_hashed: Vec<f64>,
+    pub(super) rates: Rates,
     pub(super) peer: Option<Value>,
 }
 
@@ -71,8 +73,8 @@ impl Report {
         let (save, cold, warm) = (Pair::default(), Pair::default(), Pair::default());
         let load = LoadReport::default();
         let url = url.to_owned();
-        let (reshards, blake3, memcpy, peer) = (vec![], 0.0, 0.0, None);
-        Self { url, bytes, ranks, rounds, save, cold, warm, load, reshards, blake3, memcpy, peer }
+        let (reshards, warm_hashed, rates, peer) = (vec![], vec![], Rates::default(), None);
+        Self { url, bytes, ranks, rounds, save, cold, warm, load, reshards, warm_hashed, rates, peer }
     }
 
     pub(super) fn print(&self, output: Output) {
@@ -94,7 +96,8 @@ impl Report {
             "rounds": self.rounds, "save": self.save.json(), "load_cold": self.cold.json(),
             "load_warm": (!self.warm.ours.is_empty()).then(|| self.warm.json()), "load": self.load,
             "over_read": self.load.over_read(), "reshard": reshards.collect::<Vec<_>>(),
-            "blake3_bytes_per_second": self.blake3, "memcpy_bytes_per_second": self.memcpy, "peer": self.peer,
+            "load_warm_hashed_seconds": (!self.warm_hashed.is_empty()).then(|| median(&self.warm_hashed)),
+            "one_thread": self.rates.json(), "peer": self.peer,
         })
     }
 
@@ -129,7 +132,11 @@ impl Report {
             l.place.seconds,
             l.requests
         );
-        say!("one thread: BLAKE3 {:.2} GB/s, memory copy {:.2} GB/s", self.blake3 / 1e9, self.memcpy / 1e9);
+        if !self.warm_hashed.is_empty() {
+            let (rate, ratio) = (self.rate(&self.warm_hashed), median(&self.warm_hashed) / median(&self.warm.ours));
+            say!("a plain warm reader that hashes what it reads: {rate} MB/s; a warm load is {ratio:.2} of it");
+        }
+        say!("{}", self.rates.text());
         if let Some(peer) = &self.peer {
             self.peer_text(peer);
         }

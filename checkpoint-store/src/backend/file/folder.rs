@@ -3,7 +3,8 @@
 //! Folders are entered one by one without following symbolic links, so nothing in the store can lead outside its root.
 //! Everything here blocks; the backend calls it off the async threads.
 
-use std::collections::HashSet;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashSet};
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -127,7 +128,7 @@ impl Folder {
         Ok(Opened::new(file, size, direct, &self.direct, is_cold))
     }
 
-    /// The entries of a folder, by name.
+    /// The entries of a folder, in no order.
     pub(super) fn entries(&self, folder: &str) -> Result<(Dir, Vec<(FileType, String)>), Errno> {
         let parent = self.enter(folder, false)?;
         let dir = parent.folder.open(parent.name)?;
@@ -146,12 +147,11 @@ impl Folder {
             }
             entries.push((kind, name.to_owned()));
         }
-        entries.sort_by(|a, b| a.1.cmp(&b.1));
         Ok((dir, entries))
     }
 
-    /// Visits every file under a folder; a folder that is not there has none.
-    fn walk(&self, start: &str, visit: &mut dyn FnMut(String, &Dir, &str)) -> Result<(), Errno> {
+    /// Visits every folder under a folder with the names of its files, in no order; a folder that is not there has none.
+    fn walk(&self, start: &str, visit: &mut dyn FnMut(&Dir, Vec<String>)) -> Result<(), Errno> {
         let mut waiting = vec![start.to_owned()];
         while let Some(folder) = waiting.pop() {
             let (dir, entries) = match self.entries(&folder) {
@@ -159,28 +159,38 @@ impl Folder {
                 Err(Errno::NOENT | Errno::NOTDIR) => continue,
                 Err(e) => return Err(e),
             };
+            let mut files = vec![];
             for (kind, name) in entries {
-                let path = format!("{folder}/{name}");
                 match kind {
-                    FileType::Directory => waiting.push(path),
-                    FileType::RegularFile => visit(path, &dir, &name),
+                    FileType::Directory => waiting.push(join(&folder, &name)),
+                    FileType::RegularFile => files.push(name),
                     _ => {}
                 }
             }
+            visit(&dir, files);
         }
         Ok(())
     }
 
     pub(super) fn list(&self, start: &str, after: Option<&str>, limit: usize) -> Result<Vec<Listed>, Errno> {
         let mut found = vec![];
-        self.walk(start, &mut |path, dir, name| {
-            let is_after = after.is_none_or(|a| path.as_str() > a);
-            if !name.starts_with(TEMPORARY) && is_after {
-                let stat = rustix::fs::statat(&dir.fd, name, AtFlags::SYMLINK_NOFOLLOW);
+        self.walk(start, &mut |dir, files| {
+            let prefix = format!("{}/", dir.path);
+            let is_after = |name: &str| match after.map(|after| (after, after.strip_prefix(&prefix))) {
+                None => true,
+                Some((_, Some(rest))) => name > rest,
+                Some((after, None)) => prefix.as_str() > after,
+            };
+            let wanted = files.into_iter().filter(|name| !name.starts_with(TEMPORARY) && is_after(name)).map(Reverse);
+            // The first names of a long folder are found without putting all of it in order or looking at each file.
+            let (mut wanted, mut taken) = (wanted.collect::<BinaryHeap<_>>(), 0);
+            while taken < limit
+                && let Some(Reverse(name)) = wanted.pop()
+            {
                 // A file deleted between the listing and here was not there.
-                if let Ok(stat) = stat {
-                    found.push(Listed { path, bytes: stat.st_size as u64 });
-                }
+                let Ok(stat) = rustix::fs::statat(&dir.fd, &name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
+                found.push(Listed { path: join(&dir.path, &name), bytes: stat.st_size as u64 });
+                taken += 1;
             }
         })?;
         found.sort_by(|a, b| a.path.cmp(&b.path));
@@ -190,15 +200,14 @@ impl Folder {
 
     pub(super) fn clear_leftovers(&self, start: &str) -> Result<usize, Errno> {
         let mut gone = 0;
-        self.walk(start, &mut |_, dir, name| {
-            if !name.starts_with(TEMPORARY) {
-                return;
-            }
-            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let open = rustix::fs::openat(&dir.fd, name, flags, Mode::empty());
-            let dead = open.is_ok_and(|f| rustix::fs::flock(&f, FlockOperation::NonBlockingLockExclusive).is_ok());
-            if dead && dir.unlink(name).is_ok() {
-                gone += 1;
+        self.walk(start, &mut |dir, files| {
+            for name in files.iter().filter(|name| name.starts_with(TEMPORARY)) {
+                let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let open = rustix::fs::openat(&dir.fd, name, flags, Mode::empty());
+                let dead = open.is_ok_and(|f| rustix::fs::flock(&f, FlockOperation::NonBlockingLockExclusive).is_ok());
+                if dead && dir.unlink(name).is_ok() {
+                    gone += 1;
+                }
             }
         })?;
         Ok(gone)

@@ -166,7 +166,9 @@ impl FileBackend {
         let work = move |folder: &Folder| match folder.entries(&start) {
             Ok((_, mut entries)) => {
                 entries.retain(|(kind, name)| *kind == FileType::Directory && !name.starts_with('.'));
-                Ok(entries.into_iter().map(|(_, name)| name).collect())
+                let mut names: Vec<String> = entries.into_iter().map(|(_, name)| name).collect();
+                names.sort_unstable();
+                Ok(names)
             }
             Err(Errno::NOENT) => Ok(vec![]),
             Err(e) => Err(e),
