@@ -13,7 +13,7 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 
 use super::{Job, LoadReport, Loader, THREADS};
 use crate::aligned::{AlignedBuffer, PAGE};
-use crate::backend::file::{FileBackend, LargeFile};
+use crate::backend::file::{EDGES, FileBackend, LargeFile};
 use crate::error::StoreError;
 
 /// The longest the polling thread works before the load may be dropped.
@@ -73,7 +73,7 @@ fn step(loader: &Loader<'_>, disk: &FileBackend, shared: &Work<'_>) -> Result<Lo
 fn work(loader: &Loader<'_>, disk: &FileBackend, shared: &Work<'_>, until: Instant) -> Result<LoadReport, StoreError> {
     let mut report = LoadReport::default();
     let mut open: Option<(usize, LargeFile<'_>)> = None;
-    let mut buffer: Option<AlignedBuffer> = None;
+    let mut memory = Memory { edges: AlignedBuffer::new(EDGES), request: None };
     while Instant::now() < until {
         let Some(job) = lock(&shared.jobs).pop() else { break };
         let path = &loader.manifest.objects[job.object].path;
@@ -82,7 +82,7 @@ fn work(loader: &Loader<'_>, disk: &FileBackend, shared: &Work<'_>, until: Insta
             open = Some((job.object, file.map_err(|e| e.missing_is_corrupt("the manifest"))?));
         }
         let Some((_, file)) = &open else { continue };
-        if let Err(error) = one(loader, file, job, &mut buffer, &mut report) {
+        if let Err(error) = one(loader, file, job, &mut memory, &mut report) {
             // The others stop at once; what they were given is lost with the load.
             lock(&shared.jobs).clear();
             return Err(error);
@@ -91,19 +91,26 @@ fn work(loader: &Loader<'_>, disk: &FileBackend, shared: &Work<'_>, until: Insta
     Ok(report)
 }
 
+/// What a thread reads into, where that is not the caller's memory.
+struct Memory {
+    edges: AlignedBuffer,
+    /// Made when a request first needs it.
+    request: Option<AlignedBuffer>,
+}
+
 /// Reads, verifies and places one request.
 fn one(
     loader: &Loader<'_>,
     file: &LargeFile<'_>,
     mut job: Job<'_>,
-    buffer: &mut Option<AlignedBuffer>,
+    memory: &mut Memory,
     report: &mut LoadReport,
 ) -> Result<(), StoreError> {
     report.requests += 1;
     if job.is_in_place() && file.suits(job.pieces[0].to, job.bytes.start) {
         let (length, piece) = (job.length(), &mut job.pieces[0]);
         let began = Instant::now();
-        let come = file.read_into(piece.to, job.bytes.start)?;
+        let come = file.read_into(piece.to, job.bytes.start, &mut memory.edges)?;
         report.read.add(began.elapsed(), length);
         report.bytes_read += length;
         whole(loader, &job, come as u64)?;
@@ -116,12 +123,12 @@ fn one(
     let page = PAGE as u64;
     let (start, end) = (job.bytes.start / page * page, job.bytes.end.next_multiple_of(page));
     let (lead, length) = ((job.bytes.start - start) as usize, (end - start) as usize);
-    let buffer = match buffer.take().filter(|b| b.as_slice().len() >= length) {
-        Some(large) => buffer.insert(large),
-        None => buffer.insert(AlignedBuffer::new(length)),
+    let buffer = match memory.request.take().filter(|b| b.as_slice().len() >= length) {
+        Some(large) => memory.request.insert(large),
+        None => memory.request.insert(AlignedBuffer::new(length)),
     };
     let began = Instant::now();
-    let come = file.read_into(&mut buffer.as_mut_slice()[..length], start)?;
+    let come = file.read_into(&mut buffer.as_mut_slice()[..length], start, &mut memory.edges)?;
     report.read.add(began.elapsed(), come as u64);
     report.bytes_read += come as u64;
     whole(loader, &job, (come.saturating_sub(lead) as u64).min(job.length()))?;

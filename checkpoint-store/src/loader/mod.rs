@@ -23,6 +23,7 @@ use serde::Serialize;
 
 use crate::aligned::PAGE;
 use crate::backend::Store;
+use crate::backend::file::EDGES;
 use crate::digest::BlockHash;
 use crate::error::StoreError;
 use crate::load::open_checkpoint;
@@ -37,9 +38,10 @@ const THREADS: usize = 4;
 const LOCAL_READ: u64 = 1 << 20;
 /// Requests to a bucket in flight.
 const REQUESTS: usize = 8;
-/// Most memory of a load from a local disk beside the caller's: a request's buffer for each thread. A block larger than
+/// Most memory of a load from a local disk beside the caller's: a request's buffer for each
+/// thread, and one for the pages at its edges. A block larger than
 /// 1 MiB counts in its place.
-pub const BUFFER_LOCAL: u64 = THREADS as u64 * (LOCAL_READ + 3 * PAGE as u64);
+pub const BUFFER_LOCAL: u64 = THREADS as u64 * (LOCAL_READ + (EDGES + 4 * PAGE) as u64);
 /// Most memory of a load from a bucket beside the caller's: each request's bytes, twice while its body is put together.
 pub const BUFFER_REMOTE: u64 = 2 * REQUESTS as u64 * MAX_READ;
 

@@ -27,9 +27,10 @@ use rustix::io::Errno;
 
 pub use self::disk::{DiskOp, Witness};
 use self::folder::{Folder, TEMPORARY};
-use self::read::{MEMORY, Opened, read_up_to};
+pub(crate) use self::read::EDGES;
+use self::read::{Opened, read_up_to};
 use super::{Create, Listed};
-use crate::aligned::PAGE;
+use crate::aligned::AlignedBuffer;
 use crate::error::{Source, StoreError};
 
 /// The longest one operation on the disk may take before the caller goes on without it; uploads are the long ones.
@@ -190,16 +191,15 @@ pub(crate) struct LargeFile<'a> {
 }
 
 impl LargeFile<'_> {
-    /// Whether `to` can be filled from `offset` on without a detour through other memory than the fastest way needs.
+    /// Whether `to` can be filled from `offset` on the fastest way, without a detour through other memory.
     pub(crate) fn suits(&self, to: &[u8], offset: u64) -> bool {
-        let whole_pages = offset.is_multiple_of(PAGE as u64) && to.len().is_multiple_of(PAGE);
-        !self.opened.wants_pages() || (whole_pages && to.as_ptr().addr().is_multiple_of(MEMORY))
+        self.opened.suits(to, offset)
     }
 
-    /// Fills `to` from `offset` on; fewer bytes if the file ends before. Returns how many.
-    pub(crate) fn read_into(&self, to: &mut [u8], offset: u64) -> Result<usize, StoreError> {
+    /// Fills `to` from `offset` on; fewer bytes if the file ends before. Returns how many. `edges` has [`EDGES`] bytes.
+    pub(crate) fn read_into(&self, to: &mut [u8], offset: u64, edges: &mut AlignedBuffer) -> Result<usize, StoreError> {
         let failed = |errno| Failure { what: self.what.clone(), errno: Some(errno), source: None };
-        Ok(self.opened.read_into(to, offset).map_err(failed)?)
+        Ok(self.opened.read_into(to, offset, edges).map_err(failed)?)
     }
 }
 
