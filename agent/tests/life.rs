@@ -143,7 +143,7 @@ fn phases(workers: &[wire::WorkerState]) -> Vec<WorkerPhase> {
 }
 
 fn run_of(generation: u64, worker: &str) -> wire::Announcement {
-    let placements = vec![wire::Placement { worker: worker.into(), rank: 0 }];
+    let placements = vec![wire::Placement { worker: worker.into(), ..Default::default() }];
     wire::Announcement { generation, world_size: 1, placements, ..Default::default() }
 }
 

@@ -132,7 +132,7 @@ pub use references::{Reached, condemned_references};
 pub use retention::{Collected, Collector, Freed, Open, collect, condemned, sweep};
 pub use save::{UploadOptions, commit, commit_encoded, upload_changed, upload_shard};
 pub use scalar::ScalarState;
-pub use space::{Dtype, Piece, Space, SpaceError, TensorDecl};
+pub use space::{Dtype, Piece, Space, SpaceError, TensorDecl, shards_before};
 pub use spec_file::{read_spec, write_spec};
 pub use timeline::{Stage, StageSummary, Timeline};
 pub use trust::{Lease, Proof, Trust};

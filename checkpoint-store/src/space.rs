@@ -237,6 +237,16 @@ fn count(shape: &[u64]) -> Option<u64> {
     shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d)).filter(|&n| n > 0)
 }
 
+/// The ranks of a world of another size whose shards may overlap a rank's, whatever the space.
+///
+/// Block `b` of `n` is with rank `⌈world·(b+1)/n⌉ - 1` of any world. For the blocks of rank `r`, `world·(b+1)/n` lies in
+/// `(r, r+1]`, so for the old world it lies in that interval times `old/world`.
+pub fn shards_before(rank: Rank, world: WorldSize, old: WorldSize) -> std::ops::Range<u32> {
+    let (rank, world, old) = (u64::from(rank.get()), u64::from(world.get()), u64::from(old.get()));
+    let (first, end) = (rank * old / world, ((rank + 1) * old).div_ceil(world));
+    first.min(old) as u32..end.min(old) as u32
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -271,6 +281,23 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn shards_that_overlap_are_of_the_ranks_said(blocks in 1u64..400, world in 1u32..40, old in 1u32..40) {
+            let space = Space::new(vec![tensor("a", &[blocks * 65536 - 7])]).unwrap();
+            let (world, old) = (WorldSize::new(world).unwrap(), WorldSize::new(old).unwrap());
+            for rank in world.ranks() {
+                let said = shards_before(rank, world, old);
+                let shard = space.shard_blocks(rank, world);
+                for other in old.ranks() {
+                    let theirs = space.shard_blocks(other, old);
+                    let common = shard.start.max(theirs.start) < shard.end.min(theirs.end);
+                    prop_assert!(!common || said.contains(&other.get()), "{rank} of {world}, {other} of {old}");
+                }
+                let most = old.get().div_ceil(world.get()) + 1;
+                prop_assert!(said.len() as u32 <= most, "no more than the neighbours beside them");
+            }
+        }
+
         #[test]
         fn shards_cover_the_space_exactly(sizes in proptest::collection::vec(1u64..300_000, 1..12), world in 1u32..40) {
             let tensors = sizes.iter().enumerate().map(|(i, &n)| tensor(&format!("t{i}"), &[n])).collect();

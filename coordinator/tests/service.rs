@@ -279,7 +279,8 @@ async fn a_job_runs_pauses_outlives_the_coordinator_and_finishes() {
     assert!(!submit(&rig, SubmitMode::New, Some(7)).await.unwrap().finished);
     let run = agent.join().await;
     assert_eq!((run.generation, run.world_size, run.stop_at, run.key.len()), (1, 2, 7, 32));
-    assert_eq!(run.peers, ["127.0.0.1:1", "127.0.0.1:2"]);
+    let next: Vec<&str> = run.placements.iter().map(|placement| placement.next.as_str()).collect();
+    assert_eq!(next, ["127.0.0.1:2", "127.0.0.1:1"]);
     agent.stop_after(&store, &run, 7).await;
     let events = watch(&rig).await;
     assert!(matches!(events[0], JobEvent::Generation { generation: 1, world_size: 2 }), "{events:?}");

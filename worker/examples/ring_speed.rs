@@ -19,23 +19,13 @@ fn main() -> Result<(), Failure> {
     let ranks: u32 = arguments.next().map_or(Ok(2), |text| text.parse())?;
     let mebibytes: usize = arguments.next().map_or(Ok(256), |text| text.parse())?;
     let bound: Result<Vec<_>, _> = (0..ranks).map(|_| RingListener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST))).collect();
-    let (listeners, peers): (Vec<_>, Vec<_>) = bound?.into_iter().unzip();
+    let (listeners, addresses): (Vec<_>, Vec<_>) = bound?.into_iter().unzip();
+    let memberships = RingMembership::of_ring(&addresses, &JobName::new("speed")?, Generation::new(1), [7; 32]);
     let start = Barrier::new(ranks as usize);
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..ranks)
-            .zip(&listeners)
-            .map(|(rank, listener)| {
-                let membership = RingMembership {
-                    job: JobName::new("speed")?,
-                    generation: Generation::new(1),
-                    rank: Rank::new(rank),
-                    peers: peers.clone(),
-                    key: [7; 32],
-                };
-                let start = &start;
-                Ok::<_, Failure>(scope.spawn(move || measure(listener, membership, mebibytes << 20, start)))
-            })
-            .collect::<Result<_, _>>()?;
+        let start = &start;
+        let spawn = |(listener, membership)| scope.spawn(move || measure(listener, membership, mebibytes << 20, start));
+        let workers: Vec<_> = listeners.iter().zip(memberships).map(spawn).collect();
         for worker in workers {
             worker.join().map_err(|_| "a rank panicked")??;
         }

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proto::ids::{Generation, Rank};
+use proto::ids::Generation;
 use proto::spec::JobSpec;
 
 use checkpoint_store::Space;
@@ -89,18 +89,16 @@ pub fn bench_train(
     let workers = workers.clamp(1, spec.training.micro_batches());
     let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
     let bound: Result<Vec<_>, _> = (0..workers).map(|_| RingListener::bind(host)).collect();
-    let (listeners, peers): (Vec<_>, Vec<_>) = bound?.into_iter().unzip();
+    let (listeners, addresses): (Vec<_>, Vec<_>) = bound?.into_iter().unzip();
+    let memberships = RingMembership::of_ring(&addresses, &spec.name, Generation::new(1), [7; 32]);
     // Any rank's request stops all after the same step.
     let controls: Vec<_> = (0..workers).map(|_| Arc::new(Control::new(false))).collect();
     let mut reports = std::thread::scope(|scope| {
         let running: Vec<_> = listeners
             .into_iter()
             .zip(&controls)
-            .zip(0..)
-            .map(|((listener, control), rank)| {
-                let generation = Generation::new(1);
-                let (job, peers) = (spec.name.clone(), peers.clone());
-                let membership = RingMembership { job, generation, rank: Rank::new(rank), peers, key: [7; 32] };
+            .zip(memberships)
+            .map(|((listener, control), membership)| {
                 scope.spawn(move || {
                     let result = work(spec, threads, &listener, &membership, control, seconds, real_data);
                     if result.is_err() {

@@ -96,20 +96,16 @@ fn run(
 ) -> Result<CaptureReport, BenchError> {
     let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
     let bound: Result<Vec<_>, _> = (0..workers).map(|_| RingListener::bind(host)).collect();
-    let (listeners, peers): (Vec<_>, Vec<_>) = bound?.into_iter().unzip();
+    let (listeners, addresses): (Vec<_>, Vec<_>) = bound?.into_iter().unzip();
+    let memberships = RingMembership::of_ring(&addresses, &spec.name, Generation::new(1), [7; 32]);
     let mut spec = spec.clone();
     spec.checkpoint.memory = capture;
     let spec = &spec;
     let reports: Vec<Result<CaptureReport, BenchError>> = std::thread::scope(|scope| {
         let running: Vec<_> = listeners
             .into_iter()
-            .zip(0..)
-            .map(|(listener, rank)| {
-                let (job, peers) = (spec.name.clone(), peers.clone());
-                let generation = Generation::new(1);
-                let membership = RingMembership { job, generation, rank: Rank::new(rank), peers, key: [7; 32] };
-                scope.spawn(move || work(spec, threads, &listener, &membership, seconds))
-            })
+            .zip(memberships)
+            .map(|(listener, membership)| scope.spawn(move || work(spec, threads, &listener, &membership, seconds)))
             .collect();
         running.into_iter().map(|worker| worker.join().unwrap_or(Err(BenchError::Panic))).collect()
     });

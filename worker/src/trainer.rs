@@ -252,14 +252,13 @@ impl Place {
             |what: &str| Failure::new(FailureKind::Transient, format!("the announcement cannot be used: {what}"));
         let announced = run.announcement.as_ref().ok_or_else(|| refuse("it is empty"))?;
         let world = WorldSize::new(announced.world_size).ok_or_else(|| refuse("it has no workers"))?;
-        let peers: Result<Vec<SocketAddr>, _> = announced.peers.iter().map(|peer| peer.parse()).collect();
-        let peers = peers.map_err(|_| refuse("a peer's address is none"))?;
-        if peers.len() != world.count() || run.rank >= world.get() {
-            return Err(refuse("its rank or its peers do not fit its world size"));
-        }
+        let placement = announced.placements.iter().find(|placement| placement.rank == run.rank);
+        let placement = placement.filter(|_| run.rank < world.get());
+        let placement = placement.ok_or_else(|| refuse("its rank is not one of this node or of its world"))?;
+        let next = placement.next.parse().map_err(|_| refuse("the next rank's address is none"))?;
         let key = announced.key.as_slice().try_into().map_err(|_| refuse("its key does not have 32 bytes"))?;
         let generation = Generation::new(announced.generation);
-        let membership = RingMembership { job: job.clone(), generation, rank: Rank::new(run.rank), peers, key };
+        let membership = RingMembership { job: job.clone(), generation, rank: Rank::new(run.rank), world, next, key };
         Ok(Self {
             membership,
             world,

@@ -17,17 +17,13 @@ const LIMIT: RingTimeouts = RingTimeouts { connect: Duration::from_secs(20), ope
 fn with_world<T: Send>(world: u32, work: impl Fn(&mut dyn Collective) -> T + Sync) -> Vec<T> {
     let bind = |_| RingListener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap();
     let (listeners, peers): (Vec<RingListener>, Vec<SocketAddr>) = (0..world).map(bind).unzip();
+    let job = JobName::new("test").unwrap();
+    let memberships = RingMembership::of_ring(&peers, &job, Generation::new(4), [9; 32]);
     thread::scope(|scope| {
         let threads: Vec<_> = (0..world)
             .zip(&listeners)
-            .map(|(rank, listener)| {
-                let membership = RingMembership {
-                    job: JobName::new("test").unwrap(),
-                    generation: Generation::new(4),
-                    rank: Rank::new(rank),
-                    peers: peers.clone(),
-                    key: [9; 32],
-                };
+            .zip(memberships)
+            .map(|((rank, listener), membership)| {
                 let work = &work;
                 scope.spawn(move || {
                     let mut group = connect(listener, &membership, LIMIT, &AbortHandle::new()).unwrap();
@@ -146,13 +142,8 @@ fn ranks_that_cut_differently_are_told_so() {
 #[test]
 fn a_ring_is_not_made_of_one() {
     let (listener, address) = RingListener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap();
-    let membership = RingMembership {
-        job: JobName::new("test").unwrap(),
-        generation: Generation::new(1),
-        rank: Rank::ZERO,
-        peers: vec![address],
-        key: [42; 32],
-    };
+    let job = JobName::new("test").unwrap();
+    let membership = RingMembership::of_ring(&[address], &job, Generation::new(1), [42; 32]).remove(0);
     assert!(!format!("{membership:?}").contains("42, 42"), "the key must not be printed");
     assert!(matches!(Ring::connect(&listener, membership, LIMIT), Err(CollectiveError::Request(_))));
 }

@@ -19,13 +19,8 @@ fn listeners(world: u32) -> (Vec<RingListener>, Vec<SocketAddr>) {
 }
 
 fn member(rank: u32, peers: &[SocketAddr]) -> RingMembership {
-    RingMembership {
-        job: JobName::new("test").unwrap(),
-        generation: Generation::new(5),
-        rank: Rank::new(rank),
-        peers: peers.to_vec(),
-        key: [9; 32],
-    }
+    let job = JobName::new("test").unwrap();
+    RingMembership::of_ring(peers, &job, Generation::new(5), [9; 32]).swap_remove(rank as usize)
 }
 
 /// Forms a ring, each member as `alter` leaves it, and runs `work`; the results in rank order.
@@ -158,12 +153,11 @@ fn a_peer_that_hangs_is_a_timeout() {
 #[test]
 fn a_stranger_to_the_generation_is_refused_with_the_reason() {
     type Alter = fn(&mut RingMembership);
-    let cases: [(Alter, &str); 5] = [
+    let cases: [(Alter, &str); 4] = [
         (|m| m.key = [8; 32], "without this generation's key"),
         (|m| m.generation = Generation::new(4), "generation 4 instead of 5"),
         (|m| m.job = JobName::new("other").unwrap(), "another job"),
-        (|m| m.peers.push(m.peers[0]), "world of a size".trim_end_matches("a size")),
-        (|m| m.peers = vec![m.peers[1], m.peers[0], m.peers[0]], "world of"),
+        (|m| m.world = WorldSize::new(3).unwrap(), "world of"),
     ];
     let limit = RingTimeouts { connect: Duration::from_millis(700), ..LIMIT };
     for (alter, reason) in cases {

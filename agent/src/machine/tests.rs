@@ -52,7 +52,7 @@ fn desired(workers: u32, fenced: u64, run: Option<(u64, &[u128])>) -> wire::Desi
         placements: ids
             .iter()
             .zip(0..)
-            .map(|(worker, rank)| wire::Placement { worker: id(*worker).to_string(), rank })
+            .map(|(worker, rank)| wire::Placement { worker: id(*worker).to_string(), rank, ..Default::default() })
             .collect(),
         ..Default::default()
     });

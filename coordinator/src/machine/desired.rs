@@ -5,15 +5,17 @@
 //! a generation's data plane is derived, not drawn: a new leader with the same secret announces the same generation in
 //! the same words.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use proto::ids::{Generation, JobName, NodeName, Rank, Step};
+use checkpoint_store::shards_before;
+use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorldSize};
 use proto::wire::coordinator_message::Body;
 use proto::wire::{Announcement, Desired, GroupMember, MemoryStart, ParityGroup, Placement, WorkerPhase};
 
 use super::Settings;
 use super::action::Action;
 use super::job::Job;
+use super::ledger::Member;
 use super::live::Live;
 use super::members::Members;
 use super::memory::{Group, Restorable};
@@ -82,16 +84,19 @@ impl Job {
             generation: live.generation().get(),
             world_size: members.len() as u32,
             placements: placements
-                .map(|(rank, member)| Placement { worker: member.worker.to_string(), rank: rank as u32 })
+                .map(|(rank, member)| Placement {
+                    worker: member.worker.to_string(),
+                    rank: rank as u32,
+                    next: members[(rank + 1) % members.len()].address.clone(),
+                })
                 .collect(),
-            peers: members.iter().map(|member| member.address.clone()).collect(),
             key: key(settings, &self.name, live.generation()).to_vec(),
             start: live.membership.start.as_ref().map(|start| start.reference.clone()).unwrap_or_default(),
             stop_at,
             stop: live.stop,
             group: live.groups.iter().find(|group| has(group, node)).map(|group| told(group, address)),
             groups: live.groups.len() as u32,
-            memory: live.restorable.as_ref().map(|from| memory_start(from, address)),
+            memory: live.restorable.as_ref().map(|from| memory_start(from, node, members, address)),
         })
     }
 }
@@ -110,14 +115,23 @@ fn told(group: &Group, address: impl Fn(&NodeName) -> String) -> ParityGroup {
     ParityGroup { members: group.members.iter().map(member).collect(), parities: group.parities as u32 }
 }
 
-/// A step in memory in the wire's terms; those who lost it have no address.
-fn memory_start(from: &Restorable, address: impl Fn(&NodeName) -> String + Copy) -> MemoryStart {
+/// A step in memory in the wire's terms, as far as the ranks on `node` need it; those who lost it have no address.
+fn memory_start(
+    from: &Restorable,
+    node: &NodeName,
+    members: &[Member],
+    address: impl Fn(&NodeName) -> String + Copy,
+) -> MemoryStart {
+    let mine = members.iter().zip(0..).filter(|(member, _)| member.node == *node).map(|(_, rank)| Rank::new(rank));
+    let needs = |rank| WorldSize::new(members.len() as u32).map(|world| shards_before(rank, world, from.world));
+    let needed: BTreeSet<u32> = mine.filter_map(needs).flatten().collect();
+    let is_needed = |group: &&Group| group.members.iter().any(|(_, r)| r.iter().any(|r| needed.contains(&r.get())));
     let present = |node: &NodeName| if from.holds(node) { address(node) } else { String::new() };
     MemoryStart {
         generation: from.point.generation.get(),
         step: from.point.step.get(),
         world_size: from.world.get(),
-        groups: from.groups.iter().map(|group| told(group, present)).collect(),
+        groups: from.groups.iter().filter(is_needed).map(|group| told(group, present)).collect(),
     }
 }
 

@@ -160,12 +160,16 @@ impl Agent {
 
     /// Announces a generation to all workers.
     pub(crate) async fn announce(&mut self, generation: u64, start: Option<&CheckpointRef>, stop_at: u64, stop: bool) {
-        let states = self.workers.iter().map(|worker| &self.states[worker]);
+        let workers = self.workers.iter().zip(self.workers.iter().cycle().skip(1)).zip(0..);
+        let placement = |((worker, next), rank): ((&String, &String), u32)| wire::Placement {
+            worker: worker.clone(),
+            rank,
+            next: self.states[next].ring_address.clone(),
+        };
         let announcement = wire::Announcement {
             generation,
             world_size: self.workers.len() as u32,
-            placements: vec![],
-            peers: states.map(|state| state.ring_address.clone()).collect(),
+            placements: workers.map(placement).collect(),
             key: vec![9; 32],
             start: start.map(|start| serde_json::to_vec(start).unwrap()).unwrap_or_default(),
             stop_at,

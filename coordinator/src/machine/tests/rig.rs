@@ -138,7 +138,11 @@ impl Rig {
                 if let (Some(run), Some(ledger)) = (&desired.run, &self.ledger) {
                     let persisted = ledger.membership.as_ref().expect("announced means persisted");
                     assert_eq!(run.generation, persisted.generation.get(), "only the newest generation is announced");
-                    assert_eq!(run.world_size as usize, run.peers.len());
+                    let members = &persisted.members;
+                    assert_eq!(run.world_size as usize, members.len());
+                    for placement in &run.placements {
+                        assert_eq!(placement.next, members[(placement.rank as usize + 1) % members.len()].address);
+                    }
                 }
                 let Some(node) = self.nodes.get_mut(name) else { return };
                 assert_eq!(node.connection, connection);

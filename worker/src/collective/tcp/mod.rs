@@ -39,12 +39,26 @@ pub struct RingMembership {
     pub job: JobName,
     /// The generation; a worker of another one is refused.
     pub generation: Generation,
-    /// This worker's place in `peers`.
+    /// This worker's place among the ranks.
     pub rank: Rank,
-    /// Every rank's [`RingListener`] address, this one's included, in rank order.
-    pub peers: Vec<SocketAddr>,
+    /// How many ranks there are.
+    pub world: WorldSize,
+    /// The [`RingListener`] address of the rank after this one; the last rank's is rank 0's.
+    pub next: SocketAddr,
     /// The generation's secret, drawn by the coordinator; never written to disk or log.
     pub key: [u8; 32],
+}
+
+impl RingMembership {
+    /// All members of a ring of listeners with these addresses, in the order of their ranks.
+    pub fn of_ring(addresses: &[SocketAddr], job: &JobName, generation: Generation, key: [u8; 32]) -> Vec<Self> {
+        let world = u32::try_from(addresses.len()).ok().and_then(WorldSize::new);
+        let ranks = world.into_iter().flat_map(|world| world.ranks().map(move |rank| (world, rank)));
+        ranks
+            .zip(addresses.iter().cycle().skip(1))
+            .map(|((world, rank), next)| Self { job: job.clone(), generation, rank, world, next: *next, key })
+            .collect()
+    }
 }
 
 impl fmt::Debug for RingMembership {
@@ -53,7 +67,8 @@ impl fmt::Debug for RingMembership {
             .field("job", &self.job)
             .field("generation", &self.generation)
             .field("rank", &self.rank)
-            .field("peers", &self.peers)
+            .field("world", &self.world)
+            .field("next", &self.next)
             .finish_non_exhaustive()
     }
 }
@@ -75,7 +90,7 @@ pub fn connect(
     timeouts: RingTimeouts,
     abort: &AbortHandle,
 ) -> Result<Box<dyn Collective>> {
-    if membership.peers.len() == 1 && membership.rank == Rank::ZERO {
+    if membership.world == WorldSize::ONE && membership.rank == Rank::ZERO {
         return Ok(Box::new(Solo::with_abort(membership.generation, abort.clone())));
     }
     Ok(Box::new(Ring::connect_with(listener, membership, timeouts, abort)?))
@@ -94,15 +109,15 @@ impl Ring {
         timeouts: RingTimeouts,
         abort: &AbortHandle,
     ) -> Result<Self> {
-        let RingMembership { job, generation, rank, peers, key } = membership;
-        let count = u32::try_from(peers.len()).ok().filter(|count| *count >= 2 && rank.get() < *count);
-        let Some((count, world)) = count.and_then(|count| WorldSize::new(count).map(|world| (count, world))) else {
-            let problem = format!("a ring of {} workers with rank {rank}; two or more make a ring", peers.len());
+        let RingMembership { job, generation, rank, world, next: next_address, key } = membership;
+        let (world, count) = (*world, world.get());
+        if count < 2 || rank.get() >= count {
+            let problem = format!("a ring of {count} workers with rank {rank}; two or more make a ring");
             return Err(CollectiveError::Request(problem));
-        };
+        }
         let next = Rank::new((rank.get() + 1) % count);
         let previous = Rank::new((rank.get() + count - 1) % count);
-        let neighbours = Neighbours { next, next_address: peers[next.index()], previous };
+        let neighbours = Neighbours { next, next_address: *next_address, previous };
         let identity = Identity::new(job, *generation, *rank, count, *key);
         let deadline = Deadline::after(timeouts.connect, "forming the ring");
         let formed = forming::form(listener, &identity, &neighbours, &deadline, abort);
