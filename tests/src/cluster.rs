@@ -1,5 +1,6 @@
 //! The parts of a cluster, started by hand.
 
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -62,6 +63,11 @@ impl Cluster {
             store: path("cairn-store"),
             memory: path("m"),
         }
+    }
+
+    /// The folder in memory that all agents' folders lie in.
+    pub fn memory(&self) -> &Path {
+        Path::new(&self.memory)
     }
 
     /// Starts the coordinator and waits until it answers.

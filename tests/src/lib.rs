@@ -5,6 +5,7 @@
 
 pub mod cluster;
 pub mod job;
+pub mod nodes;
 pub mod process;
 pub mod run;
 pub mod source;

@@ -3,11 +3,9 @@
 //! Unless a test says otherwise nothing is stored before the last step, so whatever a generation starts from beyond
 //! step 0 was in memory.
 
-use std::time::Duration;
-
 use serde_json::Value;
-use tests::cluster::{Cluster, Part};
 use tests::job::Job;
+use tests::nodes::nodes;
 use tests::run::{Outcome, Run};
 
 /// Long enough to be killed in the middle, and a snapshot at every step.
@@ -60,31 +58,6 @@ fn a_killed_agent_takes_its_earlier_lifes_snapshots_over() {
     let (step, source) = recovered(&outcome);
     assert_eq!(source, "memory");
     assert!(step >= AT_LEAST, "went on from {step}");
-}
-
-struct Nodes {
-    cluster: Cluster,
-    _coordinator: Part,
-    agents: Vec<Part>,
-}
-
-/// A worker on each of `count` nodes, submitted.
-fn nodes(job: &Job, count: u32, keys: &[&str]) -> (Nodes, Run) {
-    let cluster = Cluster::new(job);
-    let coordinator = cluster.coordinator();
-    let agents = (0..count).map(|at| cluster.agent_with(&format!("n{at}"), 1)).collect();
-    let file = job.file().display().to_string();
-    let workers = format!("resources.workers={{ min = 1, max = {count} }}");
-    let mut words = vec!["submit", &file, "--set", &workers];
-    for key in keys {
-        words.extend(["--set", key]);
-    }
-    // Starts at its full size, whatever agent comes first.
-    std::thread::sleep(Duration::from_secs(2));
-    let submitted = cluster.call(&words);
-    assert_eq!(submitted.code, Some(0), "{}", submitted.stderr);
-    let watch = Run::start(&cluster.words(&["watch", "t"]));
-    (Nodes { cluster, _coordinator: coordinator, agents }, watch)
 }
 
 #[test]

@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use checkpoint_store::{BlockHash, Capture, CheckpointRef, ShardSource, Space, Stage, StoreError};
@@ -56,6 +56,9 @@ pub(crate) struct Encoded {
     pub(crate) made: Result<(Vec<Stripe>, f64), String>,
 }
 
+/// Between two tries to make a step's parity.
+const ENCODE_AGAIN: Duration = Duration::from_millis(250);
+
 #[derive(Debug)]
 struct OfJob {
     keeper: Keeper,
@@ -73,6 +76,8 @@ struct OfJob {
     captured: (StepKey, Instant, f64),
     /// Processor seconds of the last parity, for each of this node's ranks.
     seconds: f64,
+    /// The step whose parity could not be made at the last try.
+    unmade: Option<StepKey>,
     skipped: u64,
     /// What the present generation starts from, and where checkpoints are stored.
     start: Option<wire::MemoryStart>,
@@ -92,6 +97,7 @@ impl Default for OfJob {
             state: None,
             captured: ((0, 0), Instant::now(), 0.0),
             seconds: 0.0,
+            unmade: None,
             skipped: 0,
             start: None,
             reference: vec![],
@@ -293,7 +299,10 @@ impl Memory {
                 of.keeper.encoded(key, true);
             }
             Err(reason) => {
-                tracing::warn!(%job, generation = key.0, step = key.1, reason, "parity was not made");
+                if of.unmade != Some(key) {
+                    tracing::warn!(%job, generation = key.0, step = key.1, reason, "parity was not made; trying again");
+                }
+                of.unmade = Some(key);
                 of.keeper.encoded(key, false);
             }
         }
@@ -442,8 +451,10 @@ impl Memory {
             let job = task.job.clone();
             let work = tokio::spawn(async move { encode::encode(&peers, &task).await });
             let made = work.await.unwrap_or_else(|error| Err(format!("a defect in encoding: {error}")));
-            if made.is_ok() {
-                times.note(&job, key, Stage::new("parity", start, began.elapsed().as_secs_f64(), bytes));
+            match &made {
+                Ok(_) => times.note(&job, key, Stage::new("parity", start, began.elapsed().as_secs_f64(), bytes)),
+                // It is tried again as soon as this is known; whoever could not be reached is given time to come back.
+                Err(_) => tokio::time::sleep(ENCODE_AGAIN).await,
             }
             let _ = inputs.send(Input::Encoded(Encoded { job, key, made })).await;
         });
