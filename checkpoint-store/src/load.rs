@@ -22,6 +22,15 @@ pub(crate) const READS_IN_FLIGHT: usize = 8;
 
 /// Reads and checks the manifest of a committed checkpoint.
 pub async fn open_checkpoint(store: &Store, job: &JobName, checkpoint: &CheckpointRef) -> Result<Manifest, StoreError> {
+    open_sized(store, job, checkpoint).await.map(|(manifest, _)| manifest)
+}
+
+/// The manifest, and how many bytes it is in the store.
+pub(crate) async fn open_sized(
+    store: &Store,
+    job: &JobName,
+    checkpoint: &CheckpointRef,
+) -> Result<(Manifest, u64), StoreError> {
     let path = layout::manifest(job, &checkpoint.manifest);
     if !layout::is_safe(&path) || checkpoint.manifest.contains('/') {
         return Err(StoreError::Corrupt(format!("job {job}: a record names a manifest outside checkpoints/")));
@@ -39,7 +48,7 @@ pub async fn open_checkpoint(store: &Store, job: &JobName, checkpoint: &Checkpoi
         && manifest.generation == checkpoint.generation
         && manifest.digest == checkpoint.digest;
     if same {
-        Ok(manifest)
+        Ok((manifest, bytes.len() as u64))
     } else {
         Err(StoreError::Corrupt(format!("{path} is of another checkpoint than its record")))
     }

@@ -6,9 +6,11 @@
 
 use std::ops::Range;
 
-use checkpoint_store::{CheckpointRef, Loader, Manifest, ScalarState, Store, StoreError, open_checkpoint};
+use checkpoint_store::loader::open_timed;
+use checkpoint_store::{CheckpointRef, Loader, Manifest, ScalarState, Store, StoreError};
 use proto::ids::Step;
 use proto::spec::JobSpec;
+use proto::wire::LoadStage;
 use tokio::runtime::Handle;
 
 use crate::generation::{HostDevice, Member, Trainer};
@@ -38,12 +40,14 @@ pub enum LoadError {
 }
 
 /// Where a generation starts.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Start {
     /// Updates the state has seen.
     pub step: u64,
     /// `"initialised"`, `"memory"`, `"peer"`, `"parity"` or `"store"`.
     pub source: String,
+    /// What having it cost.
+    pub stages: Vec<LoadStage>,
 }
 
 impl Start {
@@ -72,7 +76,7 @@ pub fn load_shard<D: HostDevice>(
         initialize(&trainer.spec.model, trainer.spec.training.seed, range, parameters);
         exp_avg.fill(0.0);
         exp_avg_sq.fill(0.0);
-        return Ok(Start { step: 0, source: Start::INITIALISED.into() });
+        return Ok(Start { step: 0, source: Start::INITIALISED.into(), stages: vec![] });
     }
     let reference: CheckpointRef = serde_json::from_slice(reference)?;
     let range = range.start as u64..range.end as u64;
@@ -80,12 +84,14 @@ pub fn load_shard<D: HostDevice>(
     let space = &trainer.space;
     let reading = async {
         let store = Store::open_existing(&spec.checkpoint.store)?;
-        let manifest = open_checkpoint(&store, &spec.name, &reference).await?;
+        let (manifest, list) = open_timed(&store, &spec.name, &reference).await?;
         check(&manifest, spec, space == &manifest.space)?;
         let states = [("param", parameters), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)];
         let mut targets = states.map(|(state, values)| (state, bytemuck::cast_slice_mut(values)));
-        Loader::new(&store, &manifest).load(range, &mut targets).await?;
-        Ok(Start { step: reference.step.get(), source: "store".into() })
+        let report = Loader::new(&store, &manifest).listed(list).load(range, &mut targets).await?;
+        let stages = report.stages().into_iter();
+        let stages = stages.map(|(name, s)| LoadStage { name: name.into(), seconds: s.seconds, bytes: s.bytes });
+        Ok(Start { step: reference.step.get(), source: "store".into(), stages: stages.collect() })
     };
     handle.block_on(async {
         tokio::select! {

@@ -156,7 +156,8 @@ impl Prepared {
         let place = Place::read(run, &self.trainer.spec.name)?;
         let generation = place.membership.generation.get();
         let (mut member, start) = self.join(&place, control, capturer, handle, tell)?;
-        tell(News::Event(Input::Joined { generation, step: start.step, source: start.source.clone() }));
+        let (source, load) = (start.source.clone(), start.stages.clone());
+        tell(News::Event(Input::Joined { generation, step: start.step, source, load }));
 
         let trainer = &mut self.trainer;
         let mut saver = Saver { place: &place, capturer, tell, told: Instant::now(), complete: 0, first: false };
@@ -223,7 +224,7 @@ fn restore(
     let answer = control.wait_restored(within).ok_or_else(late)?;
     match answer.failure {
         Some(failure) => Err(Failure::new(failure.kind(), failure.reason)),
-        None => Ok(Start { step: answer.step, source: answer.source }),
+        None => Ok(Start { step: answer.step, source: answer.source, stages: answer.stages }),
     }
 }
 

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use proto::ids::{Generation, JobName, Rank};
+use proto::ids::{Generation, JobName, Rank, WorldSize};
 use worker::collective::{
     AbortHandle, Collective, CollectiveError, Result, Ring, RingListener, RingMembership, RingTimeouts,
 };

@@ -322,12 +322,12 @@ impl Memory {
 
     /// Fills a worker's slot in the background; the answer comes as an input.
     pub(crate) fn restore(&mut self, job: &JobName, worker: WorkerId, rank: u32, slot: PathBuf, generation: u64) {
-        let answer = move |step, result: Result<&'static str, restore::Failure>| {
-            let (source, failure) = match result {
-                Ok(source) => (source.to_string(), None),
-                Err((kind, reason)) => (String::new(), Some(wire::Failure { kind: kind.into(), reason })),
+        let answer = move |step, result: Result<restore::Restored, restore::Failure>| {
+            let (source, stages, failure) = match result {
+                Ok(done) => (done.source.name().to_string(), done.stages, None),
+                Err((kind, reason)) => (String::new(), vec![], Some(wire::Failure { kind: kind.into(), reason })),
             };
-            Input::Restored { worker, answer: wire::Restored { generation, step, source, failure } }
+            Input::Restored { worker, answer: wire::Restored { generation, step, source, failure, stages } }
         };
         let of = self.jobs.entry(job.clone()).or_default();
         let known = of.start.clone().zip(of.space.clone()).zip(of.world);
@@ -346,7 +346,7 @@ impl Memory {
         tokio::spawn(async move {
             let work = tokio::spawn(async move { restore::restore(&vault, &peers, &task).await });
             let broken = |error| Err((wire::FailureKind::Fatal, format!("a defect in restoring: {error}")));
-            let result = work.await.unwrap_or_else(broken).map(restore::Source::name);
+            let result = work.await.unwrap_or_else(broken);
             let _ = inputs.send(answer(step, result)).await;
         });
     }

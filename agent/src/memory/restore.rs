@@ -7,14 +7,18 @@
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use bytes::Bytes;
 use checkpoint_store::parity::{COLUMN, Layout, Shard};
-use checkpoint_store::{Capture, CheckpointRef, Dtype, Space, Store, hash_blocks, open_checkpoint, read_range};
+use checkpoint_store::{
+    Capture, CheckpointRef, Dtype, Manifest, Space, Store, hash_blocks, open_checkpoint, read_range,
+};
 use futures::{StreamExt, TryStreamExt};
 use memmap2::MmapMut;
 use proto::ids::{JobName, WorldSize};
 use proto::wire::{self, FailureKind, ReadRequest, StepRequest};
+use tokio::sync::OnceCell;
 
 use super::peers::Peers;
 use super::plan::{Piece, layout, payload_bytes, pieces, slot_bytes};
@@ -78,13 +82,51 @@ struct Reader<'a> {
     key: StepKey,
     before: WorldSize,
     captures: BTreeMap<u32, std::sync::Arc<Capture>>,
+    /// The stored checkpoint, once a piece was needed from it.
+    stored: OnceCell<(Store, Manifest)>,
 }
 
-/// Fills the slot; the most distant source that was needed.
-pub(crate) async fn restore(vault: &Vault, peers: &Peers, task: &Restore) -> Result<Source, Failure> {
+/// What a restore did.
+#[derive(Debug)]
+pub(crate) struct Restored {
+    /// The most distant source that was needed.
+    pub(crate) source: Source,
+    /// Seconds and bytes of each source, and of verifying.
+    pub(crate) stages: Vec<wire::LoadStage>,
+}
+
+/// One piece's source, and the seconds that reading and verifying took.
+struct Filled {
+    source: Source,
+    bytes: u64,
+    reading: f64,
+    verifying: f64,
+}
+
+/// Adds up what the pieces cost.
+#[derive(Default)]
+struct Costs(BTreeMap<Source, (f64, u64)>, f64, u64);
+
+impl Costs {
+    fn add(&mut self, filled: &Filled) {
+        let of = self.0.entry(filled.source).or_default();
+        (of.0, of.1) = (of.0 + filled.reading, of.1 + filled.bytes);
+        (self.1, self.2) = (self.1 + filled.verifying, self.2 + filled.bytes);
+    }
+
+    fn done(self) -> Restored {
+        let source = self.0.keys().next_back().copied().unwrap_or(Source::Memory);
+        let stage = |name: &str, seconds, bytes| wire::LoadStage { name: name.into(), seconds, bytes };
+        let sources = self.0.iter().map(|(source, (seconds, bytes))| stage(source.name(), *seconds, *bytes));
+        Restored { source, stages: sources.chain([stage("verify", self.1, self.2)]).collect() }
+    }
+}
+
+/// Fills the slot.
+pub(crate) async fn restore(vault: &Vault, peers: &Peers, task: &Restore) -> Result<Restored, Failure> {
     let key = (task.start.generation, task.start.step);
     let before = WorldSize::new(task.start.world_size).ok_or_else(|| transient("the step in memory has no ranks"))?;
-    let mut reader = Reader { vault, peers, task, key, before, captures: BTreeMap::new() };
+    let mut reader = Reader { vault, peers, task, key, before, captures: BTreeMap::new(), stored: OnceCell::new() };
     let pieces = pieces(&task.space, before, task.rank, task.world);
     for piece in &pieces {
         reader.learn(piece.rank).await?;
@@ -100,12 +142,12 @@ pub(crate) async fn restore(vault: &Vault, peers: &Peers, task: &Restore) -> Res
     }
     let reader = &reader;
     let work: Vec<_> = split(pieces, &mut map).into_iter().map(|(piece, out)| reader.fill(piece, out)).collect();
-    let mut sources = futures::stream::iter(work).buffer_unordered(AT_ONCE);
-    let mut farthest = Source::Memory;
-    while let Some(source) = sources.try_next().await? {
-        farthest = farthest.max(source);
+    let mut pieces = futures::stream::iter(work).buffer_unordered(AT_ONCE);
+    let mut costs = Costs::default();
+    while let Some(filled) = pieces.try_next().await? {
+        costs.add(&filled);
     }
-    Ok(farthest)
+    Ok(costs.done())
 }
 
 /// Each piece with its place in the slot.
@@ -178,18 +220,23 @@ impl Reader<'_> {
     }
 
     /// Fills one piece from the first source whose bytes are right.
-    async fn fill(&self, piece: Piece, out: &mut [u8]) -> Result<Source, Failure> {
-        let piece = &piece;
+    async fn fill(&self, piece: Piece, out: &mut [u8]) -> Result<Filled, Failure> {
+        let (piece, bytes) = (&piece, out.len() as u64);
         let mut reasons: Vec<String> = vec![];
         for source in [Source::Memory, Source::Peer, Source::Parity, Source::Store] {
+            let began = Instant::now();
             let read = match source {
                 Source::Memory => self.read_memory(piece, out),
                 Source::Peer => self.read_peer(piece, out).await,
                 Source::Parity => self.read_parity(piece, out).await,
                 Source::Store => self.read_store(piece, out).await,
             };
+            let reading = began.elapsed();
             match read {
-                Ok(()) if self.is_right(piece, out) => return Ok(source),
+                Ok(()) if self.is_right(piece, out) => {
+                    let (reading, verifying) = (reading.as_secs_f64(), (began.elapsed() - reading).as_secs_f64());
+                    return Ok(Filled { source, bytes, reading, verifying });
+                }
                 Ok(()) => reasons.push(format!("{}: the bytes do not have their hashes", source.name())),
                 Err(reason) => reasons.push(format!("{}: {reason}", source.name())),
             }
@@ -333,11 +380,15 @@ impl Reader<'_> {
             return Err(format!("the newest stored checkpoint is of step {}", reference.step));
         }
         let read = async {
-            let store = Store::open_existing(url)?;
-            let manifest = open_checkpoint(&store, &self.task.job, reference).await?;
+            let open = || async {
+                let store = Store::open_existing(url)?;
+                let manifest = open_checkpoint(&store, &self.task.job, reference).await?;
+                Ok::<_, checkpoint_store::StoreError>((store, manifest))
+            };
+            let (store, manifest) = self.stored.get_or_try_init(open).await?;
             let range = self.task.space.blocks_to_elements(piece.blocks.clone());
             let state = ["param", "exp_avg", "exp_avg_sq"][piece.state as usize];
-            read_range(&store, &manifest, state, range, out).await
+            read_range(store, manifest, state, range, out).await
         };
         read.await.map_err(|error: checkpoint_store::StoreError| error.to_string())
     }

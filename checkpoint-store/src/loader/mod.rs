@@ -26,7 +26,7 @@ use crate::backend::Store;
 use crate::backend::file::EDGES;
 use crate::digest::BlockHash;
 use crate::error::StoreError;
-use crate::load::open_checkpoint;
+use crate::load::open_sized;
 use crate::manifest::Manifest;
 use crate::plan::{MAX_READ, OVER_READ, Read, join, plan_within};
 use crate::record::CheckpointRef;
@@ -92,6 +92,12 @@ pub struct LoadReport {
 }
 
 impl LoadReport {
+    /// The stages by name, in the order in which a byte goes through them.
+    pub fn stages(&self) -> [(&'static str, Stage); 5] {
+        let Self { list, plan, read, verify, place, .. } = *self;
+        [("list", list), ("plan", plan), ("read", read), ("verify", verify), ("place", place)]
+    }
+
     /// Bytes read over bytes needed; 1 for a load of nothing.
     pub fn over_read(&self) -> f64 {
         if self.bytes_needed == 0 { 1.0 } else { self.bytes_read as f64 / self.bytes_needed as f64 }
@@ -153,15 +159,14 @@ impl Job<'_> {
     }
 }
 
-/// Opens a committed checkpoint as [`open_checkpoint`] does, and says what that cost, for [`Loader::listed`].
+/// Opens a committed checkpoint as [`crate::open_checkpoint`] does, and says what that cost, for [`Loader::listed`].
 pub async fn open_timed(
     store: &Store,
     job: &JobName,
     checkpoint: &CheckpointRef,
 ) -> Result<(Manifest, Stage), StoreError> {
     let began = Instant::now();
-    let manifest = open_checkpoint(store, job, checkpoint).await?;
-    let bytes = manifest.to_json()?.len() as u64;
+    let (manifest, bytes) = open_sized(store, job, checkpoint).await?;
     Ok((manifest, Stage { seconds: began.elapsed().as_secs_f64(), bytes }))
 }
 

@@ -26,6 +26,8 @@ pub enum Input {
         step: u64,
         /// Where the state came from.
         source: String,
+        /// What having it cost.
+        load: Vec<wire::LoadStage>,
     },
     /// The trainer finished a step.
     Stepped {
@@ -96,6 +98,7 @@ struct Current {
     step: Option<u64>,
     loss: Option<f64>,
     source: String,
+    load: Vec<wire::LoadStage>,
     failure: Option<wire::Failure>,
     /// The trainer is at work in it.
     busy: bool,
@@ -158,6 +161,7 @@ impl Session {
             state.step = current.step;
             state.loss = current.loss;
             state.source.clone_from(&current.source);
+            state.load.clone_from(&current.load);
             state.failure.clone_from(&current.failure);
         } else if let Some(failure) = &self.broken {
             state.set_phase(WorkerPhase::Failed);
@@ -211,6 +215,7 @@ impl Session {
             step: None,
             loss: None,
             source: String::new(),
+            load: vec![],
             failure: None,
             busy: true,
             stopping: announcement.stop,
@@ -247,10 +252,10 @@ impl Session {
         };
         let Some(current) = self.current.as_mut().filter(|current| current.generation == of) else { return };
         match event {
-            Input::Joined { step, source, .. } => {
+            Input::Joined { step, source, load, .. } => {
                 current.phase = WorkerPhase::Running;
                 current.step = Some(step);
-                current.source = source;
+                (current.source, current.load) = (source, load);
             }
             Input::Stepped { step, loss, .. } => {
                 current.step = Some(step);
@@ -305,7 +310,7 @@ mod tests {
         let mut session = prepared();
         assert_eq!(session.handle(Input::Run(run(3, false))), [Action::Start(run(3, false)), Action::Report]);
         assert!(session.handle(Input::Run(run(3, false))).is_empty(), "the same again is no news");
-        session.handle(Input::Joined { generation: 3, step: 7, source: "store".into() });
+        session.handle(Input::Joined { generation: 3, step: 7, source: "store".into(), load: vec![] });
         assert_eq!(session.state().phase(), WorkerPhase::Running);
         assert_eq!(session.handle(Input::Run(run(3, true))), [Action::Stop(3)]);
         assert!(session.handle(Input::Run(run(3, true))).is_empty());
@@ -332,7 +337,7 @@ mod tests {
         assert_eq!(session.handle(failed), [Action::Report]);
         assert_eq!(session.state().phase(), WorkerPhase::Ready);
         assert!(
-            session.handle(Input::Joined { generation: 1, step: 0, source: "store".into() }).is_empty(),
+            session.handle(Input::Joined { generation: 1, step: 0, source: "store".into(), load: vec![] }).is_empty(),
             "too late"
         );
     }
