@@ -23,6 +23,7 @@ use std::path::PathBuf;
 
 use proto::auth::Token;
 use proto::ids::NodeName;
+use proto::tls::{Refused, Security, TlsError};
 
 /// What an agent is started with.
 #[derive(Debug, Clone)]
@@ -31,6 +32,8 @@ pub struct Options {
     pub coordinator: String,
     /// The credential the coordinator asks for.
     pub token: Token,
+    /// How the way to the coordinator and those between agents are closed to others.
+    pub security: Security,
     /// This node's name, unique in the cluster.
     pub node: NodeName,
     /// How many workers the node can run at once.
@@ -69,6 +72,12 @@ pub enum AgentError {
         /// Why.
         reason: String,
     },
+    /// An address is in the open, or the certificates will not do.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// Certificates disagree.
+    #[error("the coordinator cannot be used: {0}")]
+    Handshake(Refused),
     /// The coordinator will not have this agent.
     #[error("the coordinator refused this agent: {0}")]
     Refused(String),
@@ -84,6 +93,9 @@ pub enum AgentError {
         #[source]
         source: std::io::Error,
     },
+    /// Peers would be told an address that is none.
+    #[error("--ring-host {0} stands for any address: give the one that other nodes reach this machine by")]
+    Anywhere(IpAddr),
     /// The workers' socket failed.
     #[error("the workers' socket failed: {0}")]
     Socket(String),
@@ -95,6 +107,9 @@ impl AgentError {
         match self {
             Self::Folder { .. }
             | Self::Address { .. }
+            | Self::Tls(_)
+            | Self::Anywhere(_)
+            | Self::Handshake(_)
             | Self::Refused(_)
             | Self::ForeignStore(_)
             | Self::Listen { .. } => 2,

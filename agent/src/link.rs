@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use checkpoint_store::Store;
 use proto::auth::Token;
+use proto::tls::{Refused, Role, Security};
 use proto::wire::cluster_client::ClusterClient;
 use proto::wire::{self, coordinator_message};
 use tokio::sync::mpsc;
@@ -36,44 +37,46 @@ pub(crate) type Outgoing = mpsc::Sender<wire::AgentMessage>;
 
 /// Why an attempt ended.
 enum Ended {
+    /// Nobody is there, or not any more.
     Lost(String),
+    /// Somebody is there who does not speak as expected: worth a warning from the first time on.
+    Strange(String),
     Fatal(AgentError),
 }
 
-/// Whether a host as written in an address is this machine itself.
-fn is_loopback(host: &str) -> bool {
-    let bare = host.trim_start_matches('[').trim_end_matches(']');
-    bare == "localhost" || bare.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+/// The coordinator's address and how it is spoken to.
+pub(crate) struct Way {
+    endpoint: Endpoint,
+    token: Token,
+    security: Security,
 }
 
 /// Checks the coordinator's address before anything is started.
-pub(crate) fn endpoint(address: &str) -> Result<Endpoint, AgentError> {
+pub(crate) fn way(address: &str, token: Token, security: Security) -> Result<Way, AgentError> {
     let refuse = |reason: String| AgentError::Address { address: address.into(), reason };
     let (host, port) = address.rsplit_once(':').ok_or_else(|| refuse("there is no port".into()))?;
     if host.is_empty() || port.parse::<u16>().is_err() {
         return Err(refuse("host or port is not one".into()));
     }
-    if !is_loopback(host) {
-        let reason = "the token would cross a network in clear: only loopback addresses are taken in this release";
-        return Err(refuse(reason.into()));
-    }
+    security.may_connect("--coordinator", address)?;
     let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| refuse(error.to_string()))?;
-    Ok(endpoint
+    let endpoint = endpoint
         .connect_timeout(CONNECT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(PROBE)
         .keep_alive_timeout(PROBE)
-        .keep_alive_while_idle(true))
+        .keep_alive_while_idle(true);
+    Ok(Way { endpoint, token, security })
 }
 
 /// Keeps the stream up until the driver is gone or a fatal error was passed to it.
-pub(crate) async fn run(endpoint: Endpoint, token: Token, inputs: mpsc::Sender<Input>) {
+pub(crate) async fn run(way: Way, inputs: mpsc::Sender<Input>) {
     let mut wait = WAITS.0;
     let mut welcomed = false;
     let mut last = String::new();
     loop {
         let mut taken_in = false;
-        let ended = attempt(&endpoint, &token, &inputs, welcomed, &mut taken_in).await;
+        let ended = attempt(&way, &inputs, welcomed, &mut taken_in).await;
         welcomed |= taken_in;
         if inputs.send(Input::LinkDown).await.is_err() {
             return;
@@ -83,16 +86,15 @@ pub(crate) async fn run(endpoint: Endpoint, token: Token, inputs: mpsc::Sender<I
                 let _ = inputs.send(Input::LinkFailed(error)).await;
                 return;
             }
-            Ended::Lost(reason) => {
-                if reason != last {
-                    // An agent may well be up before its coordinator; only a loss is worth a warning.
-                    if welcomed {
-                        tracing::warn!(reason, "no coordinator; workers go on, trying again");
-                    } else {
-                        tracing::info!(reason, "no coordinator yet, trying again");
-                    }
-                    last = reason;
-                }
+            Ended::Lost(reason) | Ended::Strange(reason) if reason == last => {}
+            // An agent may well be up before its coordinator; only a loss is worth a warning.
+            Ended::Lost(reason) if !welcomed => {
+                tracing::info!(reason, "no coordinator yet, trying again");
+                last = reason;
+            }
+            Ended::Lost(reason) | Ended::Strange(reason) => {
+                tracing::warn!(reason, "no coordinator; workers go on, trying again");
+                last = reason;
             }
         }
         wait = if taken_in { WAITS.0 } else { (wait * 2).min(WAITS.1) };
@@ -100,19 +102,13 @@ pub(crate) async fn run(endpoint: Endpoint, token: Token, inputs: mpsc::Sender<I
     }
 }
 
-async fn attempt(
-    endpoint: &Endpoint,
-    token: &Token,
-    inputs: &mpsc::Sender<Input>,
-    welcomed: bool,
-    taken_in: &mut bool,
-) -> Ended {
+async fn attempt(way: &Way, inputs: &mpsc::Sender<Input>, welcomed: bool, taken_in: &mut bool) -> Ended {
     let lost = |error: String| Ended::Lost(error);
-    let channel: Channel = match endpoint.connect().await {
+    let channel: Channel = match way.security.connect(&way.endpoint, &[Role::Coordinator]).await {
         Ok(channel) => channel,
-        Err(error) => return lost(with_cause(&error)),
+        Err(error) => return unconnected(&error, welcomed),
     };
-    let token = token.clone();
+    let token = way.token.clone();
     let mut client = ClusterClient::with_interceptor(channel, move |request| token.sign(request))
         .max_decoding_message_size(wire::MOST_MESSAGE_BYTES)
         .max_encoding_message_size(wire::MOST_MESSAGE_BYTES);
@@ -122,13 +118,13 @@ async fn attempt(
     }
     let mut orders = match client.attach(ReceiverStream::new(outgoing)).await {
         Ok(response) => response.into_inner(),
-        Err(status) => return refusal(&status, welcomed || *taken_in),
+        Err(status) => return refusal(&status, welcomed || *taken_in, way.security.hint()),
     };
     loop {
         let message = match orders.message().await {
             Ok(Some(message)) => message,
             Ok(None) => return lost("the coordinator closed the stream".into()),
-            Err(status) => return refusal(&status, welcomed || *taken_in),
+            Err(status) => return refusal(&status, welcomed || *taken_in, way.security.hint()),
         };
         match message.body {
             Some(coordinator_message::Body::Refused(reason)) => return Ended::Fatal(AgentError::Refused(reason)),
@@ -147,11 +143,29 @@ async fn attempt(
     }
 }
 
-/// A wrong credential at the first try is the user's to mend; later it may be a coordinator in change.
-fn refusal(status: &tonic::Status, welcomed: bool) -> Ended {
+/// No connection came about. Certificates that disagree at the first try are the user's to mend; later they may be
+/// those of a coordinator in change.
+fn unconnected(error: &tonic::transport::Error, welcomed: bool) -> Ended {
+    match proto::tls::refused(error) {
+        Some(refused) if refused.is_settled() && !welcomed => Ended::Fatal(AgentError::Handshake(refused.clone())),
+        Some(refused @ (Refused::Settled(_) | Refused::Broken(_))) => Ended::Strange(refused.to_string()),
+        Some(refused @ Refused::Unreachable(_)) => Ended::Lost(refused.to_string()),
+        None => Ended::Lost(with_cause(error)),
+    }
+}
+
+/// A wrong credential at the first try is the user's to mend; later it may be a coordinator in change. `hint` is what
+/// may be behind a connection that broke without a word.
+fn refusal(status: &tonic::Status, welcomed: bool, hint: &str) -> Ended {
+    use tonic::Code;
     match status.code() {
-        tonic::Code::Unauthenticated | tonic::Code::InvalidArgument | tonic::Code::FailedPrecondition if !welcomed => {
+        Code::Unauthenticated | Code::PermissionDenied | Code::InvalidArgument | Code::FailedPrecondition
+            if !welcomed =>
+        {
             Ended::Fatal(AgentError::Refused(status.message().to_string()))
+        }
+        _ if std::error::Error::source(status).is_some() && !welcomed && !hint.is_empty() => {
+            Ended::Strange(format!("{}{hint}", status.message()))
         }
         _ => Ended::Lost(status.message().to_string()),
     }

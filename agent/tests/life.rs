@@ -127,6 +127,7 @@ fn options(folder: &Path, coordinator: &str, token: &Token) -> agent::Options {
     agent::Options {
         coordinator: coordinator.into(),
         token: token.clone(),
+        security: proto::tls::Security::Loopback,
         node: NodeName::new("one").unwrap(),
         slots: 2,
         cores: 2,

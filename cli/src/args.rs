@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use proto::ids::{JobName, NodeName, WorkerId};
 
+use crate::certs::CertsCommand;
 use crate::checkpoint::CheckpointCommand;
 
 /// Launches, heals and reshapes distributed training jobs, and keeps their checkpoints.
@@ -60,6 +61,9 @@ pub(crate) enum Command {
     /// Look into a checkpoint store.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
+    /// Make the certificates that a cluster of several machines needs.
+    #[command(subcommand)]
+    Certs(CertsCommand),
     /// Make datasets.
     #[command(subcommand)]
     Data(DataCommand),
@@ -134,17 +138,20 @@ pub(crate) struct TrainArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
-  cairn coordinator --store file:///srv/cairn --listen 127.0.0.1:7070")]
+  cairn coordinator --store file:///srv/cairn --listen 127.0.0.1:7070
+  cairn coordinator --store s3://bucket/prefix --listen 10.0.0.1:7070 --tls certs/coordinator-main")]
 pub(crate) struct CoordinatorArgs {
     /// The store the jobs live in.
     #[arg(long, value_name = "URL")]
     pub(crate) store: String,
-    /// Address to listen on; loopback only in this release.
+    /// Address to listen on; off loopback it takes --tls.
     #[arg(long, default_value = "127.0.0.1:7070")]
     pub(crate) listen: SocketAddr,
     /// Token file, made with mode 0600 if it does not exist.
     #[arg(long, value_name = "FILE", env = "CAIRN_TOKEN_FILE")]
     pub(crate) token_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) security: SecurityArgs,
     /// Wait for the present leader to fall silent instead of refusing to start beside it.
     #[arg(long)]
     pub(crate) standby: bool,
@@ -164,8 +171,9 @@ pub(crate) struct CoordinatorArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Example:
-  cairn agent --coordinator 127.0.0.1:7070 --node a --slots 2")]
+Examples:
+  cairn agent --coordinator 127.0.0.1:7070 --node a --slots 2
+  cairn agent --coordinator 10.0.0.1:7070 --node a --ring-host 10.0.0.2 --tls certs/agent-a")]
 pub(crate) struct AgentArgs {
     /// The coordinator's address.
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7070", env = "CAIRN_COORDINATOR")]
@@ -173,6 +181,8 @@ pub(crate) struct AgentArgs {
     /// The coordinator's token file.
     #[arg(long, value_name = "FILE", env = "CAIRN_TOKEN_FILE")]
     pub(crate) token_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) security: SecurityArgs,
     /// This node's name; by default the host name.
     #[arg(long)]
     pub(crate) node: Option<NodeName>,
@@ -188,7 +198,7 @@ pub(crate) struct AgentArgs {
     /// What this node may fail together with, such as its rack: parity is spread over different ones.
     #[arg(long, value_name = "NAME", default_value = "")]
     pub(crate) domain: String,
-    /// Interface the workers' data plane and this node's snapshots listen on.
+    /// Interface the workers' data plane and this node's snapshots listen on; off loopback it takes --tls.
     #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
     pub(crate) ring_host: IpAddr,
     /// Stop when standard input closes.
@@ -209,6 +219,17 @@ pub(crate) struct WorkerArgs {
     pub(crate) job: JobName,
 }
 
+/// How connections are closed to others.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct SecurityArgs {
+    /// Folder with ca.pem, cert.pem and key.pem (from `cairn certs issue`): all connections are mutual TLS.
+    #[arg(long, value_name = "DIR", env = "CAIRN_TLS")]
+    pub(crate) tls: Option<PathBuf>,
+    /// Use the network without TLS: token and jobs can be read by whoever is on the way.
+    #[arg(long)]
+    pub(crate) insecure_plaintext: bool,
+}
+
 /// Where the coordinator is.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct OperatorArgs {
@@ -218,6 +239,8 @@ pub(crate) struct OperatorArgs {
     /// The coordinator's token file.
     #[arg(long, value_name = "FILE", env = "CAIRN_TOKEN_FILE")]
     pub(crate) token_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) security: SecurityArgs,
     /// What standard output carries.
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) output: Output,
@@ -225,8 +248,9 @@ pub(crate) struct OperatorArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Example:
+Examples:
   cairn submit examples/tiny.toml --coordinator 127.0.0.1:7070 && cairn watch tiny
+  cairn submit examples/tiny.toml --coordinator 10.0.0.1:7070 --tls certs/operator-me
 
 The job's checkpoints go to the coordinator's store, whatever checkpoint.store says.
 With --resume, a job that has finished already prints its `finished` event.")]

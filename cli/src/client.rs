@@ -1,11 +1,12 @@
-//! The way to a coordinator: address, token, deadlines, and a watch that survives the coordinator's restart.
+//! The way to a coordinator: address, token, certificates, deadlines, and a watch that survives the coordinator's
+//! restart.
 
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use proto::auth::Token;
 use proto::event::JobEvent;
+use proto::tls::{Refused, Role, Security};
 use proto::wire::jobs_client::JobsClient;
 use proto::wire::{MOST_MESSAGE_BYTES, WatchRequest};
 use tokio::sync::mpsc;
@@ -16,7 +17,7 @@ use tonic::{Code, Request, Status};
 
 use crate::args::OperatorArgs;
 use crate::failure::{Failure, chain};
-use crate::parts::wait_for_token;
+use crate::parts;
 
 /// A call that takes longer is given up; pausing, which waits for a checkpoint, has its own limit.
 const CALL: Duration = Duration::from_secs(30);
@@ -44,30 +45,26 @@ pub(crate) fn token_path(given: Option<&Path>) -> Result<PathBuf, Failure> {
 }
 
 /// A client that connects on first use and again after a loss.
-pub(crate) fn connect(address: &str, token: Token) -> Result<Client, Failure> {
+pub(crate) fn connect(address: &str, token: Token, security: &Security) -> Result<Client, Failure> {
     let endpoint = Endpoint::from_shared(format!("http://{address}"))
         .map_err(|error| Failure::request(format!("--coordinator {address:?} is not HOST:PORT: {error}")))?
         .connect_timeout(Duration::from_secs(5))
         .keep_alive_while_idle(true)
         .http2_keep_alive_interval(Duration::from_secs(10))
         .keep_alive_timeout(Duration::from_secs(10));
-    let client = JobsClient::with_interceptor(endpoint.connect_lazy(), Sign(token));
+    let channel = security.connect_lazy(&endpoint, &[Role::Coordinator]);
+    let client = JobsClient::with_interceptor(channel, Sign(token));
     Ok(client.max_decoding_message_size(MOST_MESSAGE_BYTES).max_encoding_message_size(MOST_MESSAGE_BYTES))
 }
 
 /// The client an operator's command asked for.
 pub(crate) async fn operator(args: &OperatorArgs) -> Result<Client, Failure> {
-    let host = args.coordinator.rsplit_once(':').map_or("", |(host, _)| host);
-    let bare = host.trim_start_matches('[').trim_end_matches(']');
-    if bare != "localhost" && !bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback()) {
-        return Err(Failure::request(format!(
-            "--coordinator {:?} must be a loopback address and a port in this release, such as 127.0.0.1:7070",
-            args.coordinator
-        )));
-    }
+    let security = parts::security(&args.security)?;
+    let allowed = security.may_connect("--coordinator", &args.coordinator);
+    allowed.map_err(|error| Failure::request(chain(&error)))?;
     let path = token_path(args.token_file.as_deref())?;
-    let token = wait_for_token(&path).await?;
-    connect(&args.coordinator, token)
+    let token = parts::wait_for_token(&path).await?;
+    connect(&args.coordinator, token, &security)
 }
 
 /// A request with the ordinary deadline.
@@ -84,8 +81,25 @@ pub(crate) fn timed_for<T>(message: T, limit: Duration) -> Request<T> {
 
 /// A status as a failure, an unreachable coordinator explained.
 pub(crate) fn explain(status: Status, address: &str) -> Failure {
+    match proto::tls::refused(&status) {
+        Some(refused @ Refused::Settled(_)) => {
+            return Failure::request(format!("the coordinator at {address} cannot be used: {refused}"));
+        }
+        Some(refused @ Refused::Broken(_)) => {
+            return Failure::job(format!("the coordinator at {address} cannot be used: {refused}"));
+        }
+        Some(Refused::Unreachable(_)) | None => {}
+    }
+    // What HTTP/2 makes of an answer in TLS.
+    if status.code() == Code::Internal && std::error::Error::source(&status).is_some() {
+        let cause = status.message();
+        return Failure::job(format!(
+            "the coordinator at {address} does not answer as it should ({cause}): if it was started with --tls, use \
+             --tls here as well"
+        ));
+    }
     if status.code() == Code::Unavailable {
-        let cause = chain(&status);
+        let cause = proto::tls::refused(&status).map_or_else(|| chain(&status), ToString::to_string);
         return Failure::job(format!(
             "no coordinator answers at {address} ({cause}); start one with `cairn coordinator`, or name another with \
              --coordinator"
@@ -96,7 +110,13 @@ pub(crate) fn explain(status: Status, address: &str) -> Failure {
 
 /// Whether the same call may succeed later: the coordinator is away or restarting.
 pub(crate) fn is_passing(status: &Status) -> bool {
-    matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::Unknown | Code::DeadlineExceeded)
+    !is_settled(status)
+        && matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::Unknown | Code::DeadlineExceeded)
+}
+
+/// Whether certificates disagree.
+fn is_settled(status: &Status) -> bool {
+    proto::tls::refused(status).is_some_and(Refused::is_settled)
 }
 
 /// Whether a failed call cannot have reached a coordinator: nobody listened.

@@ -9,6 +9,7 @@ mod bench;
 mod bench_capture;
 mod bench_store;
 mod bench_synthetic;
+mod certs;
 mod checkpoint;
 mod client;
 mod data;
@@ -87,6 +88,7 @@ async fn dispatch(command: Command) -> Result<u8, Failure> {
         Command::Resume(args) => jobs::resume(args).await,
         Command::Cancel(args) => jobs::cancel(args).await,
         Command::Checkpoint(command) => checkpoint::run(command).await,
+        Command::Certs(command) => certs::run(command),
         Command::Data(command) => data::run(command),
         Command::Bench(command) => bench::run(command).await,
     }

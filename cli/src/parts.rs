@@ -7,11 +7,12 @@ use std::time::Duration;
 use coordinator::Scope;
 use proto::auth::Token;
 use proto::ids::NodeName;
+use proto::tls::Security;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep};
 
-use crate::args::{AgentArgs, CoordinatorArgs, WorkerArgs};
+use crate::args::{AgentArgs, CoordinatorArgs, SecurityArgs, WorkerArgs};
 use crate::client::token_path;
 use crate::failure::{Failure, chain};
 use crate::train::random_bytes;
@@ -27,6 +28,7 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<u8, Failure> {
         store_url: checkpoint_store::normalize_url(&args.store, &here)?,
         listen: args.listen,
         token,
+        security: security(&args.security)?,
         host: host_identity(),
         scope: match args.only {
             Some(name) => Scope::Job { name, held: args.held },
@@ -45,12 +47,6 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<u8, Failure> {
 pub(crate) async fn agent(args: AgentArgs) -> Result<u8, Failure> {
     let path = token_path(args.token_file.as_deref())?;
     let token = wait_for_token(&path).await?;
-    if !args.ring_host.is_loopback() {
-        return Err(Failure::request(format!(
-            "--ring-host {} must be a loopback address in this release, such as 127.0.0.1",
-            args.ring_host
-        )));
-    }
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let node = match args.node {
         Some(node) => node,
@@ -61,6 +57,7 @@ pub(crate) async fn agent(args: AgentArgs) -> Result<u8, Failure> {
     let options = agent::Options {
         coordinator: args.coordinator,
         token,
+        security: security(&args.security)?,
         node,
         slots: args.slots.unwrap_or(cores as u32),
         cores,
@@ -99,6 +96,11 @@ fn stop_asked(supervised: bool) -> Result<impl Future<Output = ()> + Send + 'sta
             () = lifeline(supervised) => {}
         }
     })
+}
+
+/// How connections are closed to others, as the command line says it.
+pub(crate) fn security(args: &SecurityArgs) -> Result<Security, Failure> {
+    Security::choose(args.tls.as_deref(), args.insecure_plaintext).map_err(|error| Failure::request(chain(&error)))
 }
 
 /// Reads the token, waiting a while for a coordinator that is just being started to make it.

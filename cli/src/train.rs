@@ -11,6 +11,7 @@ use std::time::Duration;
 use proto::auth::Token;
 use proto::event::JobEvent;
 use proto::spec::{JobSpec, Overrides, Reduction};
+use proto::tls::Security;
 use proto::wire::{JobRequest, SubmitMode, SubmitRequest};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
@@ -183,7 +184,7 @@ impl Local {
 }
 
 async fn follow(args: &TrainArgs, spec: &JobSpec, local: &Local, signals: &mut Signals) -> Result<u8, Failure> {
-    let mut client = client::connect(&local.address, local.token.clone())?;
+    let mut client = client::connect(&local.address, local.token.clone(), &Security::Loopback)?;
     let last = args.job.steps.unwrap_or(spec.training.steps);
     let mut renderer = Renderer::new(args.output, last, spec.training.tokens_per_step());
     let request = submit_request(&args.job, spec)?;

@@ -11,6 +11,7 @@ use checkpoint_store::parity::MAX_GROUP;
 use checkpoint_store::{Change, Receipt, Space};
 use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId, WorldSize};
 use proto::spec::{JobSpec, SPEC_FORMAT};
+use proto::tls::Identity;
 use proto::wire::{
     AgentHello, BUILD, CheckpointChange, GroupMember, JobMemory, NodeReport, ParityGroup, SaveFailed, SaveSkipped,
     ShardReceipt, StepReport, SubmitMode, SubmitRequest, WorkerPhase, WorkerState,
@@ -57,6 +58,18 @@ pub(crate) fn hello(hello: &AgentHello) -> Result<Hello, Fault> {
     }
     let home = Home { snapshots, domain: hello.domain.clone() };
     Ok(Hello { node, incarnation: hello.incarnation.clone(), slots: hello.slots, home })
+}
+
+/// An agent attaches under the name in its certificate; without TLS there is none.
+pub(crate) fn identity(hello: Hello, identity: Option<&Identity>) -> Result<Hello, Fault> {
+    match identity.filter(|identity| !identity.may_attach(&hello.node)) {
+        None => Ok(hello),
+        Some(identity) => Err(format!(
+            "the certificate of {identity} does not let it attach as node {}: start it with --node {}, or with a \
+             certificate of --role agent --name {}",
+            hello.node, identity.name, hello.node
+        )),
+    }
 }
 
 /// A change of a job's checkpoints, well formed; whether it makes sense is for the chain to say.

@@ -3,15 +3,14 @@
 use std::net::SocketAddr;
 
 use checkpoint_store::error::{Kind, StoreError};
+use proto::tls::TlsError;
 
 /// Why the coordinator did not start, or had to stop.
 #[derive(Debug, thiserror::Error)]
 pub enum CoordinatorError {
-    /// It would listen where others can reach it.
-    #[error(
-        "--listen {0} is not a loopback address: without mutual TLS this release listens on 127.0.0.1 or [::1] only"
-    )]
-    NotLoopback(SocketAddr),
+    /// It would listen in the open, or its certificates will not do.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The address cannot be listened on.
     #[error("cannot listen on {address}: {source}; end the process that does, or choose another --listen")]
     Listen {
@@ -57,7 +56,7 @@ impl CoordinatorError {
     /// 2: the request is wrong; 3: it failed; 4: the store's data are damaged.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::NotLoopback(_) | Self::Listen { .. } | Self::Led { .. } => 2,
+            Self::Tls(_) | Self::Listen { .. } | Self::Led { .. } => 2,
             Self::Fenced(_) | Self::Broken { .. } => 3,
             Self::Store(error) => match error.kind() {
                 Kind::Corrupt => 4,

@@ -23,6 +23,7 @@ use checkpoint_store::error::{Kind, StoreError};
 use checkpoint_store::{Create, Leadership, Store, layout, probe_atomic_create};
 use proto::auth::Token;
 use proto::ids::JobName;
+use proto::tls::{Gate, Role, Security};
 use proto::wire::MOST_MESSAGE_BYTES;
 use proto::wire::cluster_server::ClusterServer;
 use proto::wire::jobs_server::JobsServer;
@@ -33,7 +34,6 @@ use tokio::time::timeout;
 use tonic::Request;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 
 pub use error::CoordinatorError;
 
@@ -75,10 +75,12 @@ pub enum Scope {
 pub struct Options {
     /// The store the jobs live in; also what agents are told.
     pub store_url: String,
-    /// Where to listen: a loopback address in this release.
+    /// Where to listen: a loopback address, unless `security` is for more.
     pub listen: SocketAddr,
     /// The cluster's secret.
     pub token: Token,
+    /// How the listener is closed to others.
+    pub security: Security,
     /// What tells this boot of this host from any other.
     pub host: String,
     /// Wait while another coordinator leads, instead of refusing to start.
@@ -91,9 +93,7 @@ pub struct Options {
 
 /// Coordinates until `shutdown` completes; then gives the leadership back. Jobs at work go on without it.
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), CoordinatorError> {
-    if !options.listen.ip().is_loopback() {
-        return Err(CoordinatorError::NotLoopback(options.listen));
-    }
+    check_security(&options)?;
     let listen = |source| CoordinatorError::Listen { address: options.listen, source };
     let listener = TcpListener::bind(options.listen).await.map_err(listen)?;
     let store = Store::open(&options.store_url)?;
@@ -118,7 +118,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         loaded = driver.load() => loaded?,
         outcome = &mut holding.0 => return flatten("the leadership", outcome),
     }
-    let mut server = Task(tokio::spawn(server(listener, edge, options.token.clone())));
+    let mut server = Task(tokio::spawn(server(listener, edge, options.token.clone(), options.security.clone())));
     let outcome = tokio::select! {
         outcome = driver.run(inputs) => outcome,
         outcome = &mut holding.0 => flatten("the leadership", outcome),
@@ -162,6 +162,19 @@ fn parts(
     (driver, edge, inputs)
 }
 
+/// Refuses to listen in the open, and with a certificate that no client would take for a coordinator's.
+fn check_security(options: &Options) -> Result<(), CoordinatorError> {
+    let host = options.listen.ip();
+    options.security.may_listen("--listen", host)?;
+    let Some(credentials) = options.security.credentials() else { return Ok(()) };
+    credentials.check_role(Role::Coordinator)?;
+    if let (false, Err(error)) = (host.is_unspecified(), credentials.check_host(&host.to_string())) {
+        // It may be reached by a name that the certificate does have.
+        tracing::warn!("clients that are given {host} will refuse this coordinator: {error}");
+    }
+    Ok(())
+}
+
 /// Probes a store once; what it found is remembered in the store.
 async fn trust(store: &Store, allow_single: bool) -> Result<(), StoreError> {
     // Bound to the URL: a store copied to another server is probed again.
@@ -185,8 +198,9 @@ async fn trust(store: &Store, allow_single: bool) -> Result<(), StoreError> {
     }
 }
 
-async fn server(listener: TcpListener, edge: Edge, token: Token) -> Result<(), CoordinatorError> {
-    let (for_cluster, for_jobs) = (token.clone(), token);
+async fn server(listener: TcpListener, edge: Edge, token: Token, security: Security) -> Result<(), CoordinatorError> {
+    let for_cluster = Gate::new(token.clone(), &security, &[Role::Coordinator, Role::Agent], "attach a node");
+    let for_jobs = Gate::new(token, &security, &[Role::Coordinator, Role::Operator], "command jobs");
     let cluster = ClusterServer::new(edge.clone())
         .max_decoding_message_size(MOST_MESSAGE_BYTES)
         .max_encoding_message_size(MOST_MESSAGE_BYTES);
@@ -198,7 +212,7 @@ async fn server(listener: TcpListener, edge: Edge, token: Token) -> Result<(), C
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_service(InterceptedService::new(cluster, move |request| for_cluster.check(request)))
         .add_service(InterceptedService::new(jobs, move |request| for_jobs.check(request)))
-        .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)))
+        .serve_with_incoming(proto::tls::incoming(listener, &security))
         .await
         .map_err(|error| CoordinatorError::broken("the server", error))
 }

@@ -1,6 +1,7 @@
 //! The gRPC edge: agents attach, operators ask and watch.
 //!
-//! Every call needs the token. Messages are checked here and become events of the driver's one queue; nothing here
+//! Every call needs the token and, with TLS, a certificate for it; an agent attaches under its certificate's name only.
+//! Messages are checked here and become events of the driver's one queue; nothing here
 //! decides anything. A peer that breaks the rules loses its stream, with the reason.
 
 use std::pin::Pin;
@@ -58,6 +59,7 @@ impl Cluster for Edge {
     type AttachStream = Boxed<CoordinatorMessage>;
 
     async fn attach(&self, request: Request<Streaming<AgentMessage>>) -> Result<Response<Self::AttachStream>, Status> {
+        let identity = proto::tls::peer(&request).cloned();
         let mut stream = request.into_inner();
         let first = timeout(HELLO, stream.message()).await;
         let first = first.map_err(|_| Status::deadline_exceeded("no hello within 10 s"))??;
@@ -65,7 +67,7 @@ impl Cluster for Edge {
             return Err(Status::invalid_argument("the first message must be hello"));
         };
         let (sender, receiver) = mpsc::channel(WAITING);
-        let hello = match check::hello(&message) {
+        let hello = match check::hello(&message).and_then(|hello| check::identity(hello, identity.as_ref())) {
             Ok(hello) => hello,
             Err(fault) => {
                 let refusal = CoordinatorMessage { epoch: self.epoch, body: Some(ToAgent::Refused(fault)) };

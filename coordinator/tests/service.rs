@@ -55,6 +55,7 @@ fn options(folder: &Path, listen: SocketAddr) -> Options {
         store_url: format!("file://{}", folder.join("store").display()),
         listen,
         token,
+        security: proto::tls::Security::Loopback,
         host: "host/boot".into(),
         standby: false,
         allow_single_coordinator: false,
@@ -348,5 +349,5 @@ async fn a_second_coordinator_and_a_public_address_are_refused() {
     assert_eq!(second.exit_code(), 2);
     assert!(second.to_string().contains(&rig.address.to_string()), "{second}");
     let public = run(options(folder.path(), "0.0.0.0:7070".parse().unwrap()), std::future::pending()).await;
-    assert!(matches!(public, Err(CoordinatorError::NotLoopback(_))));
+    assert!(matches!(public, Err(CoordinatorError::Tls(_))));
 }

@@ -1,7 +1,8 @@
-//! The token that opens the control plane on loopback (P6).
+//! The token that opens the control plane (P6).
 //!
 //! A token file holds 64 hex digits and must be readable by its owner only. Clients send it as a bearer credential with
-//! every call; servers compare it in constant time. Off loopback nothing listens in this release.
+//! every call; servers compare it in constant time. On loopback it is the credential; elsewhere it is asked for as
+//! well, inside of mutual TLS (`tls`).
 
 use std::io::Write;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};

@@ -184,6 +184,10 @@ name! {
     /// A node's name, unique within a cluster; by default the host name.
     NodeName, "node name"
 }
+name! {
+    /// A cluster's name, in the certificates of all its parts.
+    ClusterName, "cluster name"
+}
 
 /// One life of a worker process. A restarted process has a new id, so a message of the dead one cannot be taken for the
 /// living one's.

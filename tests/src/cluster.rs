@@ -1,9 +1,10 @@
-//! The parts of a cluster, started by hand.
+//! The parts of a cluster, started by hand, plain or with TLS.
 
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::certs::Certs;
 use crate::job::Job;
 use crate::run::{LIMIT, Outcome, cairn};
 
@@ -43,8 +44,10 @@ impl Drop for Part {
 
 /// The parts of one job's cluster, all on this machine.
 pub struct Cluster {
-    /// Where the coordinator listens.
+    /// Where the coordinator is reached: where it listens, unless a test puts something in between.
     pub address: String,
+    listen: String,
+    certs: Option<Certs>,
     /// The token file.
     pub token: String,
     /// The store, as a path.
@@ -59,6 +62,8 @@ impl Cluster {
         let path = |name: &str| job.folder().join(name).display().to_string();
         Self {
             address: format!("127.0.0.1:{port}"),
+            listen: format!("127.0.0.1:{port}"),
+            certs: None,
             token: path("token"),
             store: path("cairn-store"),
             memory: path("m"),
@@ -70,10 +75,28 @@ impl Cluster {
         Path::new(&self.memory)
     }
 
+    /// The same with certificates for its parts.
+    pub fn secured(job: &Job) -> Self {
+        let certs = Certs::new(&job.folder().join("certs"));
+        Self { certs: Some(certs), ..Self::new(job) }
+    }
+
+    /// Its certificates.
+    pub fn certs(&self) -> &Certs {
+        self.certs.as_ref().expect("a cluster with TLS")
+    }
+
+    /// The words that give a part its certificate.
+    fn tls(&self, role: &str, name: &str) -> Vec<String> {
+        let issued = self.certs.as_ref().map(|certs| certs.issue(role, name));
+        issued.into_iter().flat_map(|folder| ["--tls".to_string(), folder]).collect()
+    }
+
     /// Starts the coordinator and waits until it answers.
     pub fn coordinator(&self) -> Part {
-        let words = ["coordinator", "--store", &self.store, "--listen", &self.address, "--token-file", &self.token];
-        let part = Part::start(&words);
+        let words = ["coordinator", "--store", &self.store, "--listen", &self.listen, "--token-file", &self.token];
+        let tls = self.tls("coordinator", "main");
+        let part = Part::start(&[&words[..], &tls.iter().map(String::as_str).collect::<Vec<_>>()].concat());
         let deadline = Instant::now() + LIMIT;
         while self.call(&["jobs"]).code != Some(0) {
             assert!(Instant::now() < deadline, "the coordinator does not answer");
@@ -90,13 +113,18 @@ impl Cluster {
     /// Starts an agent.
     pub fn agent_with(&self, node: &str, slots: u32) -> Part {
         let words = ["agent", "--coordinator", &self.address, "--token-file", &self.token, "--node", node];
-        Part::start(&[&words[..], &["--memory", &self.memory, "--slots", &slots.to_string()]].concat())
+        let tls = self.tls("agent", node);
+        let tls: Vec<_> = tls.iter().map(String::as_str).collect();
+        Part::start(&[&words[..], &["--memory", &self.memory, "--slots", &slots.to_string()], &tls].concat())
     }
 
     /// A command's words, with those that find this cluster.
     pub fn words<'a>(&'a self, words: &[&'a str]) -> Vec<&'a str> {
         let mut all = words.to_vec();
         all.extend(["--coordinator", &self.address, "--token-file", &self.token, "--output", "json"]);
+        if let Some(certs) = &self.certs {
+            all.extend(["--tls", certs.operator()]);
+        }
         all
     }
 

@@ -3,10 +3,12 @@
 //! Every test trains a small real model on the shipped corpus in a folder of its own. The oracle of all of them is the
 //! digest: it must equal that of an undisturbed run.
 
+pub mod certs;
 pub mod cluster;
 pub mod job;
 pub mod nodes;
 pub mod process;
+pub mod relay;
 pub mod run;
 pub mod source;
 

@@ -18,7 +18,7 @@ use crate::children::Children;
 use crate::folder::Folder;
 use crate::link::{self, Outgoing};
 use crate::machine::{Action, Command, Event, Machine};
-use crate::memory::{self, Encoded, Memory};
+use crate::memory::{self, Encoded, Memory, Peers};
 use crate::receipts::{SaveKey, Waiting};
 use crate::socket::{self, Commands};
 use crate::uploads::{Finished, Uploads};
@@ -101,17 +101,18 @@ pub(crate) async fn run(
     drain: impl Future<Output = ()> + Send,
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), AgentError> {
-    let endpoint = link::endpoint(&options.coordinator)?;
+    let way = link::way(&options.coordinator, options.token.clone(), options.security.clone())?;
+    memory::check_security(&options)?;
     let incarnation = uuid::Uuid::new_v4().to_string();
     let (folder, left) = Folder::create(&options.memory_dir, &incarnation, &options.node)?;
     let (sender, mut inputs) = mpsc::channel(INPUTS);
     socket::serve(&folder.socket(), sender.clone())?;
     let budget = folder.budget(options.memory_budget);
-    let (node, token) = (options.node.to_string(), options.token.clone());
-    let mut memory = Memory::new(node, token.clone(), folder.path().into(), budget, sender.clone());
+    let peers = Peers::new(options.token.clone(), options.security.clone());
+    let mut memory = Memory::new(options.node.to_string(), peers, folder.path().into(), budget, sender.clone());
     let adopted = memory.adopt(&left);
-    let snapshots = memory::serve(options.ring_host, token, memory.vault.clone(), sender.clone()).await?.to_string();
-    let link = tokio::spawn(link::run(endpoint, options.token.clone(), sender.clone()));
+    let snapshots = memory::serve(&options, memory.vault.clone(), sender.clone()).await?.to_string();
+    let link = tokio::spawn(link::run(way, sender.clone()));
     let now = Instant::now();
     let mut driver = Driver {
         machine: Machine::new(options.cores),

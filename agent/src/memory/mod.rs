@@ -11,6 +11,8 @@ mod plan;
 mod restore;
 mod service;
 mod sync;
+#[cfg(test)]
+mod tests;
 mod vault;
 
 use std::collections::BTreeMap;
@@ -22,19 +24,18 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use checkpoint_store::{BlockHash, Capture, CheckpointRef, ShardSource, Space, Stage, StoreError};
 use memmap2::Mmap;
-use proto::auth::Token;
 use proto::ids::{JobName, WorkerId, WorldSize};
 use proto::spec::JobSpec;
 use proto::wire;
 use tokio::sync::{mpsc, watch};
 
 use self::encode::{Encode, Stripe};
-use self::peers::Peers;
 use self::vault::{Described, Held, Vault};
 use crate::driver::Input;
 use crate::machine::keeper::{Keep, Keeper, Membership, PeerStep, StepKey};
 
-pub(crate) use self::service::serve;
+pub(crate) use self::peers::Peers;
+pub(crate) use self::service::{check_security, serve};
 
 /// Parity times remembered of one job.
 const MOST_TIMES: usize = 64;
@@ -143,8 +144,8 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    pub(crate) fn new(node: String, token: Token, folder: PathBuf, budget: u64, inputs: mpsc::Sender<Input>) -> Self {
-        let (vault, peers) = (Vault::default(), Peers::new(token));
+    pub(crate) fn new(node: String, peers: Peers, folder: PathBuf, budget: u64, inputs: mpsc::Sender<Input>) -> Self {
+        let vault = Vault::default();
         Self { times: ParityTimes::default(), node, vault, peers, folder, budget, inputs, jobs: BTreeMap::new() }
     }
 

@@ -3,11 +3,12 @@
 //! One channel for each peer, opened when first needed. Every call has a deadline, and what a peer sends is bounded by
 //! what was asked for. A peer that cannot be reached is no error of this node: the caller takes another source.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use proto::auth::Token;
+use proto::tls::{Role, Security};
 use proto::wire::snapshots_client::SnapshotsClient;
 use proto::wire::{self, ReadRequest, StepDescription, StepRequest};
 use tonic::Status;
@@ -26,12 +27,15 @@ type Client = SnapshotsClient<InterceptedService<Channel, Sign>>;
 #[derive(Debug, Clone)]
 pub(crate) struct Peers {
     token: Token,
+    security: Security,
     channels: Arc<Mutex<BTreeMap<String, Channel>>>,
+    /// Those whose certificate disagrees with this node's: said once.
+    strange: Arc<Mutex<BTreeSet<String>>>,
 }
 
 impl Peers {
-    pub(crate) fn new(token: Token) -> Self {
-        Self { token, channels: Arc::default() }
+    pub(crate) fn new(token: Token, security: Security) -> Self {
+        Self { token, security, channels: Arc::default(), strange: Arc::default() }
     }
 
     fn client(&self, address: &str) -> Result<Client, Status> {
@@ -41,7 +45,8 @@ impl Peers {
             None => {
                 let endpoint = Endpoint::from_shared(format!("http://{address}"))
                     .map_err(|error| Status::invalid_argument(format!("peer address {address:?}: {error}")))?;
-                let channel = endpoint.connect_timeout(CALL).tcp_nodelay(true).connect_lazy();
+                let endpoint = endpoint.connect_timeout(CALL).tcp_nodelay(true);
+                let channel = self.security.connect_lazy(&endpoint, &[Role::Agent, Role::Coordinator]);
                 channels.insert(address.to_string(), channel.clone());
                 channel
             }
@@ -56,13 +61,26 @@ impl Peers {
     /// Tells a peer what this node holds.
     pub(crate) async fn sync(&self, address: &str, state: wire::GroupState) -> Result<(), Status> {
         let mut client = self.client(address)?;
-        within(CALL, client.sync(state)).await.map(|_| ())
+        let taken = within(CALL, client.sync(state)).await;
+        taken.map(|_| ()).inspect_err(|status| self.note(address, status))
     }
 
     /// What a peer knows of a step.
     pub(crate) async fn describe(&self, address: &str, request: StepRequest) -> Result<StepDescription, Status> {
         let mut client = self.client(address)?;
-        within(CALL, client.describe(request)).await.map(tonic::Response::into_inner)
+        let described = within(CALL, client.describe(request)).await;
+        described.map(tonic::Response::into_inner).inspect_err(|status| self.note(address, status))
+    }
+
+    /// A peer out of reach is a case like others, but certificates that disagree are for a person to mend.
+    fn note(&self, address: &str, status: &Status) {
+        let refused = proto::tls::refused(status).filter(|refused| refused.is_settled()).map(ToString::to_string);
+        let denied = || (status.code() == tonic::Code::PermissionDenied).then(|| status.message().to_string());
+        let Some(reason) = refused.or_else(denied) else { return };
+        let first = self.strange.lock().unwrap_or_else(PoisonError::into_inner).insert(address.to_string());
+        if first {
+            tracing::warn!(address, reason, "no snapshots are shared with another agent");
+        }
     }
 
     /// Reads bytes of a peer's payload or parity into `out`, which they fill.

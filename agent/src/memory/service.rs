@@ -1,23 +1,23 @@
 //! What this node gives to other agents: its state, descriptions, and bytes.
 //!
-//! Every call needs the cluster's token. Sizes are checked before anything is sent; bytes are slices of mapped memory.
+//! Every call needs the cluster's token and, with TLS, an agent's certificate. Sizes are checked before anything is
+//! sent; bytes are slices of mapped memory.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::pin::Pin;
 
 use futures::{Stream, StreamExt};
-use proto::auth::Token;
 use proto::ids::JobName;
+use proto::tls::{Gate, Role};
 use proto::wire::snapshots_server::{Snapshots, SnapshotsServer};
 use proto::wire::{self, Chunk, GroupReply, GroupState, ReadRequest, StepDescription, StepRequest};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
 
 use super::vault::Vault;
-use crate::AgentError;
 use crate::driver::Input;
+use crate::{AgentError, Options};
 
 /// Bytes of one message of a read.
 const CHUNK: usize = 1 << 20;
@@ -84,24 +84,40 @@ impl Snapshots for Service {
     }
 }
 
-/// Listens on a free port of `host` and serves in the background; its failure is reported as an input. Returns the
-/// address for peers.
+/// Refuses an address that no peer could use, or that others could, and a certificate that peers would not take.
+pub(crate) fn check_security(options: &Options) -> Result<(), AgentError> {
+    let host = options.ring_host;
+    if host.is_unspecified() {
+        return Err(AgentError::Anywhere(host));
+    }
+    options.security.may_listen("--ring-host", host)?;
+    if let Some(credentials) = options.security.credentials() {
+        credentials.check_role(Role::Agent)?;
+        credentials.check_host(&host.to_string())?;
+    }
+    Ok(())
+}
+
+/// Listens on a free port of the node's `ring_host` and serves in the background; its failure is reported as an input.
+/// Returns the address for peers.
 pub(crate) async fn serve(
-    host: IpAddr,
-    token: Token,
+    options: &Options,
     vault: Vault,
     inputs: mpsc::Sender<Input>,
 ) -> Result<SocketAddr, AgentError> {
+    let (host, security) = (options.ring_host, options.security.clone());
     let failed = |source| AgentError::Listen { address: SocketAddr::new(host, 0), source };
     let listener = TcpListener::bind((host, 0)).await.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     let service = SnapshotsServer::new(Service { vault, inputs: inputs.clone() })
         .max_decoding_message_size(wire::MOST_MESSAGE_BYTES)
         .max_encoding_message_size(wire::MOST_MESSAGE_BYTES);
-    let service = tonic::service::interceptor::InterceptedService::new(service, move |request| token.check(request));
+    let roles = &[Role::Coordinator, Role::Agent];
+    let gate = Gate::new(options.token.clone(), &security, roles, "read snapshots");
+    let service = tonic::service::interceptor::InterceptedService::new(service, move |request| gate.check(request));
     tokio::spawn(async move {
         let server = tonic::transport::Server::builder().add_service(service);
-        let ended = server.serve_with_incoming(TcpListenerStream::new(listener)).await;
+        let ended = server.serve_with_incoming(proto::tls::incoming(listener, &security)).await;
         let reason = ended.err().map_or_else(|| "it was closed".to_string(), |error| error.to_string());
         let _ = inputs.send(Input::SocketFailed(format!("the snapshots' listener: {reason}"))).await;
     });

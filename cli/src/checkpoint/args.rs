@@ -8,7 +8,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use proto::ids::JobName;
 use proto::spec::BestOrder;
 
-use crate::args::Output;
+use crate::args::{Output, SecurityArgs};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum CheckpointCommand {
@@ -63,6 +63,8 @@ pub(crate) struct LeaderArgs {
     /// The coordinator's token file.
     #[arg(long, value_name = "FILE", env = "CAIRN_TOKEN_FILE")]
     pub(crate) token_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) security: SecurityArgs,
 }
 
 #[derive(Debug, Args)]

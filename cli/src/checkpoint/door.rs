@@ -38,8 +38,8 @@ impl Door {
     /// The named coordinator, if one is named.
     pub(super) async fn named(args: &LeaderArgs, store: &Store, job: &JobName) -> Result<Option<Self>, Failure> {
         let Some(coordinator) = args.coordinator.clone() else { return Ok(None) };
-        let token_file = args.token_file.clone();
-        let operator = OperatorArgs { coordinator: coordinator.clone(), token_file, output: Output::Text };
+        let (token_file, security) = (args.token_file.clone(), args.security.clone());
+        let operator = OperatorArgs { coordinator: coordinator.clone(), token_file, security, output: Output::Text };
         let client = client::operator(&operator).await?;
         let view = leader::observe(store).await?;
         let nonce = view.map(|view| view.leader.token).ok_or_else(|| {
