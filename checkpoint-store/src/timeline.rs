@@ -142,6 +142,15 @@ impl Timeline {
         found.map_or(vec![], |(_, spans)| spans.iter().map(|span| self.stage(span)).collect())
     }
 
+    /// Every stage with its rank; the committer's has none.
+    pub fn all(&self) -> impl Iterator<Item = (Option<Rank>, Stage)> {
+        let of_rank = move |(rank, spans): &(Rank, Vec<Span>)| {
+            let rank = Some(*rank);
+            spans.iter().map(move |span| (rank, self.stage(span))).collect::<Vec<_>>()
+        };
+        self.ranks.iter().flat_map(of_rank).chain(self.commit.iter().map(|stage| (None, stage.clone())))
+    }
+
     fn stage(&self, span: &Span) -> Stage {
         let name = self.names.get(span.name).cloned().unwrap_or_default();
         Stage { name, start_micros: span.start, micros: span.micros, bytes: span.bytes }

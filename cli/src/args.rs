@@ -158,6 +158,9 @@ pub(crate) struct CoordinatorArgs {
     /// Trust a store without atomic conditional create; safe only while this is the one coordinator.
     #[arg(long)]
     pub(crate) allow_single_coordinator: bool,
+    /// Answer Prometheus scrapers at this address, under /metrics.
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) metrics: Option<SocketAddr>,
     /// Lead this one job of the store and leave others as they are.
     #[arg(long, value_name = "JOB")]
     pub(crate) only: Option<JobName>,

@@ -36,6 +36,7 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<u8, Failure> {
         },
         standby: args.standby,
         allow_single_coordinator: args.allow_single_coordinator,
+        metrics: args.metrics,
     };
     if !args.supervised {
         eprintln!("cairn: coordinator for {} on {}, token file {}", options.store_url, args.listen, path.display());

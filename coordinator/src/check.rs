@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use checkpoint_store::parity::MAX_GROUP;
-use checkpoint_store::{Change, Receipt, Space};
+use checkpoint_store::{Change, MAX_STAGES, Receipt, Space};
 use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId, WorldSize};
 use proto::spec::{JobSpec, SPEC_FORMAT};
 use proto::tls::Identity;
@@ -153,6 +153,13 @@ fn worker(state: WorkerState) -> Result<Worker, Fault> {
     ] {
         short(what, value, most)?;
     }
+    if state.load.len() > MAX_STAGES {
+        return Err(format!("a load of {} stages, more than {MAX_STAGES}", state.load.len()));
+    }
+    for stage in &state.load {
+        short("a stage's name", &stage.name, 32)?;
+        seconds("a stage", stage.seconds)?;
+    }
     let failure = state.failure.map(|failure| Failure { kind: failure.kind(), reason: text(&failure.reason) });
     Ok(Worker {
         job: job(&state.job)?,
@@ -166,6 +173,7 @@ fn worker(state: WorkerState) -> Result<Worker, Fault> {
         fingerprint: state.data_fingerprint,
         failure,
         source: state.source,
+        load: state.load,
         process: state.process,
     })
 }

@@ -18,6 +18,7 @@ use crate::Scope;
 use crate::error::CoordinatorError;
 use crate::journal::Journal;
 use crate::machine::{Action, Answer, Ask, Cluster, Connection, Event, Outcome, Refusal, RequestId};
+use crate::metrics::Metrics;
 use crate::watch::Hub;
 
 /// Between two ticks of the machine.
@@ -42,6 +43,7 @@ pub(crate) struct Driver {
     epoch: u64,
     journal: Journal,
     hub: Hub,
+    metrics: Metrics,
     scope: Scope,
     began: Instant,
     /// The ways to the agents; dropping the second half of one closes its stream.
@@ -52,12 +54,19 @@ pub(crate) struct Driver {
 }
 
 impl Driver {
-    pub(crate) fn new(cluster: Cluster, epoch: u64, journal: Journal, hub: Hub, scope: Scope) -> Self {
+    pub(crate) fn new(
+        cluster: Cluster,
+        epoch: u64,
+        journal: Journal,
+        (hub, metrics): (Hub, Metrics),
+        scope: Scope,
+    ) -> Self {
         Self {
             cluster,
             epoch,
             journal,
             hub,
+            metrics,
             scope,
             began: Instant::now(),
             outboxes: BTreeMap::new(),
@@ -125,6 +134,13 @@ impl Driver {
     }
 
     fn handle(&mut self, event: Event) -> Result<(), CoordinatorError> {
+        match &event {
+            Event::Attached { node, state, .. } | Event::Report { node, state, .. } => {
+                self.metrics.reported(node, state);
+            }
+            Event::SaveFailed { job, .. } => self.metrics.save_failed(job),
+            _ => {}
+        }
         for action in self.cluster.handle(self.began.elapsed(), event) {
             match action {
                 Action::Send { node, connection, body } => {
@@ -141,7 +157,10 @@ impl Driver {
                     let work = self.journal.clone().perform(job.clone(), operation);
                     self.operations.spawn(async move { (job, work.await) });
                 }
-                Action::Publish { job, event } => self.hub.publish(&job, &event),
+                Action::Publish { job, event } => {
+                    self.metrics.happened(&job, &event);
+                    self.hub.publish(&job, &event);
+                }
                 Action::Reopen { job } => self.hub.reopen(&job),
                 Action::Reply { request, answer } => {
                     if let Some(reply) = self.replies.remove(&request) {

@@ -21,6 +21,7 @@ use tokio::time::Instant;
 
 use crate::machine::memory::MemoryPoint;
 use crate::machine::{Changed, Checkpoint, End, Entry, Ledger, Member, Membership, Operation, Outcome};
+use crate::metrics::Metrics;
 
 /// All chains this leader writes.
 #[derive(Clone)]
@@ -29,6 +30,7 @@ pub(crate) struct Journal {
     epoch: Epoch,
     /// Who leads, for the records.
     leader: String,
+    metrics: Metrics,
     /// The start of the monotonic time by which leases are counted.
     began: Instant,
     pages: Arc<std::sync::Mutex<BTreeMap<JobName, Arc<Mutex<Page>>>>>,
@@ -52,8 +54,8 @@ struct Page {
 pub(crate) type Found = (JobName, Result<Ledger, String>);
 
 impl Journal {
-    pub(crate) fn new(store: Store, epoch: Epoch, leader: String) -> Self {
-        Self { store, epoch, leader, began: Instant::now(), pages: Arc::default() }
+    pub(crate) fn new(store: Store, epoch: Epoch, leader: String, metrics: Metrics) -> Self {
+        Self { store, epoch, leader, metrics, began: Instant::now(), pages: Arc::default() }
     }
 
     fn now(&self) -> Duration {
@@ -209,6 +211,7 @@ impl Journal {
         }
         let id = uuid::Uuid::new_v4();
         let checkpoint = commit_encoded(chain, &manifest, encoded, self.epoch, id, &mut page.reached).await?;
+        self.metrics.saved(chain.job(), &manifest.timeline);
         if let Some(loss) = validation_loss.filter(|loss| loss.is_finite()) {
             measured(chain, self.epoch, &checkpoint, loss).await?;
         }

@@ -11,6 +11,7 @@ mod error;
 mod journal;
 mod lead;
 pub mod machine;
+mod metrics;
 mod service;
 mod watch;
 
@@ -41,6 +42,7 @@ use crate::driver::Driver;
 use crate::journal::Journal;
 use crate::lead::{acquire, hold};
 use crate::machine::{Cluster, Settings};
+use crate::metrics::Metrics;
 use crate::service::Edge;
 use crate::watch::Hub;
 
@@ -89,6 +91,8 @@ pub struct Options {
     pub scope: Scope,
     /// Accept a store without atomic create; there must never be a second coordinator then.
     pub allow_single_coordinator: bool,
+    /// Where to answer scrapers of metrics, if at all.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// Coordinates until `shutdown` completes; then gives the leadership back. Jobs at work go on without it.
@@ -96,6 +100,10 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     check_security(&options)?;
     let listen = |source| CoordinatorError::Listen { address: options.listen, source };
     let listener = TcpListener::bind(options.listen).await.map_err(listen)?;
+    let scraped = match options.metrics {
+        Some(address) => Some(metrics::listen(address).await?),
+        None => None,
+    };
     let store = Store::open(&options.store_url)?;
     tokio::pin!(shutdown);
     let address = listener.local_addr().map_err(listen)?.to_string();
@@ -113,19 +121,22 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         // A dropped sender asks for the same.
         let _ = stopped.await;
     })));
-    let (mut driver, edge, inputs) = parts(&options, &store, &leadership, &address);
+    let seen = Metrics::default();
+    let (mut driver, edge, inputs) = parts(&options, &store, &leadership, &address, &seen);
     tokio::select! {
         loaded = driver.load() => loaded?,
         outcome = &mut holding.0 => return flatten("the leadership", outcome),
     }
     let mut server = Task(tokio::spawn(server(listener, edge, options.token.clone(), options.security.clone())));
+    let mut scraping = Task(tokio::spawn(metrics::serve(scraped, seen)));
     let outcome = tokio::select! {
         outcome = driver.run(inputs) => outcome,
+        outcome = &mut scraping.0 => flatten("the metrics endpoint", outcome),
         outcome = &mut holding.0 => flatten("the leadership", outcome),
         outcome = &mut server.0 => flatten("the server", outcome),
         () = &mut shutdown => Ok(()),
     };
-    drop(server);
+    drop((server, scraping));
     outcome?;
     drop(stop);
     if let Ok(released) = timeout(RELEASE, &mut holding.0).await {
@@ -141,6 +152,7 @@ fn parts(
     store: &Store,
     leadership: &Leadership,
     address: &str,
+    seen: &Metrics,
 ) -> (Driver, Edge, mpsc::Receiver<driver::Input>) {
     let epoch = leadership.epoch();
     let settings = Settings {
@@ -154,8 +166,9 @@ fn parts(
         secret: secret(&options.token),
     };
     let hub = Hub::new(epoch.get());
-    let journal = Journal::new(store.clone(), epoch, format!("{address} on {}", options.host));
-    let driver = Driver::new(Cluster::new(settings), epoch.get(), journal, hub.clone(), options.scope.clone());
+    let journal = Journal::new(store.clone(), epoch, format!("{address} on {}", options.host), seen.clone());
+    let watchers = (hub.clone(), seen.clone());
+    let driver = Driver::new(Cluster::new(settings), epoch.get(), journal, watchers, options.scope.clone());
     let (sender, inputs) = mpsc::channel(WAITING);
     let (nonce, connections) = (leadership.token().to_string(), Arc::new(AtomicU64::new(1)));
     let edge = Edge { inputs: sender, hub, epoch: epoch.get(), nonce, connections };

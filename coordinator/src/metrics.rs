@@ -26,7 +26,8 @@ use proto::wire::{LoadStage, WorkerPhase};
 use tokio::net::TcpListener;
 
 use crate::error::CoordinatorError;
-use crate::machine::{NodeState, Room};
+use crate::machine::NodeState;
+use crate::machine::memory::Room;
 
 /// The media type of the answer.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -198,8 +199,9 @@ impl Collector for Metrics {
     }
 }
 
-/// Answers scrapers until it is dropped.
-pub(crate) async fn serve(listener: TcpListener, metrics: Metrics) -> Result<(), CoordinatorError> {
+/// Answers scrapers until it is dropped; without a listener there are none.
+pub(crate) async fn serve(listener: Option<TcpListener>, metrics: Metrics) -> Result<(), CoordinatorError> {
+    let Some(listener) = listener else { return std::future::pending().await };
     let mut registry = Registry::default();
     registry.register_collector(Box::new(metrics));
     let registry = Arc::new(registry);

@@ -59,6 +59,7 @@ fn options(folder: &Path, listen: SocketAddr) -> Options {
         host: "host/boot".into(),
         standby: false,
         allow_single_coordinator: false,
+        metrics: None,
     }
 }
 

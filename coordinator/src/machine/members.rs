@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId};
-use proto::wire::{Desired, FailureKind, WorkerPhase};
+use proto::wire::{Desired, FailureKind, LoadStage, WorkerPhase};
 
 use super::memory::{Inventory, Room};
 
@@ -52,6 +52,8 @@ pub struct Worker {
     pub failure: Option<Failure>,
     /// Where its state came from.
     pub source: String,
+    /// What having its state cost.
+    pub load: Vec<LoadStage>,
     /// Unix process id.
     pub process: u32,
 }

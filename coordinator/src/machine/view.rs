@@ -139,5 +139,6 @@ fn worker_state(worker: &Worker) -> WorkerState {
         failure: failure.map(|failure| Failure { kind: failure.kind.into(), reason: failure.reason.clone() }),
         source: worker.source.clone(),
         process: worker.process,
+        load: worker.load.clone(),
     }
 }

@@ -441,6 +441,7 @@ impl FakeNode {
             fingerprint: self.fingerprint.clone(),
             failure: None,
             source: "store".into(),
+            load: vec![],
             process: 1,
         }
     }
