@@ -242,6 +242,7 @@ impl History {
                 self.tensor_checkpoints.retain(|c| c.manifest != *manifest);
             }
             Event::Paused { step } => self.status = Status::Paused { step: *step },
+            Event::Yielded { .. } => self.status = Status::Submitted,
             Event::Scaled { workers } => self.scaled = Some(*workers),
             Event::Finished { step, digest, loss } => {
                 self.status = Status::Finished { step: *step, digest: *digest, loss: *loss };
@@ -325,6 +326,9 @@ impl History {
                 Some(c) if c.checkpoint == *start && c.is_good() => Ok(()),
                 _ => out("generation", format!("it starts from {}, which is no good checkpoint", start.manifest)),
             },
+            Event::Yielded { .. } if self.status != Status::Running => {
+                out("yielded", format!("the job is {:?}, it has no slots to give up", self.status))
+            }
             Event::Committed(c) if c.generation != self.generation || self.status == Status::Submitted => {
                 out("committed", format!("generation {} is not the running one", c.generation))
             }

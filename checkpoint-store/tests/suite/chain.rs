@@ -67,13 +67,20 @@ fn events_out_of_place_change_nothing() {
         by(0, Event::Deleted { manifest: "none".into() }),
         by(0, led(5)),
         formed(1, 1, Some(fake(1, 1))),
+        by(0, Event::Yielded { step: Step::ZERO, reason: String::new() }),
         Record::new(Epoch::ZERO, Generation::ZERO, Event::Cancelled),
     ] {
         assert!(history.apply(&record).is_err(), "{record:?}");
         assert_eq!(history, before);
     }
-    history.apply(&by(0, Event::Cancelled)).unwrap();
-    assert!(history.apply(&formed(1, 1, None)).is_err(), "a cancelled job must be resumed first");
+    // A job that gives its slots up is no longer running, and goes on without being asked to.
+    history.apply(&formed(1, 1, None)).unwrap();
+    history.apply(&by(1, Event::Yielded { step: Step::ZERO, reason: "room".into() })).unwrap();
+    assert_eq!(history.status, Status::Submitted);
+    assert!(history.apply(&by(1, Event::Committed(fake(1, 1)))).is_err(), "its generation is over");
+    history.apply(&formed(2, 1, None)).unwrap();
+    history.apply(&by(2, Event::Cancelled)).unwrap();
+    assert!(history.apply(&formed(3, 1, None)).is_err(), "a cancelled job must be resumed first");
 }
 
 #[tokio::test]

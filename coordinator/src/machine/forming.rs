@@ -52,7 +52,7 @@ impl Job {
     /// Where more workers live than are wanted, the agent ends some: their end is no failure.
     fn excuse_surplus(&mut self, reported: &[(NodeName, Worker)]) {
         for (node, worker) in reported {
-            let wanted = self.want.get(node).copied().unwrap_or(0) as usize;
+            let wanted = self.wanted_on(node) as usize;
             let alive = reported.iter().filter(|(on, w)| on == node && w.phase != WorkerPhase::Exited).count();
             if alive > wanted && worker.phase != WorkerPhase::Exited {
                 self.excused.insert(worker.id);
@@ -126,10 +126,15 @@ impl Job {
             };
             let alive = agent.of(&self.name).filter(|worker| worker.phase != WorkerPhase::Exited).count();
             let mut ready: Vec<_> = agent.of(&self.name).filter(|worker| worker.phase == WorkerPhase::Ready).collect();
-            complete &= alive == wanted as usize && ready.len() == alive;
+            // A spare that is ready stands in for a worker that is not.
+            let spare = self.spares.contains_key(node) && ready.len() >= wanted as usize;
+            complete &= spare || alive == wanted as usize && ready.len() == alive;
             ready.truncate(wanted as usize);
             chosen.extend(ready.into_iter().map(|worker| (node.clone(), worker.clone())));
         }
+        // Neighbours in the ring share a rack as far as that goes.
+        let rack = |node: &NodeName| cx.members.get(node).map(|agent| agent.home.domain.clone());
+        chosen.sort_by_cached_key(|(node, _)| rack(node));
         let enough = chosen.len() >= self.ledger.spec.resources.workers.min as usize;
         if !complete && !late {
             return None;
@@ -222,7 +227,6 @@ impl Job {
             return;
         };
         let world = live.membership.members.len() as u32;
-        let most = self.ledger.spec.resources.workers.max;
         let wanted = total(&self.want);
         let spares_ready = || {
             self.want.iter().all(|(node, &wanted)| {
@@ -231,11 +235,8 @@ impl Job {
                 spares as u32 + live.members_on(node) >= wanted
             })
         };
-        let leaves = |member: &Member| cx.members.get(&member.node).is_some_and(|agent| agent.draining);
-        let why = if let Some(member) = live.membership.members.iter().find(|member| leaves(member)) {
-            format!("node {} is about to leave", member.node)
-        } else if world > most {
-            format!("shrinking from {world} to {most} workers")
+        let why = if let Some(why) = self.must_yield(live) {
+            why.to_string()
         } else if wanted > world && (self.asked_to_scale || cx.members.stable_for(cx.now) >= STABLE) && spares_ready() {
             format!("growing from {world} to {wanted} workers")
         } else {
@@ -245,6 +246,21 @@ impl Job {
         if let Some(live) = self.live.as_mut() {
             live.stop = true;
         }
+    }
+
+    /// Gives its place in the chain of running jobs up, if it has stopped and there is no room for it: a coordinator
+    /// that comes after this one is not to look for its workers.
+    pub(super) fn stand_back(&mut self, cx: &mut Context<'_>) -> Option<Entry> {
+        if !self.halted || !self.want.is_empty() || self.ledger.membership.is_none() {
+            return None;
+        }
+        let step = self.ledger.newest()?.step;
+        let reason = match &self.yields_to {
+            Some(job) => format!("its slots went to job {job}, which has a higher priority or has waited too long"),
+            None => "the nodes it ran on take no more work".to_string(),
+        };
+        cx.log(&self.name, format!("queued after step {step}: {reason}"));
+        Some(Entry::Yielded { step, reason })
     }
 
     /// Forgets that a node did not fit: another agent lives there now.

@@ -115,6 +115,16 @@ pub(super) struct Job {
     pub(super) live: Option<Live>,
     /// Wanted workers by node, as scheduled.
     pub(super) want: Placement,
+    /// Prepared workers beyond those, by node.
+    pub(super) spares: Placement,
+    /// The job for which it has to give slots up.
+    pub(super) yields_to: Option<JobName>,
+    /// Since when it has waited for slots.
+    pub(super) queued: Option<Duration>,
+    /// Whether that is so long that no job behind it goes first any more.
+    pub(super) overdue: bool,
+    /// Whether the last generation stopped as it was told to, its state stored.
+    pub(super) halted: bool,
     /// Since when a generation is being formed.
     pub(super) since: Duration,
     pub(super) pausing: bool,
@@ -165,6 +175,11 @@ impl Job {
             losses: Losses::new(),
             live: None,
             want: Placement::new(),
+            spares: Placement::new(),
+            yields_to: None,
+            queued: None,
+            overdue: false,
+            halted: false,
             since: Duration::ZERO,
             pausing: false,
             cancelling: None,
@@ -196,6 +211,7 @@ impl Job {
         // The size is the coordinator's business: a job that was resized, or resized and then taken over by another
         // coordinator, must not look like another job to its workers.
         spec.resources.workers = Workers { min: 1, max: 1 };
+        (spec.resources.priority, spec.resources.spares) = (0, 0);
         self.spec_json = serde_json::to_vec(&spec).unwrap_or_default();
     }
 
@@ -269,6 +285,7 @@ impl Job {
         {
             *self.distrust.entry(point).or_default() += 1;
         }
+        self.halted = false;
         if let Some(live) = self.live.take() {
             self.excuse(live.membership.members.iter().map(|member| member.worker));
         }
@@ -337,7 +354,7 @@ impl Job {
                 return append(entry);
             }
             if self.live.is_none() {
-                if let Some(entry) = self.form(cx) {
+                if let Some(entry) = self.stand_back(cx).or_else(|| self.form(cx)) {
                     return append(entry);
                 }
             } else {
@@ -368,6 +385,7 @@ impl Job {
             let stopped = live.stopped().filter(|stopped| stored(*stopped))?;
             cx.log(&self.name, format!("generation {} stopped after step {stopped}, stored", live.generation()));
             self.live = None;
+            self.halted = true;
             self.since = cx.now;
         }
         let loss = self.newest.1.filter(|_| self.newest.0 == step);

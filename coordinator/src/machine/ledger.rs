@@ -125,6 +125,13 @@ pub enum Entry {
     },
     /// A membership; announced only after this is stored.
     Generation(Box<Membership>),
+    /// The job has stopped with a checkpoint and given its slots up; it waits for others.
+    Yielded {
+        /// The step it stopped after.
+        step: Step,
+        /// For what.
+        reason: String,
+    },
     /// A checkpoint is not what it should be.
     Quarantined {
         /// Which.
@@ -237,6 +244,7 @@ impl Ledger {
                 self.fingerprint.get_or_insert_with(|| membership.fingerprint.clone());
                 self.membership = Some((**membership).clone());
             }
+            Entry::Yielded { .. } => self.membership = None,
             Entry::Quarantined { checkpoint, .. } => {
                 self.checkpoints.retain(|other| other.step != checkpoint.step);
             }

@@ -11,6 +11,7 @@ use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId};
 use proto::wire::{Desired, FailureKind, WorkerPhase};
 
 use super::memory::{Inventory, Room};
+use super::schedule::Site;
 
 /// How long a closed stream may stay closed before the agent is lost.
 const REATTACH: Duration = Duration::from_secs(1);
@@ -232,13 +233,11 @@ impl Members {
         !self.agents.is_empty()
     }
 
-    /// Slots by node, those of nodes that are about to leave left out.
-    pub(super) fn slots(&self) -> BTreeMap<NodeName, u32> {
-        self.agents
-            .iter()
-            .filter(|(_, agent)| !agent.draining)
-            .map(|(node, agent)| (node.clone(), agent.slots))
-            .collect()
+    /// The nodes that take work: those that are about to leave are left out.
+    pub(super) fn sites(&self) -> BTreeMap<NodeName, Site> {
+        let site = |agent: &Agent| Site { slots: agent.slots, rack: agent.home.domain.clone() };
+        let staying = self.agents.iter().filter(|(_, agent)| !agent.draining);
+        staying.map(|(node, agent)| (node.clone(), site(agent))).collect()
     }
 
     /// How long no agent has come or gone.

@@ -115,6 +115,11 @@ impl Job {
                 cx.log(&self.name, format!("scaled to at most {workers} workers"));
             }
             Entry::Generation(membership) => self.announce(cx, *membership),
+            Entry::Yielded { reason, .. } => {
+                let owed = self.gathering.end();
+                cx.settle(&self.name, owed);
+                self.reason = reason;
+            }
             Entry::Quarantined { checkpoint, reason } => self.quarantined(cx, &checkpoint, reason),
             Entry::Ended(end) => self.rest(cx, end),
         }
@@ -141,6 +146,7 @@ impl Job {
         self.reached = Step::ZERO;
         self.broken = None;
         self.live = None;
+        self.halted = false;
         self.refused.clear();
         self.since = cx.now;
         self.reason = String::new();
@@ -171,6 +177,7 @@ impl Job {
             self.reached = start;
             self.budget.progress();
         }
+        self.halted = false;
         self.excused.clear();
         self.asked_to_scale = false;
         self.reason = String::new();
@@ -215,6 +222,7 @@ impl Job {
         cx.settle(&self.name, owed);
         self.live = None;
         self.want.clear();
+        self.spares.clear();
         self.pausing = false;
         self.verdict = None;
         self.suspect = None;

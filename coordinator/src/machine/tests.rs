@@ -6,3 +6,4 @@ mod life;
 mod memory;
 mod random;
 mod rig;
+mod several;

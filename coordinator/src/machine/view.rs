@@ -35,6 +35,9 @@ impl Job {
         if self.state() == "queued" {
             let min = self.ledger.spec.resources.workers.min;
             parts.push(format!("waiting for {min} free slots (start agents, or end other jobs)"));
+            if self.overdue {
+                parts.push("overdue: no job behind it goes first any more".into());
+            }
         }
         parts.extend(refusals);
         parts.join("; ")
