@@ -14,6 +14,7 @@ mod client;
 mod data;
 mod failure;
 mod jobs;
+mod nodes;
 mod parts;
 mod render;
 mod size;
@@ -86,6 +87,9 @@ async fn dispatch(command: Command) -> Result<u8, Failure> {
         Command::Pause(args) => jobs::pause(args).await,
         Command::Resume(args) => jobs::resume(args).await,
         Command::Cancel(args) => jobs::cancel(args).await,
+        Command::Nodes(args) => nodes::list(args).await,
+        Command::Drain(args) => nodes::drain(args).await,
+        Command::Undrain(args) => nodes::undrain(args).await,
         Command::Checkpoint(command) => checkpoint::run(command).await,
         Command::Data(command) => data::run(command),
         Command::Bench(command) => bench::run(command).await,

@@ -16,6 +16,7 @@ mod ledger;
 mod live;
 mod members;
 pub mod memory;
+mod nodes;
 mod operate;
 mod placing;
 mod schedule;

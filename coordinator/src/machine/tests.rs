@@ -4,6 +4,7 @@ mod failure;
 mod keeping;
 mod life;
 mod memory;
+mod nodes;
 mod random;
 mod rig;
 mod several;
