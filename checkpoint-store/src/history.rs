@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 
 use proto::ids::{Epoch, Generation, Step, WorldSize};
+use proto::incident::Incidents;
 use serde::{Deserialize, Serialize};
 
 use crate::digest::{BlockHash, Digest};
@@ -134,6 +135,9 @@ pub struct History {
     /// Checkpoints of other frameworks' boxes, committed and not deleted; no job resumes from them by itself.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tensor_checkpoints: Vec<TensorRef>,
+    /// What went wrong since the job was submitted or last started over.
+    #[serde(default, skip_serializing_if = "Incidents::is_empty")]
+    pub incidents: Incidents,
 }
 
 impl Default for History {
@@ -156,6 +160,7 @@ impl Default for History {
             generations_without_progress: 0,
             checkpoints: vec![],
             tensor_checkpoints: vec![],
+            incidents: Incidents::default(),
         }
     }
 }
@@ -243,6 +248,7 @@ impl History {
             }
             Event::Paused { step } => self.status = Status::Paused { step: *step },
             Event::Yielded { .. } => self.status = Status::Submitted,
+            Event::Incident(incident) => self.incidents.add((**incident).clone()),
             Event::Scaled { workers } => self.scaled = Some(*workers),
             Event::Finished { step, digest, loss } => {
                 self.status = Status::Finished { step: *step, digest: *digest, loss: *loss };
@@ -255,6 +261,7 @@ impl History {
                 self.submitted(*spec_hash, *stop_at);
                 (self.identity, self.fingerprint, self.start, self.memory) = (None, None, None, None);
                 self.checkpoints.iter_mut().for_each(|c| c.abandoned = true);
+                self.incidents = Incidents::default();
             }
             event => self.note(event),
         }

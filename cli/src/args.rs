@@ -57,6 +57,8 @@ pub(crate) enum Command {
     Resume(JobArgs),
     /// End a job for good, without a further checkpoint.
     Cancel(JobArgs),
+    /// Show what broke a job's generations off: who was to blame, how long each stage took, and the goodput.
+    Incidents(JobArgs),
     /// List the nodes: slots, what uses them, who is draining, lost or set aside.
     Nodes(OperatorArgs),
     /// Empty a node: its jobs save and go elsewhere, and it takes no new work until it is undrained.
@@ -266,7 +268,8 @@ pub(crate) struct ScaleArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-A node stays drained while its coordinator lives, also if its agent is restarted; a new coordinator does not know of it.")]
+A node stays drained while its coordinator lives, also if its agent is restarted.
+A coordinator that is started anew does not know of it.")]
 pub(crate) struct DrainArgs {
     /// The node's name.
     pub(crate) node: NodeName,

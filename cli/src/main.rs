@@ -13,6 +13,7 @@ mod checkpoint;
 mod client;
 mod data;
 mod failure;
+mod incidents;
 mod jobs;
 mod nodes;
 mod parts;
@@ -87,6 +88,7 @@ async fn dispatch(command: Command) -> Result<u8, Failure> {
         Command::Pause(args) => jobs::pause(args).await,
         Command::Resume(args) => jobs::resume(args).await,
         Command::Cancel(args) => jobs::cancel(args).await,
+        Command::Incidents(args) => incidents::show(args).await,
         Command::Nodes(args) => nodes::list(args).await,
         Command::Drain(args) => nodes::drain(args).await,
         Command::Undrain(args) => nodes::undrain(args).await,

@@ -140,7 +140,11 @@ fn worker(state: WorkerState) -> Result<Worker, Fault> {
     ] {
         short(what, value, most)?;
     }
-    let failure = state.failure.map(|failure| Failure { kind: failure.kind(), reason: text(&failure.reason) });
+    let failure = state.failure.map(|failure| Failure {
+        kind: failure.kind(),
+        reason: text(&failure.reason),
+        exit: (failure.exit_code, failure.signal),
+    });
     Ok(Worker {
         job: job(&state.job)?,
         id: state.worker.parse::<WorkerId>().map_err(|_| format!("worker id {:?} is no UUID", text(&state.worker)))?,

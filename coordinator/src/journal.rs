@@ -174,6 +174,7 @@ impl Journal {
             Entry::Led => Event::Led { epoch: self.epoch, leader: self.leader.clone() },
             Entry::Scaled { workers } => Event::Scaled { workers: *workers },
             Entry::Generation(membership) => formed(membership)?,
+            Entry::Incident(incident) => Event::Incident(incident.clone()),
             Entry::Yielded { step, reason } => Event::Yielded { step: *step, reason: note(reason) },
             Entry::Quarantined { checkpoint, reason } => {
                 Event::Quarantined { manifest: reference(checkpoint)?.manifest, reason: reason.clone() }
@@ -372,6 +373,7 @@ fn ledger(spec: JobSpec, history: &History) -> Result<Ledger, StoreError> {
         ledger.commit(known(&saved.checkpoint)?);
     }
     ledger.had_checkpoint = history.checkpoints.iter().any(|saved| !saved.abandoned);
+    ledger.incidents.clone_from(&history.incidents);
     let newest = ledger.newest().cloned();
     ledger.end = match history.status.clone() {
         Status::Submitted | Status::Running => None,

@@ -15,9 +15,9 @@ use proto::wire::cluster_server::Cluster;
 use proto::wire::coordinator_message::Body as ToAgent;
 use proto::wire::jobs_server::Jobs;
 use proto::wire::{
-    AgentMessage, CheckpointChange, CheckpointChanged, CoordinatorMessage, JobRequest, JobStatus, ListReply,
-    ListRequest, NodeRequest, NodeStatus, NodesReply, NodesRequest, ScaleRequest, SubmitReply, SubmitRequest,
-    WatchEvent, WatchRequest,
+    AgentMessage, CheckpointChange, CheckpointChanged, CoordinatorMessage, IncidentsReply, JobRequest, JobStatus,
+    ListReply, ListRequest, NodeRequest, NodeStatus, NodesReply, NodesRequest, ScaleRequest, SubmitReply,
+    SubmitRequest, WatchEvent, WatchRequest,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
@@ -249,6 +249,13 @@ impl Jobs for Edge {
         let (job, change) = check::change(&request).map_err(Status::invalid_argument)?;
         match self.ask(Ask::Change(job, change)).await? {
             Answer::Changed(report) => Ok(Response::new(CheckpointChanged { report })),
+            other => Err(Status::internal(format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    async fn incidents(&self, request: Request<JobRequest>) -> Result<Response<IncidentsReply>, Status> {
+        match self.ask(Ask::Incidents(job(request.get_ref())?)).await? {
+            Answer::Incidents(reply) => Ok(Response::new(*reply)),
             other => Err(Status::internal(format!("unexpected answer {other:?}"))),
         }
     }

@@ -316,7 +316,9 @@ impl Memory {
         let answer = move |step, result: Result<&'static str, restore::Failure>| {
             let (source, failure) = match result {
                 Ok(source) => (source.to_string(), None),
-                Err((kind, reason)) => (String::new(), Some(wire::Failure { kind: kind.into(), reason })),
+                Err((kind, reason)) => {
+                    (String::new(), Some(wire::Failure { kind: kind.into(), reason, ..Default::default() }))
+                }
             };
             Input::Restored { worker, answer: wire::Restored { generation, step, source, failure } }
         };

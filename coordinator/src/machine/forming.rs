@@ -11,8 +11,10 @@ use proto::ids::{NodeName, WorkerId};
 use proto::spec::Reduction;
 use proto::wire::{FailureKind, WorkerPhase};
 
+use super::incident::Blame;
 use super::job::{Context, Job, Verdict};
 use super::ledger::{Entry, Member, Membership};
+use super::live::Cause;
 use super::members::Worker;
 use super::memory::{self, Inventory, Restorable};
 use super::schedule::total;
@@ -69,12 +71,13 @@ impl Job {
         let failure = worker.failure.clone();
         let kind = failure.as_ref().map_or(FailureKind::Exit, |failure| failure.kind);
         let reason = failure.map_or_else(|| "a worker ended while it prepared".to_string(), |failure| failure.reason);
-        let is_nodes = matches!(kind, FailureKind::Fatal | FailureKind::Input);
+        let is_nodes = matches!(kind, FailureKind::Fatal | FailureKind::NonFinite | FailureKind::Input);
         if is_nodes && self.has_run() {
             // A node that cannot work must not end a job that has run on others.
             self.refuse(cx, node, format!("node {node}: {reason}"));
         } else if self.live.is_none() {
-            self.trouble(cx, kind, None, reason);
+            let blame = Blame::failure(kind, node, worker.failure.as_ref());
+            self.trouble(cx, Cause { rank: None, kind, reason, blame });
         }
     }
 
@@ -143,7 +146,8 @@ impl Job {
             self.since = cx.now;
             let limit = self.ledger.spec.fault.restart;
             let reason = format!("only {} of {} workers were ready within {limit} s", chosen.len(), total(&self.want));
-            self.trouble(cx, FailureKind::Transient, None, reason);
+            let blame = Blame::of(proto::incident::Cause::NoProgress);
+            self.trouble(cx, Cause { rank: None, kind: FailureKind::Transient, reason, blame });
             return None;
         }
         if self.awaits_inventory(cx) {
@@ -160,9 +164,15 @@ impl Job {
         let pending = cx.members.iter().any(|(node, agent)| {
             let held = agent.memory.get(&self.name);
             let was_member = of_last.iter().any(|member| member.node == *node);
-            agent.connection.is_some() && held.map_or(was_member, |held| held.fenced < fenced)
+            let asked = agent.connection.is_some() && self.remembers(node);
+            asked && held.map_or(was_member, |held| held.fenced < fenced)
         });
         self.ledger.spec.checkpoint.memory && pending && cx.now.saturating_sub(self.since) < INVENTORY
+    }
+
+    /// Whether a node keeps what it holds of the job: where no worker is wanted any more, it is told to forget it.
+    fn remembers(&self, node: &NodeName) -> bool {
+        self.wanted_on(node) > 0 && !self.refused.contains_key(node)
     }
 
     /// The newest step in the nodes' memory to start from, if that is no older than the newest checkpoint.
@@ -172,7 +182,8 @@ impl Job {
         }
         let stored = self.ledger.newest().map(|newest| newest.step);
         let started = self.ledger.membership.as_ref().and_then(|membership| membership.memory);
-        let inventories: BTreeMap<&NodeName, &Inventory> = cx.inventories(&self.name).collect();
+        let inventories: BTreeMap<&NodeName, &Inventory> =
+            cx.inventories(&self.name).filter(|(node, _)| self.remembers(node)).collect();
         memory::newest(&inventories, |point| {
             let of_line = point.generation == self.ledger.generation || Some(point) == started;
             of_line && stored.is_none_or(|stored| point.step >= stored) && !self.distrusted(point)
@@ -235,7 +246,8 @@ impl Job {
                 spares as u32 + live.members_on(node) >= wanted
             })
         };
-        let why = if let Some(why) = self.must_yield(live) {
+        let yields = self.must_yield(live);
+        let why = if let Some(why) = &yields {
             why.to_string()
         } else if wanted > world && (self.asked_to_scale || cx.members.stable_for(cx.now) >= STABLE) && spares_ready() {
             format!("growing from {world} to {wanted} workers")
@@ -243,6 +255,7 @@ impl Job {
             return;
         };
         cx.log(&self.name, format!("{why}: stopping generation {} with a checkpoint", live.generation()));
+        self.open_planned(cx, yields.as_ref(), &why);
         if let Some(live) = self.live.as_mut() {
             live.stop = true;
         }

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use proto::event::JobEvent;
 use proto::ids::{JobName, NodeName, Rank, Step, WorkerId};
+use proto::incident::{Incident, Outcome};
 use proto::spec::Workers;
 use proto::wire::FailureKind;
 use proto::wire::coordinator_message::Body;
@@ -20,9 +21,10 @@ use super::Settings;
 use super::action::{Action, Operation, RequestId};
 use super::budget::Budget;
 use super::commit::{Gathering, ReceiptEntry, ReceiptName, Settlement};
+use super::incident::{Blame, Goodput, Opened};
 use super::keeping::Losses;
 use super::ledger::{Checkpoint, End, Entry, Ledger};
-use super::live::Live;
+use super::live::{Cause, Live};
 use super::members::Members;
 use super::memory::{Inventory, MemoryPoint, Restorable};
 use super::schedule::Placement;
@@ -143,6 +145,11 @@ pub(super) struct Job {
     pub(super) gathering: Gathering,
     pub(super) retain: bool,
     pub(super) budget: Budget,
+    /// What broke the last generation off, until the next takes steps.
+    pub(super) incident: Option<Box<Opened>>,
+    /// Incidents that are over and not yet recorded.
+    pub(super) due: VecDeque<Box<Incident>>,
+    pub(super) goodput: Goodput,
     /// When the failure happened from which the job has not yet recovered.
     pub(super) broken: Option<Duration>,
     pub(super) refused: BTreeMap<NodeName, String>,
@@ -161,6 +168,7 @@ impl Job {
     pub(super) fn new(name: JobName, ledger: Ledger, store: &str) -> Self {
         let step = ledger.newest().map_or(Step::ZERO, |checkpoint| checkpoint.step);
         let budget = Budget::used(ledger.restarts);
+        let goodput = Goodput::known(ledger.incidents.latest.back(), step);
         let mut job = Self {
             name,
             spec_json: Vec::new(),
@@ -192,6 +200,9 @@ impl Job {
             gathering: Gathering::default(),
             retain: false,
             budget,
+            incident: None,
+            due: VecDeque::new(),
+            goodput,
             broken: None,
             refused: BTreeMap::new(),
             excused: BTreeSet::new(),
@@ -224,6 +235,7 @@ impl Job {
     pub(super) fn advance(&mut self, cx: &mut Context<'_>) {
         if self.active() && self.led {
             self.supervise(cx);
+            self.follow_incident(cx);
         }
         if self.flight.is_some() {
             if self.retry_at.is_some_and(|at| cx.now >= at) {
@@ -250,7 +262,7 @@ impl Job {
         let Some(live) = self.live.as_mut() else { return };
         let was_adopting = live.adopting();
         if let Some(cause) = live.watch(cx.now, &self.name, cx.members, &self.ledger.spec.fault) {
-            self.trouble(cx, cause.kind, cause.rank, cause.reason);
+            self.trouble(cx, cause);
             return;
         }
         if was_adopting && !live.adopting() {
@@ -274,11 +286,13 @@ impl Job {
     }
 
     /// A failure: says its one cause, ends the generation, and decides whether to go on.
-    pub(super) fn trouble(&mut self, cx: &mut Context<'_>, kind: FailureKind, rank: Option<Rank>, reason: String) {
+    pub(super) fn trouble(&mut self, cx: &mut Context<'_>, cause: Cause) {
+        let Cause { rank, kind, reason, blame } = cause;
         let generation = self.ledger.generation.get();
         let event = JobEvent::Failure { generation, rank: rank.map(Rank::get), reason: reason.clone() };
         cx.publish(&self.name, event);
         cx.log(&self.name, format!("generation {generation} failed: {reason}"));
+        self.open_incident(cx, blame, rank, &reason);
         let start = self.live.as_ref().and_then(|live| live.membership.start.clone());
         if let Some(point) = self.live.as_ref().filter(|live| !live.joined()).and_then(|live| live.membership.memory)
             && matches!(kind, FailureKind::Transient | FailureKind::Corrupt)
@@ -293,7 +307,7 @@ impl Job {
         self.broken.get_or_insert(cx.now);
         self.reason.clone_from(&reason);
         let verdict = match (kind, start) {
-            (FailureKind::Fatal, _) => Some(Verdict { reason, code: 3 }),
+            (FailureKind::Fatal | FailureKind::NonFinite, _) => Some(Verdict { reason, code: 3 }),
             (FailureKind::Input, _) => Some(Verdict { reason, code: 2 }),
             (FailureKind::Corrupt, Some(checkpoint)) => {
                 self.suspect = Some((checkpoint, reason));
@@ -306,6 +320,9 @@ impl Job {
         };
         if self.verdict.is_none() {
             self.verdict = verdict;
+        }
+        if self.verdict.is_some() {
+            self.close_incident(cx, Outcome::Ended);
         }
     }
 
@@ -325,6 +342,9 @@ impl Job {
         let asked = !self.queue.is_empty() || !self.changes.is_empty();
         if self.born && !self.led && (self.active() || asked) {
             return append(Entry::Led);
+        }
+        if let Some(entry) = self.next_incident() {
+            return append(entry);
         }
         if let Some((entry, waiting)) = self.queue.pop_front() {
             return Some((Operation::Append(entry), waiting));
@@ -409,6 +429,7 @@ impl Job {
             return;
         }
         self.newest = (step, Some(report.loss));
+        self.goodput.stepped(cx.now, step, report.seconds);
         let tokens_per_step = self.ledger.spec.training.tokens_per_step();
         let event = JobEvent::Step {
             step: report.step,
@@ -451,12 +472,9 @@ impl Job {
         }
         // Nothing will come of waiting for the last state of a generation that has stopped: it is taken up again.
         if self.live.as_ref().and_then(Live::stopped) == Some(name.step) && !reason.is_empty() {
-            self.trouble(
-                cx,
-                FailureKind::Transient,
-                Some(name.rank),
-                format!("the last state was not stored: {reason}"),
-            );
+            let reason = format!("the last state was not stored: {reason}");
+            let blame = Blame::of(proto::incident::Cause::Transient);
+            self.trouble(cx, Cause { rank: Some(name.rank), kind: FailureKind::Transient, reason, blame });
         }
         cx.publish(&self.name, JobEvent::Skipped { step: name.step.get(), skipped: self.skipped });
         cx.settle(&self.name, owed);

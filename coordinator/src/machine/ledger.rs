@@ -5,6 +5,7 @@
 //! folded from the job's chain.
 
 use proto::ids::{Generation, NodeName, Step, WorkerId};
+use proto::incident::{Incident, Incidents};
 use proto::spec::JobSpec;
 
 use super::memory::MemoryPoint;
@@ -139,6 +140,8 @@ pub enum Entry {
         /// What is wrong with it.
         reason: String,
     },
+    /// What broke a generation off is over.
+    Incident(Box<Incident>),
     /// The job came to rest.
     Ended(End),
 }
@@ -164,6 +167,8 @@ pub struct Ledger {
     pub fingerprint: Option<String>,
     /// Failures in a row without a new checkpoint, as far as the history tells.
     pub restarts: u32,
+    /// What went wrong since the job was submitted or last started over.
+    pub incidents: Incidents,
     /// Set while the job is at rest.
     pub end: Option<End>,
 }
@@ -181,6 +186,7 @@ impl Ledger {
             identity: None,
             fingerprint: None,
             restarts: 0,
+            incidents: Incidents::default(),
             end: None,
         }
     }
@@ -248,6 +254,7 @@ impl Ledger {
             Entry::Quarantined { checkpoint, .. } => {
                 self.checkpoints.retain(|other| other.step != checkpoint.step);
             }
+            Entry::Incident(incident) => self.incidents.add((**incident).clone()),
             Entry::Ended(end) => {
                 self.end = Some(end.clone());
                 self.membership = None;

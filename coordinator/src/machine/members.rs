@@ -26,6 +26,8 @@ pub struct Failure {
     pub kind: FailureKind,
     /// In words.
     pub reason: String,
+    /// Exit code and signal of the process, if it ended.
+    pub exit: (Option<i32>, Option<i32>),
 }
 
 /// One worker as its agent reports it, checked: from JOINING on it has a generation and a rank.

@@ -10,6 +10,7 @@ mod budget;
 mod commit;
 mod desired;
 mod forming;
+mod incident;
 mod job;
 mod keeping;
 mod ledger;

@@ -1,6 +1,7 @@
 //! The machine driven by hand-made events in virtual time.
 
 mod failure;
+mod incidents;
 mod keeping;
 mod life;
 mod memory;

@@ -139,7 +139,12 @@ fn worker_state(worker: &Worker) -> WorkerState {
         ring_address: worker.ring_address.clone(),
         numeric_identity: worker.identity.clone(),
         data_fingerprint: worker.fingerprint.clone(),
-        failure: failure.map(|failure| Failure { kind: failure.kind.into(), reason: failure.reason.clone() }),
+        failure: failure.map(|failure| Failure {
+            kind: failure.kind.into(),
+            reason: failure.reason.clone(),
+            exit_code: failure.exit.0,
+            signal: failure.exit.1,
+        }),
         source: worker.source.clone(),
         process: worker.process,
     }

@@ -21,6 +21,9 @@ pub(super) enum Harm {
     Gang,
 }
 
+/// Nodes and how many slots of each may be given out.
+type Open = Vec<(NodeName, u32)>;
+
 /// What one job is to have.
 #[derive(Debug)]
 pub(super) struct Plan<'a> {
@@ -125,11 +128,11 @@ impl<'a> Board<'a> {
         self.bars.push((request.priority, nodes));
     }
 
-    /// Gives a job free slots until it has `target` workers or there are no more: first where it was, then rack by rack.
+    /// Gives a job free slots until it has `target` workers or there are no more: where it was, then rack by rack.
     pub(super) fn fill(&mut self, at: usize, target: u32) {
         let plan = &self.plans[at];
         let lost = |node: &NodeName| on(&plan.request.holds, node).saturating_sub(on(&plan.workers, node));
-        let home: Vec<(NodeName, u32)> = self
+        let home: Open = self
             .free
             .iter()
             .filter(|(node, _)| self.usable(at, node))
@@ -143,7 +146,7 @@ impl<'a> Board<'a> {
     }
 
     /// Adds workers one by one, on the node of these with the fewest of the job's own, then with the most free slots.
-    fn spread(&mut self, at: usize, target: u32, nodes: Vec<(NodeName, u32)>) {
+    fn spread(&mut self, at: usize, target: u32, nodes: Open) {
         let plan = &mut self.plans[at];
         let mut left = target.saturating_sub(total(&plan.workers));
         let entry = |(node, slots): (NodeName, u32)| (on(&plan.workers, &node), Reverse(slots), node);
@@ -162,10 +165,10 @@ impl<'a> Board<'a> {
 
     /// The free slots of the rack that suits the next workers of a job: a rack it is in, with the most of its workers;
     /// or the smallest with room for all it may want; or the roomiest.
-    fn best_rack(&self, at: usize) -> Option<Vec<(NodeName, u32)>> {
+    fn best_rack(&self, at: usize) -> Option<Open> {
         let plan = &self.plans[at];
         let wish = plan.request.max.saturating_sub(total(&plan.workers));
-        let mut racks: BTreeMap<&str, (u32, Vec<(NodeName, u32)>)> = BTreeMap::new();
+        let mut racks: BTreeMap<&str, (u32, Open)> = BTreeMap::new();
         for (node, site) in self.sites {
             let (own, open) = racks.entry(&site.rack).or_default();
             *own += on(&plan.workers, node);
@@ -345,7 +348,9 @@ impl<'a> Board<'a> {
             let more: Placement = plan.workers.iter().map(|(node, &all)| (node.clone(), lacks(node, all))).collect();
             // Growing by and by would cost a new generation each time.
             if more.iter().all(|(node, more)| *more <= on(&free, node)) {
-                more.iter().for_each(|(node, more)| *free.entry(node.clone()).or_default() -= more);
+                for (node, more) in more {
+                    *free.entry(node).or_default() -= more;
+                }
                 share.workers.clone_from(&plan.workers);
             }
         }

@@ -69,6 +69,25 @@ fn a_job_whose_only_node_is_drained_waits_with_its_checkpoint() {
 }
 
 #[test]
+fn what_a_drained_node_is_about_to_forget_is_not_started_from() {
+    let mut rig = Rig::new();
+    rig.attach("a", 1);
+    rig.attach("b", 1);
+    rig.submit(spec("{ min = 1, max = 2 }"), SubmitMode::New, None);
+    rig.settle();
+    rig.train(5);
+    drain(&mut rig, "b", true).unwrap();
+    rig.pass(Duration::from_millis(300));
+    rig.snapshot(6);
+    rig.train(6);
+    assert_eq!(rig.live(), Some((2, 1)));
+    let run = rig.nodes[&node("a")].desired[&job_name()].run.clone().unwrap();
+    let memory = run.memory.unwrap();
+    let addresses: Vec<&str> = memory.groups[0].members.iter().map(|member| member.snapshots.as_str()).collect();
+    assert_eq!((memory.step, addresses), (6, vec!["a:1", ""]), "the other's part comes from parity");
+}
+
+#[test]
 fn a_node_nobody_knows_cannot_be_drained() {
     let mut rig = Rig::running("1", 1);
     let Err(Refusal::NotFound(text)) = drain(&mut rig, "z", true) else { panic!() };

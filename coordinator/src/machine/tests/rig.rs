@@ -375,7 +375,8 @@ impl Rig {
         let name = node(name);
         let worker = &mut self.nodes.get_mut(&name).unwrap().workers[index];
         worker.phase = phase;
-        worker.failure = Some(Failure { kind, reason: reason.into() });
+        let signal = (kind == FailureKind::Exit).then_some(9);
+        worker.failure = Some(Failure { kind, reason: reason.into(), exit: (None, signal) });
         self.report(&name);
     }
 
@@ -402,7 +403,8 @@ impl Rig {
             JobEvent::Failed { .. } => "failed",
             _ => "other",
         };
-        self.events.iter().map(kind).filter(|kind| *kind != "step").collect()
+        let told = self.events.iter().filter(|event| !matches!(event, JobEvent::Incident(_)));
+        told.map(kind).filter(|kind| *kind != "step").collect()
     }
 
     pub(super) fn forget(&mut self) {
