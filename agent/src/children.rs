@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 
 use proto::ids::{JobName, WorkerId};
+use proto::wire::{Failure, FailureKind};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot};
@@ -85,12 +86,14 @@ async fn watch(mut child: Child, killed: oneshot::Receiver<()>, worker: WorkerId
             Err(error) => Err(error),
         },
     };
+    let (exit_code, signal) = status.as_ref().map_or((None, None), |status| (status.code(), status.signal()));
     let reason = match status {
         Ok(status) => describe(status),
         Err(error) => format!("the worker process cannot be watched: {error}"),
     };
+    let failure = Failure { kind: FailureKind::Exit.into(), reason, exit_code, signal };
     // A closed channel means that the agent itself is ending.
-    let _ = inputs.send(Input::Exited { worker, reason }).await;
+    let _ = inputs.send(Input::Exited { worker, failure }).await;
 }
 
 /// How a process ended, in words.

@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 
 use proto::ids::{Epoch, Generation, Step, WorldSize};
+use proto::incident::Incidents;
 use serde::{Deserialize, Serialize};
 
 use crate::digest::{BlockHash, Digest};
@@ -134,6 +135,9 @@ pub struct History {
     /// Checkpoints of other frameworks' boxes, committed and not deleted; no job resumes from them by itself.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tensor_checkpoints: Vec<TensorRef>,
+    /// What went wrong since the job was submitted or last started over.
+    #[serde(default, skip_serializing_if = "Incidents::is_empty")]
+    pub incidents: Incidents,
 }
 
 impl Default for History {
@@ -156,6 +160,7 @@ impl Default for History {
             generations_without_progress: 0,
             checkpoints: vec![],
             tensor_checkpoints: vec![],
+            incidents: Incidents::default(),
         }
     }
 }
@@ -242,6 +247,8 @@ impl History {
                 self.tensor_checkpoints.retain(|c| c.manifest != *manifest);
             }
             Event::Paused { step } => self.status = Status::Paused { step: *step },
+            Event::Yielded { .. } => self.status = Status::Submitted,
+            Event::Incident(incident) => self.incidents.add((**incident).clone()),
             Event::Scaled { workers } => self.scaled = Some(*workers),
             Event::Finished { step, digest, loss } => {
                 self.status = Status::Finished { step: *step, digest: *digest, loss: *loss };
@@ -254,6 +261,7 @@ impl History {
                 self.submitted(*spec_hash, *stop_at);
                 (self.identity, self.fingerprint, self.start, self.memory) = (None, None, None, None);
                 self.checkpoints.iter_mut().for_each(|c| c.abandoned = true);
+                self.incidents = Incidents::default();
             }
             event => self.note(event),
         }
@@ -325,6 +333,9 @@ impl History {
                 Some(c) if c.checkpoint == *start && c.is_good() => Ok(()),
                 _ => out("generation", format!("it starts from {}, which is no good checkpoint", start.manifest)),
             },
+            Event::Yielded { .. } if self.status != Status::Running => {
+                out("yielded", format!("the job is {:?}, it has no slots to give up", self.status))
+            }
             Event::Committed(c) if c.generation != self.generation || self.status == Status::Submitted => {
                 out("committed", format!("generation {} is not the running one", c.generation))
             }

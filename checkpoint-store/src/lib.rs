@@ -135,6 +135,6 @@ pub use scalar::ScalarState;
 pub use space::{Dtype, Piece, Space, SpaceError, TensorDecl, shards_before};
 pub use spec_file::{read_spec, write_spec};
 pub use timeline::{MAX_STAGES, Stage, StageSummary, Timeline};
-pub use trust::{Lease, Proof, Trust};
+pub use trust::{Lease, Proof, Trust, note};
 pub use url::normalize_url;
 pub use verify::{ObjectReport, Sample, VerifyReport, verify, verify_sample};

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use proto::ids::{Epoch, Generation, NodeName, Rank, Step, WorkerId, WorldSize};
+use proto::incident::Incident;
 use serde::{Deserialize, Serialize};
 
 use crate::digest::{BlockHash, Digest};
@@ -14,8 +15,9 @@ use crate::error::{StoreError, parse_json};
 use crate::history::History;
 
 /// The version of records this build writes, and the newest it reads. Format 2 added pins, proofs, leases and metrics:
-/// a build that does not know them would delete what they keep, so it must refuse the chain.
-pub const RECORD_FORMAT: u32 = 2;
+/// a build that does not know them would delete what they keep, so it must refuse the chain. Format 3 added jobs that
+/// give their slots up, which a build that does not know them would take for running, and incidents.
+pub const RECORD_FORMAT: u32 = 3;
 /// A record larger than this is refused unread.
 pub const MAX_RECORD: u64 = 8 << 20;
 /// Every record whose number is a multiple of this holds the folded history.
@@ -170,6 +172,15 @@ pub enum Event {
         /// Stop, paused, after this step.
         stop_at: Option<Step>,
     },
+    /// The job stopped after a checkpoint and gave its slots up; it goes on by itself when there is room.
+    Yielded {
+        /// After this step.
+        step: Step,
+        /// For what.
+        reason: String,
+    },
+    /// Something that broke a generation off is over, and what it cost.
+    Incident(Box<Incident>),
     /// The number of workers was changed by hand.
     Scaled {
         /// The new number.

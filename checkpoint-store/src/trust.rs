@@ -120,6 +120,8 @@ impl History {
             },
             Event::Pinned { manifest, reason } => known(manifest).and_then(|_| is_note("the reason", reason)),
             Event::Unpinned { manifest } => known(manifest).map(drop),
+            Event::Incident(incident) => is_note("the reason", &incident.reason),
+            Event::Yielded { reason, .. } => is_note("the reason", reason),
             Event::Verified { manifest, blocks, of, by } => {
                 if let Some(reason) = &known(manifest)?.quarantined {
                     return Err(format!("{manifest} was quarantined: {reason}"));

@@ -58,6 +58,14 @@ pub(crate) enum Command {
     Resume(JobArgs),
     /// End a job for good, without a further checkpoint.
     Cancel(JobArgs),
+    /// Show what broke a job's generations off: who was to blame, how long each stage took, and the goodput.
+    Incidents(JobArgs),
+    /// List the nodes: slots, what uses them, who is draining, lost or set aside.
+    Nodes(OperatorArgs),
+    /// Empty a node: its jobs save and go elsewhere, and it takes no new work until it is undrained.
+    Drain(DrainArgs),
+    /// Let a drained node take work again.
+    Undrain(NodeArgs),
     /// Look into a checkpoint store.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
@@ -281,6 +289,28 @@ pub(crate) struct ScaleArgs {
     /// The most workers it shall use.
     #[arg(value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) workers: u32,
+    #[command(flatten)]
+    pub(crate) operator: OperatorArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A node stays drained while its coordinator lives, also if its agent is restarted.
+A coordinator that is started anew does not know of it.")]
+pub(crate) struct DrainArgs {
+    /// The node's name.
+    pub(crate) node: NodeName,
+    /// Return only when nothing runs on the node any more.
+    #[arg(long)]
+    pub(crate) wait: bool,
+    #[command(flatten)]
+    pub(crate) operator: OperatorArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NodeArgs {
+    /// The node's name.
+    pub(crate) node: NodeName,
     #[command(flatten)]
     pub(crate) operator: OperatorArgs,
 }

@@ -14,7 +14,9 @@ mod checkpoint;
 mod client;
 mod data;
 mod failure;
+mod incidents;
 mod jobs;
+mod nodes;
 mod parts;
 mod render;
 mod size;
@@ -87,6 +89,10 @@ async fn dispatch(command: Command) -> Result<u8, Failure> {
         Command::Pause(args) => jobs::pause(args).await,
         Command::Resume(args) => jobs::resume(args).await,
         Command::Cancel(args) => jobs::cancel(args).await,
+        Command::Incidents(args) => incidents::show(args).await,
+        Command::Nodes(args) => nodes::list(args).await,
+        Command::Drain(args) => nodes::drain(args).await,
+        Command::Undrain(args) => nodes::undrain(args).await,
         Command::Checkpoint(command) => checkpoint::run(command).await,
         Command::Certs(command) => certs::run(command),
         Command::Data(command) => data::run(command),

@@ -130,6 +130,15 @@ fn describe(event: &JobEvent) -> String {
         JobEvent::Recovered { generation, step, seconds, source } => {
             format!("recovered in {seconds:.2} s: generation {generation} goes on from step {step} ({source})")
         }
+        JobEvent::Incident(incident) => {
+            let lost = incident.steps_lost().map_or(String::new(), |steps| format!(", {steps} steps taken again"));
+            format!(
+                "incident {}: {} cost {:.2} s{lost}",
+                incident.number,
+                incident.cause.name(),
+                incident.total_ms() as f64 / 1e3
+            )
+        }
         JobEvent::Quarantined { step, reason } => format!("checkpoint of step {step} set aside: {reason}"),
         JobEvent::Finished { step, loss, digest } => {
             let loss = loss.map_or(String::new(), |loss| format!(", loss {loss:.4}"));

@@ -160,7 +160,11 @@ fn worker(state: WorkerState) -> Result<Worker, Fault> {
         short("a stage's name", &stage.name, 32)?;
         seconds("a stage", stage.seconds)?;
     }
-    let failure = state.failure.map(|failure| Failure { kind: failure.kind(), reason: text(&failure.reason) });
+    let failure = state.failure.map(|failure| Failure {
+        kind: failure.kind(),
+        reason: text(&failure.reason),
+        exit: (failure.exit_code, failure.signal),
+    });
     Ok(Worker {
         job: job(&state.job)?,
         id: state.worker.parse::<WorkerId>().map_err(|_| format!("worker id {:?} is no UUID", text(&state.worker)))?,

@@ -12,7 +12,7 @@ use checkpoint_store::error::{Kind, StoreError};
 use checkpoint_store::{
     Chain, ChainError, Change, CheckpointRef, Digest, Encoded, Event, History, Keeper, Manifest,
     Member as StoredMember, MemoryPoint as StoredPoint, Open, Policy, Reached, Receipt, Record, Space, Status, Store,
-    commit_encoded, list_jobs, read_spec, write_spec,
+    commit_encoded, list_jobs, note, read_spec, write_spec,
 };
 use proto::ids::{Epoch, Generation, JobName, Rank, Step, WorldSize};
 use proto::spec::{JobSpec, SPEC_FORMAT, VALIDATION_LOSS};
@@ -176,6 +176,8 @@ impl Journal {
             Entry::Led => Event::Led { epoch: self.epoch, leader: self.leader.clone() },
             Entry::Scaled { workers } => Event::Scaled { workers: *workers },
             Entry::Generation(membership) => formed(membership)?,
+            Entry::Incident(incident) => Event::Incident(incident.clone()),
+            Entry::Yielded { step, reason } => Event::Yielded { step: *step, reason: note(reason) },
             Entry::Quarantined { checkpoint, reason } => {
                 Event::Quarantined { manifest: reference(checkpoint)?.manifest, reason: reason.clone() }
             }
@@ -374,6 +376,7 @@ fn ledger(spec: JobSpec, history: &History) -> Result<Ledger, StoreError> {
         ledger.commit(known(&saved.checkpoint)?);
     }
     ledger.had_checkpoint = history.checkpoints.iter().any(|saved| !saved.abandoned);
+    ledger.incidents.clone_from(&history.incidents);
     let newest = ledger.newest().cloned();
     ledger.end = match history.status.clone() {
         Status::Submitted | Status::Running => None,

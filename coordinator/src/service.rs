@@ -16,8 +16,9 @@ use proto::wire::cluster_server::Cluster;
 use proto::wire::coordinator_message::Body as ToAgent;
 use proto::wire::jobs_server::Jobs;
 use proto::wire::{
-    AgentMessage, CheckpointChange, CheckpointChanged, CoordinatorMessage, JobRequest, JobStatus, ListReply,
-    ListRequest, ScaleRequest, SubmitReply, SubmitRequest, WatchEvent, WatchRequest,
+    AgentMessage, CheckpointChange, CheckpointChanged, CoordinatorMessage, IncidentsReply, JobRequest, JobStatus,
+    ListReply, ListRequest, NodeRequest, NodeStatus, NodesReply, NodesRequest, ScaleRequest, SubmitReply,
+    SubmitRequest, WatchEvent, WatchRequest,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
@@ -169,6 +170,16 @@ impl Edge {
     }
 }
 
+impl Edge {
+    async fn ask_node(&self, request: &NodeRequest, empty: bool) -> Result<Response<NodeStatus>, Status> {
+        let node = NodeName::new(&request.node).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        match self.ask(Ask::Drain(node, empty)).await? {
+            Answer::Node(status) => Ok(Response::new(*status)),
+            other => Err(Status::internal(format!("unexpected answer {other:?}"))),
+        }
+    }
+}
+
 fn refuse(refusal: Refusal) -> Status {
     match refusal {
         Refusal::Invalid(text) => Status::invalid_argument(text),
@@ -242,6 +253,28 @@ impl Jobs for Edge {
             Answer::Changed(report) => Ok(Response::new(CheckpointChanged { report })),
             other => Err(Status::internal(format!("unexpected answer {other:?}"))),
         }
+    }
+
+    async fn incidents(&self, request: Request<JobRequest>) -> Result<Response<IncidentsReply>, Status> {
+        match self.ask(Ask::Incidents(job(request.get_ref())?)).await? {
+            Answer::Incidents(reply) => Ok(Response::new(*reply)),
+            other => Err(Status::internal(format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    async fn list_nodes(&self, _: Request<NodesRequest>) -> Result<Response<NodesReply>, Status> {
+        match self.ask(Ask::Nodes).await? {
+            Answer::Nodes(nodes) => Ok(Response::new(NodesReply { nodes })),
+            other => Err(Status::internal(format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    async fn drain(&self, request: Request<NodeRequest>) -> Result<Response<NodeStatus>, Status> {
+        self.ask_node(request.get_ref(), true).await
+    }
+
+    async fn undrain(&self, request: Request<NodeRequest>) -> Result<Response<NodeStatus>, Status> {
+        self.ask_node(request.get_ref(), false).await
     }
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {

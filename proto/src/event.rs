@@ -4,6 +4,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::incident::Incident;
+
 /// Where a checkpoint lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -87,6 +89,8 @@ pub enum JobEvent {
         /// Where the state came from.
         source: String,
     },
+    /// What broke the last generation off is over: the job takes steps again, or has come to rest.
+    Incident(Box<Incident>),
     /// A checkpoint is not what it should be and is set aside.
     Quarantined {
         /// Its step.

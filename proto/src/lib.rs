@@ -2,12 +2,13 @@
 //!
 //! Every other room imports this one and none of each other's insides: what they say to each other is said in these
 //! types. `ids` has the counters and names, `spec` the job specification, `event` what a job tells its watchers,
-//! `auth` the token of the control plane, `tls` its certificates and encrypted connections, and `wire` the generated
-//! gRPC messages.
+//! `incident` what went wrong with it, `auth` the token of the control plane, `tls` its certificates and encrypted
+//! connections, and `wire` the generated gRPC messages.
 
 pub mod auth;
 pub mod event;
 pub mod ids;
+pub mod incident;
 pub mod spec;
 pub mod tls;
 pub mod wire;

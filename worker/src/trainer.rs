@@ -56,9 +56,8 @@ impl From<StepError> for Failure {
         let kind = match &error {
             StepError::Exchange(_) | StepError::Aborted => FailureKind::Exchange,
             StepError::Data(_) => FailureKind::Input,
-            StepError::Model(_) | StepError::Device(_) | StepError::Fault { .. } | StepError::NoSlot(_) => {
-                FailureKind::Fatal
-            }
+            StepError::Fault { .. } => FailureKind::NonFinite,
+            StepError::Model(_) | StepError::Device(_) | StepError::NoSlot(_) => FailureKind::Fatal,
         };
         Self::new(kind, error)
     }

@@ -98,7 +98,7 @@ async fn numbers_that_cannot_be_used_end_the_job_on_every_rank() {
     agent.start(2, 1).await;
     agent.announce(1, None, 10, false).await;
     let failure = agent.finish(1, None).await.unwrap_err();
-    assert_eq!(failure.kind(), FailureKind::Fatal, "{}", failure.reason);
+    assert_eq!(failure.kind(), FailureKind::NonFinite, "{}", failure.reason);
     assert!(failure.reason.contains("step ") && failure.reason.contains("micro-batch"), "{}", failure.reason);
 }
 

@@ -53,7 +53,7 @@ pub(crate) enum Input {
     /// A worker's stream ended.
     Detached { worker: WorkerId },
     /// A worker process ended.
-    Exited { worker: WorkerId, reason: String },
+    Exited { worker: WorkerId, failure: wire::Failure },
     /// An upload is over.
     Uploaded(Finished),
     /// A try to upload failed; it goes on.
@@ -72,7 +72,7 @@ pub(crate) enum Input {
 #[derive(Debug, Default)]
 struct Presence {
     commands: Option<Commands>,
-    exited: Option<String>,
+    exited: Option<wire::Failure>,
 }
 
 struct Driver {
@@ -187,9 +187,9 @@ impl Driver {
                 self.children.kill(worker);
                 self.gone(worker);
             }
-            Input::Exited { worker, reason } => {
+            Input::Exited { worker, failure } => {
                 self.children.ended(worker);
-                self.present.entry(worker).or_default().exited = Some(reason);
+                self.present.entry(worker).or_default().exited = Some(failure);
                 self.gone(worker);
             }
             Input::Uploaded(finished) => self.uploaded(finished),
@@ -244,7 +244,9 @@ impl Driver {
                     }
                     Err(error) => {
                         let reason = format!("the worker could not be started: {error}");
-                        self.present.entry(worker).or_default().exited = Some(reason);
+                        let kind = wire::FailureKind::Exit.into();
+                        let failure = wire::Failure { kind, reason, ..Default::default() };
+                        self.present.entry(worker).or_default().exited = Some(failure);
                         self.gone(worker);
                     }
                 }
@@ -337,10 +339,10 @@ impl Driver {
         if !over {
             return;
         }
-        let reason = self.present.remove(&worker).and_then(|presence| presence.exited).unwrap_or_default();
-        tracing::info!(%worker, reason, "a worker is gone");
+        let failure = self.present.remove(&worker).and_then(|presence| presence.exited).unwrap_or_default();
+        tracing::info!(%worker, reason = failure.reason, "a worker is gone");
         self.clear(worker);
-        self.event(Event::Exited { worker, reason });
+        self.event(Event::Exited { worker, failure });
     }
 
     fn link_up(&mut self, link: Outgoing) {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use proto::ids::{JobName, WorkerId};
 use proto::spec::{FaultSpec, JobSpec};
-use proto::wire::{self, FailureKind, WorkerPhase};
+use proto::wire::{self, WorkerPhase};
 
 use super::{Action, Command, Fresh};
 
@@ -162,7 +162,7 @@ impl Job {
         worker.state = wire::WorkerState { job, worker: name, process, ..state };
     }
 
-    pub(super) fn exited(&mut self, now: Duration, id: WorkerId, reason: String) {
+    pub(super) fn exited(&mut self, now: Duration, id: WorkerId, failure: wire::Failure) {
         let Some(worker) = self.live.remove(&id) else { return };
         if worker.dying {
             return;
@@ -170,7 +170,7 @@ impl Job {
         let mut state = worker.state;
         // A failure it reported itself is the cause; the exit is only its consequence.
         if state.phase() != WorkerPhase::Failed || state.failure.is_none() {
-            state.failure = Some(wire::Failure { kind: FailureKind::Exit.into(), reason });
+            state.failure = Some(failure);
         }
         state.generation = state.generation.or(worker.ran.map(|(generation, _)| generation));
         state.set_phase(WorkerPhase::Exited);

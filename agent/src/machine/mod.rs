@@ -45,8 +45,8 @@ pub enum Event {
     Exited {
         /// Which.
         worker: WorkerId,
-        /// How, for people.
-        reason: String,
+        /// How.
+        failure: wire::Failure,
     },
     /// A process was started and has this process id.
     Started {
@@ -151,7 +151,7 @@ impl Machine {
             Event::Desired { epoch, desired } => self.desire(epoch, desired, &mut actions),
             Event::Attached(worker) => self.with(worker, |job| job.attached(worker)),
             Event::State { worker, state } => self.with(worker, |job| job.reported(now, worker, state)),
-            Event::Exited { worker, reason } => self.with(worker, |job| job.exited(now, worker, reason)),
+            Event::Exited { worker, failure } => self.with(worker, |job| job.exited(now, worker, failure)),
             Event::Started { worker, process } => self.with(worker, |job| job.started(worker, process)),
             Event::Tick => {}
         }

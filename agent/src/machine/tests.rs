@@ -37,7 +37,9 @@ impl Bench {
     }
 
     fn exit(&mut self, worker: u128) -> Vec<Action> {
-        self.event(Event::Exited { worker: id(worker), reason: "killed by signal 9".into() })
+        let (kind, reason) = (FailureKind::Exit.into(), "killed by signal 9".into());
+        let failure = proto::wire::Failure { kind, reason, exit_code: None, signal: Some(9) };
+        self.event(Event::Exited { worker: id(worker), failure })
     }
 }
 

@@ -326,7 +326,9 @@ impl Memory {
         let answer = move |step, result: Result<restore::Restored, restore::Failure>| {
             let (source, stages, failure) = match result {
                 Ok(done) => (done.source.name().to_string(), done.stages, None),
-                Err((kind, reason)) => (String::new(), vec![], Some(wire::Failure { kind: kind.into(), reason })),
+                Err((kind, reason)) => {
+                    (String::new(), vec![], Some(wire::Failure { kind: kind.into(), reason, ..Default::default() }))
+                }
             };
             Input::Restored { worker, answer: wire::Restored { generation, step, source, failure, stages } }
         };

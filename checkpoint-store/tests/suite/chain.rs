@@ -67,13 +67,46 @@ fn events_out_of_place_change_nothing() {
         by(0, Event::Deleted { manifest: "none".into() }),
         by(0, led(5)),
         formed(1, 1, Some(fake(1, 1))),
+        by(0, Event::Yielded { step: Step::ZERO, reason: String::new() }),
         Record::new(Epoch::ZERO, Generation::ZERO, Event::Cancelled),
     ] {
         assert!(history.apply(&record).is_err(), "{record:?}");
         assert_eq!(history, before);
     }
-    history.apply(&by(0, Event::Cancelled)).unwrap();
-    assert!(history.apply(&formed(1, 1, None)).is_err(), "a cancelled job must be resumed first");
+    // A job that gives its slots up is no longer running, and goes on without being asked to.
+    history.apply(&formed(1, 1, None)).unwrap();
+    history.apply(&by(1, Event::Yielded { step: Step::ZERO, reason: "room".into() })).unwrap();
+    assert_eq!(history.status, Status::Submitted);
+    assert!(history.apply(&by(1, Event::Committed(fake(1, 1)))).is_err(), "its generation is over");
+    history.apply(&formed(2, 1, None)).unwrap();
+    history.apply(&by(2, Event::Cancelled)).unwrap();
+    assert!(history.apply(&formed(3, 1, None)).is_err(), "a cancelled job must be resumed first");
+}
+
+#[test]
+fn records_of_older_formats_are_read_and_those_of_newer_ones_refused() {
+    let text = |format: u32, event: &str| {
+        let start = format!(r#"{{"format":{format},"number":3,"epoch":0,"generation":0,"author":"a","event":"#);
+        format!("{start}{event}}}").into_bytes()
+    };
+    for format in 1..=3 {
+        assert_eq!(Record::parse("r", 3, &text(format, r#"{"kind":"cancelled"}"#)).unwrap().event, Event::Cancelled);
+    }
+    let error = Record::parse("r", 3, &text(4, r#"{"kind":"cancelled"}"#)).unwrap_err().to_string();
+    assert!(error.contains('4') && error.contains('3'), "{error}");
+    let incident = r#"{"kind":"incident","number":1,"cause":"worker_exit","outcome":"recovered","reason":"killed",
+        "signal":9,"node":"a","generation":0,"step":7,"start":5,"detect_ms":3,"productive_ms":1,"wall_ms":2}"#;
+    let record = Record::parse("r", 3, &text(3, incident)).unwrap();
+    let Event::Incident(incident) = &record.event else { panic!("{record:?}") };
+    assert_eq!((incident.steps_lost(), incident.signal), (Some(2), Some(9)));
+    let mut history = History::default();
+    history.apply(&submitted()).unwrap();
+    history.apply(&record).unwrap();
+    let json = serde_json::to_string(&history).unwrap();
+    assert_eq!(serde_json::from_str::<History>(&json).unwrap().incidents.total(), 1);
+    let mut long = incident.clone();
+    long.reason = "x".repeat(2000);
+    assert!(history.apply(&by(0, Event::Incident(long))).is_err(), "a reason has a bound");
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use proto::event::JobEvent;
 use proto::ids::{Generation, JobName, NodeName, Step};
 use proto::spec::JobSpec;
 use proto::wire::coordinator_message::Body;
-use proto::wire::{JobStatus, StepReport, SubmitMode};
+use proto::wire::{IncidentsReply, JobStatus, NodeStatus, StepReport, SubmitMode};
 
 use super::commit::{ReceiptEntry, ReceiptName};
 use super::ledger::{Checkpoint, Entry, Ledger};
@@ -173,6 +173,12 @@ pub enum Ask {
     Cancel(JobName),
     /// Change what is known of its checkpoints: JSON of the store's change.
     Change(JobName, Arc<[u8]>),
+    /// What went wrong with a job.
+    Incidents(JobName),
+    /// All nodes.
+    Nodes,
+    /// Empty a node (`true`), or use it again.
+    Drain(NodeName, bool),
 }
 
 /// An answer to a request.
@@ -189,6 +195,12 @@ pub enum Answer {
     List(Vec<JobStatus>),
     /// What a change of checkpoints has done: JSON of the store's report.
     Changed(Vec<u8>),
+    /// What went wrong with a job.
+    Incidents(Box<IncidentsReply>),
+    /// One node.
+    Node(Box<NodeStatus>),
+    /// All nodes.
+    Nodes(Vec<NodeStatus>),
 }
 
 /// Why a request is refused.

@@ -43,7 +43,7 @@ impl Job {
             return None;
         }
         let here = self.live.as_ref().map_or(0, |live| live.members_on(node));
-        let wanted = if self.refused.contains_key(node) { 0 } else { self.want.get(node).copied().unwrap_or(0) };
+        let wanted = if self.refused.contains_key(node) { 0 } else { self.wanted_on(node) };
         desired.workers = wanted.max(here);
         if desired.workers == 0 && !knows {
             return None;
@@ -174,6 +174,9 @@ pub(super) fn tell<'a>(
             }
         }
         let Some(agent) = members.get_mut(&node) else { continue };
+        // Who gives slots up is told before who gets them.
+        let before = |job: &JobName| agent.told.get(job).map_or(0, |told| told.workers);
+        news.sort_by_key(|(job, desired)| desired.workers > before(job));
         for (job, desired) in news {
             if agent.told.get(&job) != Some(&desired) {
                 agent.told.insert(job, desired.clone());

@@ -11,8 +11,10 @@ use proto::ids::{NodeName, WorkerId};
 use proto::spec::Reduction;
 use proto::wire::{FailureKind, WorkerPhase};
 
+use super::incident::Blame;
 use super::job::{Context, Job, Verdict};
 use super::ledger::{Entry, Member, Membership};
+use super::live::Cause;
 use super::members::Worker;
 use super::memory::{self, Inventory, Restorable};
 use super::schedule::total;
@@ -52,7 +54,7 @@ impl Job {
     /// Where more workers live than are wanted, the agent ends some: their end is no failure.
     fn excuse_surplus(&mut self, reported: &[(NodeName, Worker)]) {
         for (node, worker) in reported {
-            let wanted = self.want.get(node).copied().unwrap_or(0) as usize;
+            let wanted = self.wanted_on(node) as usize;
             let alive = reported.iter().filter(|(on, w)| on == node && w.phase != WorkerPhase::Exited).count();
             if alive > wanted && worker.phase != WorkerPhase::Exited {
                 self.excused.insert(worker.id);
@@ -69,12 +71,13 @@ impl Job {
         let failure = worker.failure.clone();
         let kind = failure.as_ref().map_or(FailureKind::Exit, |failure| failure.kind);
         let reason = failure.map_or_else(|| "a worker ended while it prepared".to_string(), |failure| failure.reason);
-        let is_nodes = matches!(kind, FailureKind::Fatal | FailureKind::Input);
+        let is_nodes = matches!(kind, FailureKind::Fatal | FailureKind::NonFinite | FailureKind::Input);
         if is_nodes && self.has_run() {
             // A node that cannot work must not end a job that has run on others.
             self.refuse(cx, node, format!("node {node}: {reason}"));
         } else if self.live.is_none() {
-            self.trouble(cx, kind, None, reason);
+            let blame = Blame::failure(kind, node, worker.failure.as_ref());
+            self.trouble(cx, Cause { rank: None, kind, reason, blame });
         }
     }
 
@@ -126,10 +129,15 @@ impl Job {
             };
             let alive = agent.of(&self.name).filter(|worker| worker.phase != WorkerPhase::Exited).count();
             let mut ready: Vec<_> = agent.of(&self.name).filter(|worker| worker.phase == WorkerPhase::Ready).collect();
-            complete &= alive == wanted as usize && ready.len() == alive;
+            // A spare that is ready stands in for a worker that is not.
+            let spare = self.spares.contains_key(node) && ready.len() >= wanted as usize;
+            complete &= spare || alive == wanted as usize && ready.len() == alive;
             ready.truncate(wanted as usize);
             chosen.extend(ready.into_iter().map(|worker| (node.clone(), worker.clone())));
         }
+        // Neighbours in the ring share a rack as far as that goes.
+        let rack = |node: &NodeName| cx.members.get(node).map(|agent| agent.home.domain.clone());
+        chosen.sort_by_cached_key(|(node, _)| rack(node));
         let enough = chosen.len() >= self.ledger.spec.resources.workers.min as usize;
         if !complete && !late {
             return None;
@@ -138,7 +146,8 @@ impl Job {
             self.since = cx.now;
             let limit = self.ledger.spec.fault.restart;
             let reason = format!("only {} of {} workers were ready within {limit} s", chosen.len(), total(&self.want));
-            self.trouble(cx, FailureKind::Transient, None, reason);
+            let blame = Blame::of(proto::incident::Cause::NoProgress);
+            self.trouble(cx, Cause { rank: None, kind: FailureKind::Transient, reason, blame });
             return None;
         }
         if self.awaits_inventory(cx) {
@@ -155,9 +164,15 @@ impl Job {
         let pending = cx.members.iter().any(|(node, agent)| {
             let held = agent.memory.get(&self.name);
             let was_member = of_last.iter().any(|member| member.node == *node);
-            agent.connection.is_some() && held.map_or(was_member, |held| held.fenced < fenced)
+            let asked = agent.connection.is_some() && self.remembers(node);
+            asked && held.map_or(was_member, |held| held.fenced < fenced)
         });
         self.ledger.spec.checkpoint.memory && pending && cx.now.saturating_sub(self.since) < INVENTORY
+    }
+
+    /// Whether a node keeps what it holds of the job: where no worker is wanted any more, it is told to forget it.
+    fn remembers(&self, node: &NodeName) -> bool {
+        self.wanted_on(node) > 0 && !self.refused.contains_key(node)
     }
 
     /// The newest step in the nodes' memory to start from, if that is no older than the newest checkpoint.
@@ -167,7 +182,8 @@ impl Job {
         }
         let stored = self.ledger.newest().map(|newest| newest.step);
         let started = self.ledger.membership.as_ref().and_then(|membership| membership.memory);
-        let inventories: BTreeMap<&NodeName, &Inventory> = cx.inventories(&self.name).collect();
+        let inventories: BTreeMap<&NodeName, &Inventory> =
+            cx.inventories(&self.name).filter(|(node, _)| self.remembers(node)).collect();
         memory::newest(&inventories, |point| {
             let of_line = point.generation == self.ledger.generation || Some(point) == started;
             of_line && stored.is_none_or(|stored| point.step >= stored) && !self.distrusted(point)
@@ -222,7 +238,6 @@ impl Job {
             return;
         };
         let world = live.membership.members.len() as u32;
-        let most = self.ledger.spec.resources.workers.max;
         let wanted = total(&self.want);
         let spares_ready = || {
             self.want.iter().all(|(node, &wanted)| {
@@ -231,20 +246,34 @@ impl Job {
                 spares as u32 + live.members_on(node) >= wanted
             })
         };
-        let leaves = |member: &Member| cx.members.get(&member.node).is_some_and(|agent| agent.draining);
-        let why = if let Some(member) = live.membership.members.iter().find(|member| leaves(member)) {
-            format!("node {} is about to leave", member.node)
-        } else if world > most {
-            format!("shrinking from {world} to {most} workers")
+        let yields = self.must_yield(live);
+        let why = if let Some(why) = &yields {
+            why.to_string()
         } else if wanted > world && (self.asked_to_scale || cx.members.stable_for(cx.now) >= STABLE) && spares_ready() {
             format!("growing from {world} to {wanted} workers")
         } else {
             return;
         };
         cx.log(&self.name, format!("{why}: stopping generation {} with a checkpoint", live.generation()));
+        self.open_planned(cx, yields.as_ref(), &why);
         if let Some(live) = self.live.as_mut() {
             live.stop = true;
         }
+    }
+
+    /// Gives its place in the chain of running jobs up, if it has stopped and there is no room for it: a coordinator
+    /// that comes after this one is not to look for its workers.
+    pub(super) fn stand_back(&mut self, cx: &mut Context<'_>) -> Option<Entry> {
+        if !self.halted || !self.want.is_empty() || self.ledger.membership.is_none() {
+            return None;
+        }
+        let step = self.ledger.newest()?.step;
+        let reason = match &self.yields_to {
+            Some(job) => format!("its slots went to job {job}, which has a higher priority or has waited too long"),
+            None => "the nodes it ran on take no more work".to_string(),
+        };
+        cx.log(&self.name, format!("queued after step {step}: {reason}"));
+        Some(Entry::Yielded { step, reason })
     }
 
     /// Forgets that a node did not fit: another agent lives there now.

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use proto::event::JobEvent;
 use proto::ids::{JobName, NodeName, Rank, Step, WorkerId};
+use proto::incident::{Incident, Outcome};
 use proto::spec::Workers;
 use proto::wire::FailureKind;
 use proto::wire::coordinator_message::Body;
@@ -20,9 +21,10 @@ use super::Settings;
 use super::action::{Action, Operation, RequestId};
 use super::budget::Budget;
 use super::commit::{Gathering, ReceiptEntry, ReceiptName, Settlement};
+use super::incident::{Blame, Goodput, Opened};
 use super::keeping::Losses;
 use super::ledger::{Checkpoint, End, Entry, Ledger};
-use super::live::Live;
+use super::live::{Cause, Live};
 use super::members::Members;
 use super::memory::{Inventory, MemoryPoint, Restorable};
 use super::schedule::Placement;
@@ -115,6 +117,16 @@ pub(super) struct Job {
     pub(super) live: Option<Live>,
     /// Wanted workers by node, as scheduled.
     pub(super) want: Placement,
+    /// Prepared workers beyond those, by node.
+    pub(super) spares: Placement,
+    /// The job for which it has to give slots up.
+    pub(super) yields_to: Option<JobName>,
+    /// Since when it has waited for slots.
+    pub(super) queued: Option<Duration>,
+    /// Whether that is so long that no job behind it goes first any more.
+    pub(super) overdue: bool,
+    /// Whether the last generation stopped as it was told to, its state stored.
+    pub(super) halted: bool,
     /// Since when a generation is being formed.
     pub(super) since: Duration,
     pub(super) pausing: bool,
@@ -133,6 +145,11 @@ pub(super) struct Job {
     pub(super) gathering: Gathering,
     pub(super) retain: bool,
     pub(super) budget: Budget,
+    /// What broke the last generation off, until the next takes steps.
+    pub(super) incident: Option<Box<Opened>>,
+    /// Incidents that are over and not yet recorded.
+    pub(super) due: VecDeque<Box<Incident>>,
+    pub(super) goodput: Goodput,
     /// When the failure happened from which the job has not yet recovered.
     pub(super) broken: Option<Duration>,
     pub(super) refused: BTreeMap<NodeName, String>,
@@ -151,6 +168,7 @@ impl Job {
     pub(super) fn new(name: JobName, ledger: Ledger, store: &str) -> Self {
         let step = ledger.newest().map_or(Step::ZERO, |checkpoint| checkpoint.step);
         let budget = Budget::used(ledger.restarts);
+        let goodput = Goodput::known(ledger.incidents.latest.back(), step);
         let mut job = Self {
             name,
             spec_json: Vec::new(),
@@ -165,6 +183,11 @@ impl Job {
             losses: Losses::new(),
             live: None,
             want: Placement::new(),
+            spares: Placement::new(),
+            yields_to: None,
+            queued: None,
+            overdue: false,
+            halted: false,
             since: Duration::ZERO,
             pausing: false,
             cancelling: None,
@@ -177,6 +200,9 @@ impl Job {
             gathering: Gathering::default(),
             retain: false,
             budget,
+            incident: None,
+            due: VecDeque::new(),
+            goodput,
             broken: None,
             refused: BTreeMap::new(),
             excused: BTreeSet::new(),
@@ -196,6 +222,7 @@ impl Job {
         // The size is the coordinator's business: a job that was resized, or resized and then taken over by another
         // coordinator, must not look like another job to its workers.
         spec.resources.workers = Workers { min: 1, max: 1 };
+        (spec.resources.priority, spec.resources.spares) = (0, 0);
         self.spec_json = serde_json::to_vec(&spec).unwrap_or_default();
     }
 
@@ -208,6 +235,7 @@ impl Job {
     pub(super) fn advance(&mut self, cx: &mut Context<'_>) {
         if self.active() && self.led {
             self.supervise(cx);
+            self.follow_incident(cx);
         }
         if self.flight.is_some() {
             if self.retry_at.is_some_and(|at| cx.now >= at) {
@@ -234,7 +262,7 @@ impl Job {
         let Some(live) = self.live.as_mut() else { return };
         let was_adopting = live.adopting();
         if let Some(cause) = live.watch(cx.now, &self.name, cx.members, &self.ledger.spec.fault) {
-            self.trouble(cx, cause.kind, cause.rank, cause.reason);
+            self.trouble(cx, cause);
             return;
         }
         if was_adopting && !live.adopting() {
@@ -258,17 +286,20 @@ impl Job {
     }
 
     /// A failure: says its one cause, ends the generation, and decides whether to go on.
-    pub(super) fn trouble(&mut self, cx: &mut Context<'_>, kind: FailureKind, rank: Option<Rank>, reason: String) {
+    pub(super) fn trouble(&mut self, cx: &mut Context<'_>, cause: Cause) {
+        let Cause { rank, kind, reason, blame } = cause;
         let generation = self.ledger.generation.get();
         let event = JobEvent::Failure { generation, rank: rank.map(Rank::get), reason: reason.clone() };
         cx.publish(&self.name, event);
         cx.log(&self.name, format!("generation {generation} failed: {reason}"));
+        self.open_incident(cx, blame, rank, &reason);
         let start = self.live.as_ref().and_then(|live| live.membership.start.clone());
         if let Some(point) = self.live.as_ref().filter(|live| !live.joined()).and_then(|live| live.membership.memory)
             && matches!(kind, FailureKind::Transient | FailureKind::Corrupt)
         {
             *self.distrust.entry(point).or_default() += 1;
         }
+        self.halted = false;
         if let Some(live) = self.live.take() {
             self.excuse(live.membership.members.iter().map(|member| member.worker));
         }
@@ -276,7 +307,7 @@ impl Job {
         self.broken.get_or_insert(cx.now);
         self.reason.clone_from(&reason);
         let verdict = match (kind, start) {
-            (FailureKind::Fatal, _) => Some(Verdict { reason, code: 3 }),
+            (FailureKind::Fatal | FailureKind::NonFinite, _) => Some(Verdict { reason, code: 3 }),
             (FailureKind::Input, _) => Some(Verdict { reason, code: 2 }),
             (FailureKind::Corrupt, Some(checkpoint)) => {
                 self.suspect = Some((checkpoint, reason));
@@ -289,6 +320,9 @@ impl Job {
         };
         if self.verdict.is_none() {
             self.verdict = verdict;
+        }
+        if self.verdict.is_some() {
+            self.close_incident(cx, Outcome::Ended);
         }
     }
 
@@ -308,6 +342,9 @@ impl Job {
         let asked = !self.queue.is_empty() || !self.changes.is_empty();
         if self.born && !self.led && (self.active() || asked) {
             return append(Entry::Led);
+        }
+        if let Some(entry) = self.next_incident() {
+            return append(entry);
         }
         if let Some((entry, waiting)) = self.queue.pop_front() {
             return Some((Operation::Append(entry), waiting));
@@ -337,7 +374,7 @@ impl Job {
                 return append(entry);
             }
             if self.live.is_none() {
-                if let Some(entry) = self.form(cx) {
+                if let Some(entry) = self.stand_back(cx).or_else(|| self.form(cx)) {
                     return append(entry);
                 }
             } else {
@@ -368,6 +405,7 @@ impl Job {
             let stopped = live.stopped().filter(|stopped| stored(*stopped))?;
             cx.log(&self.name, format!("generation {} stopped after step {stopped}, stored", live.generation()));
             self.live = None;
+            self.halted = true;
             self.since = cx.now;
         }
         let loss = self.newest.1.filter(|_| self.newest.0 == step);
@@ -391,6 +429,7 @@ impl Job {
             return;
         }
         self.newest = (step, Some(report.loss));
+        self.goodput.stepped(cx.now, step, report.seconds);
         let tokens_per_step = self.ledger.spec.training.tokens_per_step();
         let event = JobEvent::Step {
             step: report.step,
@@ -433,12 +472,9 @@ impl Job {
         }
         // Nothing will come of waiting for the last state of a generation that has stopped: it is taken up again.
         if self.live.as_ref().and_then(Live::stopped) == Some(name.step) && !reason.is_empty() {
-            self.trouble(
-                cx,
-                FailureKind::Transient,
-                Some(name.rank),
-                format!("the last state was not stored: {reason}"),
-            );
+            let reason = format!("the last state was not stored: {reason}");
+            let blame = Blame::of(proto::incident::Cause::Transient);
+            self.trouble(cx, Cause { rank: Some(name.rank), kind: FailureKind::Transient, reason, blame });
         }
         cx.publish(&self.name, JobEvent::Skipped { step: name.step.get(), skipped: self.skipped });
         cx.settle(&self.name, owed);

@@ -5,6 +5,7 @@
 //! folded from the job's chain.
 
 use proto::ids::{Generation, NodeName, Step, WorkerId};
+use proto::incident::{Incident, Incidents};
 use proto::spec::JobSpec;
 
 use super::memory::MemoryPoint;
@@ -125,6 +126,13 @@ pub enum Entry {
     },
     /// A membership; announced only after this is stored.
     Generation(Box<Membership>),
+    /// The job has stopped with a checkpoint and given its slots up; it waits for others.
+    Yielded {
+        /// The step it stopped after.
+        step: Step,
+        /// For what.
+        reason: String,
+    },
     /// A checkpoint is not what it should be.
     Quarantined {
         /// Which.
@@ -132,6 +140,8 @@ pub enum Entry {
         /// What is wrong with it.
         reason: String,
     },
+    /// What broke a generation off is over.
+    Incident(Box<Incident>),
     /// The job came to rest.
     Ended(End),
 }
@@ -157,6 +167,8 @@ pub struct Ledger {
     pub fingerprint: Option<String>,
     /// Failures in a row without a new checkpoint, as far as the history tells.
     pub restarts: u32,
+    /// What went wrong since the job was submitted or last started over.
+    pub incidents: Incidents,
     /// Set while the job is at rest.
     pub end: Option<End>,
 }
@@ -174,6 +186,7 @@ impl Ledger {
             identity: None,
             fingerprint: None,
             restarts: 0,
+            incidents: Incidents::default(),
             end: None,
         }
     }
@@ -237,9 +250,11 @@ impl Ledger {
                 self.fingerprint.get_or_insert_with(|| membership.fingerprint.clone());
                 self.membership = Some((**membership).clone());
             }
+            Entry::Yielded { .. } => self.membership = None,
             Entry::Quarantined { checkpoint, .. } => {
                 self.checkpoints.retain(|other| other.step != checkpoint.step);
             }
+            Entry::Incident(incident) => self.incidents.add((**incident).clone()),
             Entry::Ended(end) => {
                 self.end = Some(end.clone());
                 self.membership = None;

@@ -7,9 +7,11 @@
 use std::time::Duration;
 
 use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId};
+use proto::incident;
 use proto::spec::FaultSpec;
 use proto::wire::{FailureKind, WorkerPhase};
 
+use super::incident::Blame;
 use super::ledger::Membership;
 use super::members::{Members, Worker};
 use super::memory::{Group, Restorable};
@@ -28,13 +30,15 @@ pub(super) struct Cause {
     pub kind: FailureKind,
     /// In words.
     pub reason: String,
+    /// For the account.
+    pub blame: Blame,
 }
 
 impl Cause {
     /// Lower explains better.
     fn weight(&self) -> u8 {
         match self.kind {
-            FailureKind::Fatal => 0,
+            FailureKind::Fatal | FailureKind::NonFinite => 0,
             FailureKind::Input => 1,
             FailureKind::Corrupt => 2,
             FailureKind::Exit => 3,
@@ -143,6 +147,16 @@ impl Live {
         newer
     }
 
+    /// The newest step any rank has finished; the start, if none has.
+    pub(super) fn newest(&self) -> Step {
+        self.moved.0
+    }
+
+    /// Since when nothing has moved.
+    pub(super) fn quiet_for(&self, now: Duration) -> Duration {
+        now.saturating_sub(self.moved.1)
+    }
+
     /// Compares what the agents report with what should be. `Some`: the generation is over, and why.
     pub(super) fn watch(
         &mut self,
@@ -158,16 +172,20 @@ impl Live {
             let worker = self.membership.members[index].worker;
             let cause = match members.get(&node) {
                 None if self.adopting.is_some() => None,
-                None => Some((FailureKind::Exit, members.epitaph(&node))),
+                None => Some((FailureKind::Exit, members.epitaph(&node), lost(&node))),
                 Some(agent) => {
                     detached |= agent.connection.is_none();
-                    match agent.of(job).find(|reported| reported.id == worker) {
+                    let found = agent.of(job).find(|reported| reported.id == worker);
+                    let trouble = match found {
                         Some(reported) => self.look(now, index, reported),
                         None => Some((FailureKind::Exit, format!("worker {worker} on {node} is gone"))),
-                    }
+                    };
+                    let failure = found.and_then(|reported| reported.failure.as_ref());
+                    trouble.map(|(kind, reason)| (kind, reason, Blame::failure(kind, &node, failure)))
                 }
             };
-            let cause = cause.map(|(kind, reason)| Cause { rank: Some(Rank::new(index as u32)), kind, reason });
+            let rank = Some(Rank::new(index as u32));
+            let cause = cause.map(|(kind, reason, blame)| Cause { rank, kind, reason, blame });
             let better = |cause: &Cause| worst.as_ref().is_none_or(|worst| cause.weight() < worst.weight());
             if cause.as_ref().is_some_and(better) {
                 worst = cause;
@@ -248,7 +266,8 @@ impl Live {
                     let node = &self.membership.members[index].node;
                     let reason =
                         format!("node {node} of generation {generation} did not report to the new coordinator");
-                    return Some(Cause { rank: Some(Rank::new(index as u32)), kind: FailureKind::Exit, reason });
+                    let (rank, blame) = (Some(Rank::new(index as u32)), lost(node));
+                    return Some(Cause { rank, kind: FailureKind::Exit, reason, blame });
                 }
                 Some(_) => {}
             }
@@ -262,8 +281,13 @@ impl Live {
             None => (fault.hang, "not every rank started to train".to_string()),
         };
         let reason = format!("{what} within {limit} s");
-        (waited > limit).then_some(Cause { rank: None, kind: FailureKind::Transient, reason })
+        let blame = Blame::of(incident::Cause::NoProgress);
+        (waited > limit).then_some(Cause { rank: None, kind: FailureKind::Transient, reason, blame })
     }
+}
+
+fn lost(node: &NodeName) -> Blame {
+    Blame { node: Some(node.clone()), ..Blame::of(incident::Cause::LostNode) }
 }
 
 /// How far away a source of state is: of all ranks' the most distant one is told.

@@ -4,13 +4,14 @@
 //! the suspicion time, or when its stream has been closed for a second and it has not come back; a short break of the
 //! connection is no failure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId};
 use proto::wire::{Desired, FailureKind, LoadStage, WorkerPhase};
 
 use super::memory::{Inventory, Room};
+use super::schedule::Site;
 
 /// How long a closed stream may stay closed before the agent is lost.
 const REATTACH: Duration = Duration::from_secs(1);
@@ -25,6 +26,8 @@ pub struct Failure {
     pub kind: FailureKind,
     /// In words.
     pub reason: String,
+    /// Exit code and signal of the process, if it ended.
+    pub exit: (Option<i32>, Option<i32>),
 }
 
 /// One worker as its agent reports it, checked: from JOINING on it has a generation and a rank.
@@ -110,6 +113,11 @@ pub(super) struct Agent {
 }
 
 impl Agent {
+    /// How long it has been silent.
+    pub(super) fn silent_for(&self, now: Duration) -> Duration {
+        now.saturating_sub(self.heard)
+    }
+
     /// Its workers of one job.
     pub(super) fn of<'a>(&'a self, job: &'a JobName) -> impl Iterator<Item = &'a Worker> {
         self.workers.iter().filter(move |worker| worker.job == *job)
@@ -124,6 +132,8 @@ pub(super) struct Members {
     epitaphs: BTreeMap<NodeName, String>,
     /// When an agent last came or went.
     changed: Duration,
+    /// Nodes an operator wants to be empty, whatever agent lives there.
+    drained: BTreeSet<NodeName>,
 }
 
 impl Members {
@@ -234,13 +244,31 @@ impl Members {
         !self.agents.is_empty()
     }
 
-    /// Slots by node, those of nodes that are about to leave left out.
-    pub(super) fn slots(&self) -> BTreeMap<NodeName, u32> {
-        self.agents
-            .iter()
-            .filter(|(_, agent)| !agent.draining)
-            .map(|(node, agent)| (node.clone(), agent.slots))
-            .collect()
+    /// The nodes that take work: those that are about to leave are left out.
+    pub(super) fn sites(&self) -> BTreeMap<NodeName, Site> {
+        let site = |agent: &Agent| Site { slots: agent.slots, rack: agent.home.domain.clone() };
+        let staying = self.agents.iter().filter(|(node, agent)| !agent.draining && !self.drained.contains(*node));
+        staying.map(|(node, agent)| (node.clone(), site(agent))).collect()
+    }
+
+    /// Whether an operator wants a node to be empty.
+    pub(super) fn is_drained(&self, node: &NodeName) -> bool {
+        self.drained.contains(node)
+    }
+
+    /// An operator wants a node to be empty, or not any more.
+    pub(super) fn drain(&mut self, node: NodeName, empty: bool) {
+        if empty {
+            self.drained.insert(node);
+        } else {
+            self.drained.remove(&node);
+        }
+    }
+
+    /// All nodes there are or were: why those that are gone are gone.
+    pub(super) fn known(&self) -> BTreeMap<&NodeName, Result<&Agent, &str>> {
+        let gone = self.epitaphs.iter().map(|(node, reason)| (node, Err(reason.as_str())));
+        gone.chain(self.agents.iter().map(|(node, agent)| (node, Ok(agent)))).collect()
     }
 
     /// How long no agent has come or gone.

@@ -10,20 +10,23 @@ mod budget;
 mod commit;
 mod desired;
 mod forming;
+mod incident;
 mod job;
 mod keeping;
 mod ledger;
 mod live;
 mod members;
 pub mod memory;
+mod nodes;
 mod operate;
+mod placing;
 mod schedule;
 mod stored;
 #[cfg(test)]
 mod tests;
 mod view;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use proto::ids::{Epoch, JobName, NodeName};
@@ -36,7 +39,7 @@ use job::{Context, Job};
 pub use ledger::{Checkpoint, End, Entry, Ledger, Member, Membership};
 use members::Members;
 pub use members::{Connection, Failure, Home, NodeState, Worker};
-use schedule::{Placement, Request, schedule};
+use placing::Placed;
 
 /// What the machine is told at its start.
 #[derive(Debug, Clone)]
@@ -74,6 +77,8 @@ pub struct Cluster {
     unreadable: BTreeMap<JobName, String>,
     /// When the last event was handled; they come at least every tick.
     handled: Duration,
+    /// What the jobs were last placed by.
+    placed: Placed,
     out: Vec<Action>,
 }
 
@@ -87,6 +92,7 @@ impl Cluster {
             order: Vec::new(),
             unreadable: BTreeMap::new(),
             handled: Duration::ZERO,
+            placed: Placed::default(),
             out: Vec::new(),
         }
     }
@@ -103,12 +109,12 @@ impl Cluster {
         for (_, reason) in self.members.bury(now, self.suspicion()) {
             self.out.push(Action::Log { job: None, text: format!("lost: {reason}") });
         }
-        self.place();
+        self.place(now);
         for name in self.order.clone() {
             self.with(now, &name, Job::advance);
         }
         // What has just ended or failed has given slots back or wants other ones.
-        self.place();
+        self.place(now);
         let jobs = self.order.iter().filter_map(|name| self.jobs.get(name));
         desired::tell(&mut self.members, jobs, &self.unreadable, &self.settings, &mut self.out);
         std::mem::take(&mut self.out)
@@ -227,40 +233,8 @@ impl Cluster {
         }
     }
 
-    /// Schedules: gives every job its wanted workers.
-    fn place(&mut self) {
-        let requests: Vec<Request> = self
-            .order
-            .iter()
-            .filter_map(|name| self.jobs.get(name))
-            .filter(|job| job.active() && job.led)
-            .map(Job::request)
-            .collect();
-        let mut placements = schedule(&self.members.slots(), &requests);
-        for (name, job) in &mut self.jobs {
-            job.want = placements.remove(name).unwrap_or_default();
-        }
-    }
-
     /// A job as people see it.
     fn view(&self, name: &JobName) -> Option<JobStatus> {
         self.jobs.get(name).map(|job| job.status(&self.members, &self.settings))
-    }
-}
-
-impl Job {
-    /// What it asks of the scheduler.
-    fn request(&self) -> Request {
-        let workers = self.ledger.spec.resources.workers;
-        let mut holds = Placement::new();
-        if let Some(live) = &self.live {
-            for member in &live.membership.members {
-                *holds.entry(member.node.clone()).or_default() += 1;
-            }
-        } else {
-            holds.clone_from(&self.want);
-        }
-        let refused: BTreeSet<NodeName> = self.refused.keys().cloned().collect();
-        Request { job: self.name.clone(), min: workers.min, max: workers.max, refused, holds }
     }
 }

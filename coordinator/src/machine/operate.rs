@@ -30,6 +30,9 @@ impl Cluster {
             Ask::Resume(job) => self.resume(request, &job),
             Ask::Cancel(job) => self.cancel(request, &job),
             Ask::Change(job, change) => self.change(request, &job, change),
+            Ask::Incidents(job) => self.incidents(&job),
+            Ask::Nodes => Ok(Some(self.nodes())),
+            Ask::Drain(node, empty) => self.drain(&node, empty),
         };
         let answer = match response {
             Ok(None) => return,

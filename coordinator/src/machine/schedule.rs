@@ -1,145 +1,169 @@
 //! Placement: which node runs how many workers of which job.
 //!
-//! A pure function of the nodes' slots, the jobs' wishes and what they hold now. A job starts as a gang (at least `min`
-//! workers or none), earlier submitted jobs first; what it holds is never taken away for another job; what nobody
-//! waits for lets running jobs grow up to `max`. Workers spread over the nodes with the most free slots, so that losing
-//! one node costs as few of them as possible.
+//! A pure function of the nodes, the jobs' wishes and what they hold now. Its rules, in the order they count:
+//!
+//! - **Gang.** A job runs with at least `min` workers or with none.
+//! - **Priority.** Jobs are served by priority, those of one priority by submission. A job's minimum may take from
+//!   jobs of lower priority: first their spares, then what they have beyond their minimum, at last all of it, the
+//!   lowest priority and of it the latest submission first, and only if that is enough. Spares and growth take no more
+//!   than the first two. Between jobs of one priority nothing is taken.
+//! - **Nobody starves.** A job that waits lets others go first where it does not fit, but not for ever: once it is
+//!   *overdue*, nothing it could use goes to a job behind it, and jobs of its own priority give back what they have
+//!   beyond their minimum. A job that all nodes together could not run holds nobody up.
+//! - **Stable.** What a job holds it keeps where it is, whatever happens to other nodes and to jobs that are not above
+//!   it.
+//! - **Topology.** A job's workers go into as few racks (agents' `--domain`) as possible, so that the ring seldom
+//!   crosses one, and there evenly over the nodes, so that each parity group has as many nodes as can be and a lost
+//!   node costs few workers. So parity outlives nodes, not a whole rack: from that a job returns by the store.
+//!   Nodes without a domain are one rack.
+//! - **Spares.** Prepared workers that step in without a wait; on nodes where the job has none, as far as that goes.
+//! - **What acts is not cut short.** A slot whose worker is in a generation is free only when that has stopped, with a
+//!   checkpoint. Until then who is to have it waits; what it already holds it keeps.
 
+mod board;
+#[cfg(test)]
+mod properties;
+#[cfg(test)]
+mod tests;
+
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use proto::ids::{JobName, NodeName};
+
+use board::Board;
+
+/// How long a job may wait before no other may overtake it any more.
+pub(super) const OVERDUE: Duration = Duration::from_mins(5);
 
 /// Workers per node of one job; nodes without workers are left out.
 pub(super) type Placement = BTreeMap<NodeName, u32>;
 
+/// A node that takes work.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Site {
+    /// Workers it can run at once.
+    pub slots: u32,
+    /// Its rack; empty if it has not said.
+    pub rack: String,
+}
+
 /// What one job asks for. The order of a slice of these is the order of submission.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Request {
     /// The job.
     pub job: JobName,
+    /// Higher goes first.
+    pub priority: i32,
     /// Fewer workers than this and it waits.
     pub min: u32,
     /// More than this it never uses.
     pub max: u32,
+    /// Prepared workers it wants beyond those.
+    pub spares: u32,
     /// Nodes that turned out not to fit the job.
     pub refused: BTreeSet<NodeName>,
-    /// What it holds now; empty while it is queued.
+    /// Its workers now: those that act, or those it was given to form a generation.
     pub holds: Placement,
+    /// Its spares now.
+    pub reserve: Placement,
+    /// Its workers that act in a generation and must stop before their slots are free.
+    pub bound: Placement,
+    /// Not all its workers are heard of yet: nothing about it is decided.
+    pub firm: bool,
+    /// It has waited long enough.
+    pub overdue: bool,
+}
+
+/// What one job gets.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Share {
+    /// Its workers. Fewer than act on a node: that generation is to stop.
+    pub workers: Placement,
+    /// Its spares.
+    pub spares: Placement,
+    /// For which job it has to give something up.
+    pub yields_to: Option<JobName>,
 }
 
 /// How many workers a placement has.
 pub(super) fn total(placement: &Placement) -> u32 {
-    placement.values().sum()
+    placement.values().fold(0, |sum, workers| sum.saturating_add(*workers))
 }
 
-/// Places jobs on nodes (`slots` by node). A job that must wait has an empty placement.
-pub(super) fn schedule(slots: &BTreeMap<NodeName, u32>, requests: &[Request]) -> BTreeMap<JobName, Placement> {
-    let mut free = slots.clone();
-    let mut placements: BTreeMap<JobName, Placement> = BTreeMap::new();
-    for request in requests {
-        placements.insert(request.job.clone(), keep(&mut free, request));
+/// Places jobs on nodes. A job that must wait has no workers.
+pub(super) fn schedule(sites: &BTreeMap<NodeName, Site>, requests: &[Request]) -> BTreeMap<JobName, Share> {
+    let mut order: Vec<&Request> = requests.iter().collect();
+    order.sort_by_key(|request| Reverse(request.priority));
+    let mut board = Board::new(sites, &order);
+    // What a gang that cannot be met gives back may be what one before it lacks.
+    while board.gather_all() {}
+    let mut start = 0;
+    while let Some(first) = order.get(start) {
+        let level = order[start..].iter().take_while(|request| request.priority == first.priority).count();
+        (start..start + level).for_each(|at| board.reserve(at));
+        (start..start + level).for_each(|at| board.grow(at));
+        start += level;
     }
-    // Those that hold less than their minimum come first: waiting jobs, and jobs that lost a node.
-    for waiting in [true, false] {
-        for request in requests {
-            let Some(placement) = placements.get_mut(&request.job) else { continue };
-            if waiting == (total(placement) < request.min) {
-                spread(&mut free, placement, request);
+    board.grant()
+}
+
+impl Board<'_> {
+    /// Serves all minimums in order. `true`: some job gave slots back, which others may want.
+    fn gather_all(&mut self) -> bool {
+        self.unbar();
+        (0..self.plans.len()).fold(false, |released, at| self.gather(at) | released)
+    }
+
+    /// Brings a job to its minimum, taking from others what it may, or takes back what it has of it. `true`: it gave
+    /// something back.
+    fn gather(&mut self, at: usize) -> bool {
+        let request = self.plans[at].request;
+        if request.firm {
+            return false;
+        }
+        self.promote(at, request.min);
+        let need = request.min.saturating_sub(total(&self.plans[at].workers));
+        if need == 0 {
+            return false;
+        }
+        self.reclaim(at, need);
+        if self.room(at) >= need {
+            self.fill(at, request.min);
+            return false;
+        }
+        // Half a gang would only keep slots from others.
+        let released = self.release_all(at);
+        if request.overdue && self.could_ever_fit(at) {
+            self.bar(at);
+        }
+        released
+    }
+
+    fn is_placed(&self, at: usize) -> bool {
+        let plan = &self.plans[at];
+        !plan.request.firm && total(&plan.workers) >= plan.request.min
+    }
+
+    /// Gives a placed job its spares.
+    fn reserve(&mut self, at: usize) {
+        let request = self.plans[at].request;
+        while self.is_placed(at) && total(&self.plans[at].spares) < request.spares {
+            if !self.add_spare(at) && !self.take_one(at) {
+                return;
             }
         }
     }
-    for request in requests {
-        let Some(placement) = placements.get_mut(&request.job) else { continue };
-        if total(placement) < request.min {
-            placement.clear();
+
+    /// Lets a placed job grow.
+    fn grow(&mut self, at: usize) {
+        let request = self.plans[at].request;
+        while self.is_placed(at) && total(&self.plans[at].workers) < request.max {
+            self.fill(at, request.max);
+            if total(&self.plans[at].workers) < request.max && !self.take_one(at) {
+                return;
+            }
         }
-    }
-    placements
-}
-
-/// What a job may keep of what it holds: on nodes that still exist and fit, and no more than its maximum.
-fn keep(free: &mut BTreeMap<NodeName, u32>, request: &Request) -> Placement {
-    let mut kept = Placement::new();
-    let mut left = request.max;
-    for (node, &held) in &request.holds {
-        let Some(slots) = free.get_mut(node).filter(|_| !request.refused.contains(node)) else { continue };
-        let workers = held.min(*slots).min(left);
-        if workers > 0 {
-            *slots -= workers;
-            left -= workers;
-            kept.insert(node.clone(), workers);
-        }
-    }
-    kept
-}
-
-/// Adds workers one by one where most slots are free, up to the maximum; a gang that cannot be met takes nothing.
-fn spread(free: &mut BTreeMap<NodeName, u32>, placement: &mut Placement, request: &Request) {
-    let fitting = |free: &BTreeMap<NodeName, u32>| -> u32 {
-        free.iter().filter(|(node, _)| !request.refused.contains(node)).map(|(_, slots)| slots).sum()
-    };
-    if total(placement).saturating_add(fitting(free)) < request.min {
-        // What it still held goes back: half a gang would only keep slots from others.
-        for (node, workers) in std::mem::take(placement) {
-            *free.entry(node).or_default() += workers;
-        }
-        return;
-    }
-    while total(placement) < request.max {
-        let roomiest = free
-            .iter_mut()
-            .filter(|(node, slots)| **slots > 0 && !request.refused.contains(node))
-            // `max_by_key` takes the last of equals; comparing names in reverse makes that the first by name.
-            .max_by_key(|(node, slots)| (**slots, std::cmp::Reverse((*node).clone())));
-        let Some((node, slots)) = roomiest else { break };
-        *slots -= 1;
-        *placement.entry(node.clone()).or_default() += 1;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn node(name: &str) -> NodeName {
-        NodeName::new(name).unwrap()
-    }
-
-    fn request(job: &str, min: u32, max: u32, holds: &[(&str, u32)]) -> Request {
-        let holds = holds.iter().map(|(name, workers)| (node(name), *workers)).collect();
-        Request { job: JobName::new(job).unwrap(), min, max, refused: BTreeSet::new(), holds }
-    }
-
-    fn sizes(slots: &[(&str, u32)], requests: &[Request]) -> Vec<Vec<u32>> {
-        let slots = slots.iter().map(|(name, slots)| (node(name), *slots)).collect();
-        let placements = schedule(&slots, requests);
-        requests.iter().map(|request| placements[&request.job].values().copied().collect()).collect()
-    }
-
-    #[test]
-    fn workers_spread_over_nodes() {
-        assert_eq!(sizes(&[("a", 4), ("b", 4)], &[request("x", 1, 5, &[])]), [vec![3, 2]]);
-        assert_eq!(sizes(&[("a", 1), ("b", 4)], &[request("x", 1, 3, &[])]), [vec![3]]);
-    }
-
-    #[test]
-    fn a_gang_is_all_or_nothing_and_later_jobs_use_the_rest() {
-        let requests = [request("x", 4, 8, &[]), request("y", 1, 2, &[])];
-        assert_eq!(sizes(&[("a", 3)], &requests), [vec![], vec![2]]);
-    }
-
-    #[test]
-    fn holders_keep_their_slots_and_grow_only_after_waiting_jobs() {
-        let requests = [request("x", 2, 2, &[]), request("y", 1, 4, &[("a", 2)])];
-        assert_eq!(sizes(&[("a", 4)], &requests), [vec![2], vec![2]]);
-        assert_eq!(sizes(&[("a", 3)], &requests), [vec![], vec![3]]);
-    }
-
-    #[test]
-    fn a_lost_node_shrinks_the_job_and_a_refused_one_is_not_used() {
-        assert_eq!(sizes(&[("b", 2)], &[request("x", 1, 4, &[("a", 2), ("b", 2)])]), [vec![2]]);
-        let mut picky = request("x", 1, 4, &[("a", 2)]);
-        picky.refused.insert(node("a"));
-        assert_eq!(sizes(&[("a", 4), ("b", 1)], &[picky]), [vec![1]]);
     }
 }

@@ -7,10 +7,12 @@ use std::time::Duration;
 
 use proto::event::{JobEvent, Tier};
 use proto::ids::{NodeName, Rank, Step, WorldSize};
+use proto::incident;
 
 use super::action::{Action, Answer, Operation, Outcome, Refusal};
 use super::budget::Budget;
 use super::commit::Gathering;
+use super::incident::Goodput;
 use super::job::{Context, Flight, Job, Verdict, Waiting};
 use super::ledger::{Checkpoint, End, Entry, Membership};
 use super::live::Live;
@@ -115,7 +117,13 @@ impl Job {
                 cx.log(&self.name, format!("scaled to at most {workers} workers"));
             }
             Entry::Generation(membership) => self.announce(cx, *membership),
+            Entry::Yielded { reason, .. } => {
+                let owed = self.gathering.end();
+                cx.settle(&self.name, owed);
+                self.reason = reason;
+            }
             Entry::Quarantined { checkpoint, reason } => self.quarantined(cx, &checkpoint, reason),
+            Entry::Incident(_) => drop(self.due.pop_front()),
             Entry::Ended(end) => self.rest(cx, end),
         }
         if let Some(Waiting { request, submission }) = waiting {
@@ -141,6 +149,10 @@ impl Job {
         self.reached = Step::ZERO;
         self.broken = None;
         self.live = None;
+        self.halted = false;
+        self.incident = None;
+        let step = self.ledger.newest().map_or(Step::ZERO, |newest| newest.step);
+        self.goodput = Goodput::known(self.ledger.incidents.latest.back(), step);
         self.refused.clear();
         self.since = cx.now;
         self.reason = String::new();
@@ -171,6 +183,7 @@ impl Job {
             self.reached = start;
             self.budget.progress();
         }
+        self.halted = false;
         self.excused.clear();
         self.asked_to_scale = false;
         self.reason = String::new();
@@ -213,8 +226,11 @@ impl Job {
     fn rest(&mut self, cx: &mut Context<'_>, end: End) {
         let owed = self.gathering.end();
         cx.settle(&self.name, owed);
+        self.close_incident(cx, incident::Outcome::Ended);
+        self.goodput.rest(cx.now);
         self.live = None;
         self.want.clear();
+        self.spares.clear();
         self.pausing = false;
         self.verdict = None;
         self.suspect = None;

@@ -1,8 +1,11 @@
 //! The machine driven by hand-made events in virtual time.
 
 mod failure;
+mod incidents;
 mod keeping;
 mod life;
 mod memory;
+mod nodes;
 mod random;
 mod rig;
+mod several;

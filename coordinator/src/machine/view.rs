@@ -35,6 +35,9 @@ impl Job {
         if self.state() == "queued" {
             let min = self.ledger.spec.resources.workers.min;
             parts.push(format!("waiting for {min} free slots (start agents, or end other jobs)"));
+            if self.overdue {
+                parts.push("overdue: no job behind it goes first any more".into());
+            }
         }
         parts.extend(refusals);
         parts.join("; ")
@@ -136,7 +139,12 @@ fn worker_state(worker: &Worker) -> WorkerState {
         ring_address: worker.ring_address.clone(),
         numeric_identity: worker.identity.clone(),
         data_fingerprint: worker.fingerprint.clone(),
-        failure: failure.map(|failure| Failure { kind: failure.kind.into(), reason: failure.reason.clone() }),
+        failure: failure.map(|failure| Failure {
+            kind: failure.kind.into(),
+            reason: failure.reason.clone(),
+            exit_code: failure.exit.0,
+            signal: failure.exit.1,
+        }),
         source: worker.source.clone(),
         process: worker.process,
         load: worker.load.clone(),

@@ -30,6 +30,10 @@ pub const SPEC_FORMAT: u32 = 1;
 const MOST_SEED: u64 = i64::MAX as u64;
 /// The most CPU threads of one worker.
 const MOST_THREADS: u64 = 1024;
+/// The least and the highest priority of a job.
+const PRIORITIES: (i64, i64) = (-1000, 1000);
+/// The most spares of a job.
+const MOST_SPARES: u64 = 4096;
 /// The smallest and largest time of `[fault]`, in seconds.
 const SECONDS: (f64, f64) = (0.01, 86_400.0);
 
@@ -246,6 +250,12 @@ pub struct ResourcesSpec {
     pub device: DeviceKind,
     /// CPU threads of one worker; 0 shares the node's cores out among its workers.
     pub threads: usize,
+    /// Jobs of a higher one are placed first, and may take the slots of those of a lower one after a checkpoint.
+    #[serde(default)]
+    pub priority: i32,
+    /// Prepared workers beyond the job's own, which take the places of lost ones at once.
+    #[serde(default)]
+    pub spares: u32,
 }
 
 /// The elastic range of workers. `workers = 4` in a job file means `{ min = 1, max = 4 }`: the weights are the same

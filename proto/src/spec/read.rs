@@ -7,9 +7,9 @@ use toml::{Table, Value};
 
 use super::reader::{BELOW_ONE, NOT_NEGATIVE, POSITIVE, Reader, SpecError, set_place};
 use super::{
-    Architecture, BestOrder, CheckpointSpec, DataSpec, DeviceKind, FaultSpec, JobSpec, MOST_SEED, MOST_THREADS,
-    ModelSpec, OptimizerKind, OptimizerSpec, Overrides, PRESETS, Reduction, ResourcesSpec, SECONDS, SPEC_FORMAT,
-    ScheduleKind, ScheduleSpec, TrainingSpec, VALIDATION_LOSS, Workers,
+    Architecture, BestOrder, CheckpointSpec, DataSpec, DeviceKind, FaultSpec, JobSpec, MOST_SEED, MOST_SPARES,
+    MOST_THREADS, ModelSpec, OptimizerKind, OptimizerSpec, Overrides, PRESETS, PRIORITIES, Reduction, ResourcesSpec,
+    SECONDS, SPEC_FORMAT, ScheduleKind, ScheduleSpec, TrainingSpec, VALIDATION_LOSS, Workers,
 };
 use crate::ids::JobName;
 
@@ -326,6 +326,8 @@ fn resources(mut r: Reader) -> Result<ResourcesSpec, SpecError> {
         workers,
         device: r.choice("device", &devices, DeviceKind::Auto)?,
         threads: r.whole_in("threads", 0..=MOST_THREADS, 0)? as usize,
+        priority: r.signed_in("priority", PRIORITIES, 0)? as i32,
+        spares: r.whole_in("spares", 0..=MOST_SPARES, 0)? as u32,
     };
     r.finish()?;
     Ok(spec)

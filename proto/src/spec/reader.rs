@@ -114,6 +114,11 @@ pub(super) fn whole_wanted(low: bool, range: &RangeInclusive<u64>) -> String {
     }
 }
 
+/// What a whole number that may be negative should have been.
+pub(super) fn signed_wanted((least, most): (i64, i64)) -> String {
+    format!("a whole number from {least} to {most}")
+}
+
 /// What a number should have been.
 pub(super) fn number_wanted((low, high): (f64, f64)) -> String {
     let floats = format!("{:.1e} to {:.1e}, what a 32-bit float can hold", POSITIVE.0, POSITIVE.1);
@@ -205,6 +210,13 @@ impl<'a> Reader<'a> {
         }
         let low = number.is_some_and(|n| i128::from(n) < i128::from(*range.start()));
         Err(self.wrong(key, value, whole_wanted(low, &range)))
+    }
+
+    /// A whole number, which may be negative, from the first to the second of `range`.
+    pub(super) fn signed_in(&mut self, key: &'static str, range: (i64, i64), default: i64) -> Result<i64, SpecError> {
+        let Some(value) = self.take(key) else { return Ok(default) };
+        let number = value.as_integer().filter(|number| (range.0..=range.1).contains(number));
+        number.ok_or_else(|| self.wrong(key, &value, signed_wanted(range)))
     }
 
     pub(super) fn size(&mut self, key: &'static str, default: usize) -> Result<usize, SpecError> {

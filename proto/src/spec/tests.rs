@@ -95,6 +95,9 @@ fn each_mistake_names_its_place_and_what_would_be_right() {
         ("resources.workers", "{ max = 4294967297 }", &["`resources.workers.max` is", "from 1 to 4294967295"]),
         ("resources.workers", "{ mix = 1 }", &["unknown key `resources.workers.mix`", "`resources.workers.min`"]),
         ("fault.restarts_without_progress", "4294967296", &["restarts_without_progress", "from 0 to 4294967295"]),
+        ("resources.priority", "-1001", &["resources.priority", "from -1000 to 1000"]),
+        ("resources.priority", "1.5", &["resources.priority", "a whole number"]),
+        ("resources.spares", "-1", &["resources.spares", "from 0 to 4096"]),
         ("resources.threads", "1025", &["resources.threads", "from 0 to 1024"]),
     ];
     for (key, value, wanted) in cases {

@@ -5,8 +5,13 @@
 //! known not to be zero, and what they multiply is small.
 
 use super::read::scheme;
-use super::reader::{BELOW_ONE, MOST, NOT_NEGATIVE, POSITIVE, SpecError, is_within, number_wanted, whole_wanted};
-use super::{DataSpec, DeviceKind, JobSpec, MOST_SEED, MOST_THREADS, ModelSpec, SECONDS, VALIDATION_LOSS};
+use super::reader::{
+    BELOW_ONE, MOST, NOT_NEGATIVE, POSITIVE, SpecError, is_within, number_wanted, signed_wanted, whole_wanted,
+};
+use super::{
+    DataSpec, DeviceKind, JobSpec, MOST_SEED, MOST_SPARES, MOST_THREADS, ModelSpec, PRIORITIES, SECONDS,
+    VALIDATION_LOSS,
+};
 
 /// Most micro-batches of one update: their losses travel in one message, and the exact grid leaves room for so many.
 const MOST_MICRO_BATCHES: usize = 1 << 20;
@@ -35,6 +40,10 @@ impl JobSpec {
                 t.micro_batches()
             );
             return refuse("resources.workers", workers.max.to_string(), wanted);
+        }
+        let priority = i64::from(self.resources.priority);
+        if !(PRIORITIES.0..=PRIORITIES.1).contains(&priority) {
+            return refuse("resources.priority", priority.to_string(), signed_wanted(PRIORITIES));
         }
         if self.resources.device == DeviceKind::Cuda {
             return refuse(
@@ -87,6 +96,7 @@ impl JobSpec {
             ("checkpoint.keep_best", c.keep_best as u64, 0..=MOST),
             ("checkpoint.keep_within_steps", c.keep_within_steps, 0..=MOST),
             ("resources.threads", self.resources.threads as u64, 0..=MOST_THREADS),
+            ("resources.spares", u64::from(self.resources.spares), 0..=MOST_SPARES),
         ];
         match ranges.into_iter().find(|(_, value, range)| !range.contains(value)) {
             None => Ok(()),

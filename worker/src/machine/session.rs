@@ -137,7 +137,7 @@ impl Session {
             Input::Run(run) => self.run(run, &mut actions),
             Input::Hold(generation) => self.hold(generation, &mut actions),
             Input::Failed { generation: None, kind, reason } => {
-                self.broken = Some(wire::Failure { kind: kind.into(), reason });
+                self.broken = Some(wire::Failure { kind: kind.into(), reason, ..Default::default() });
                 actions.push(Action::Report);
             }
             event => self.event(event, &mut actions),
@@ -269,7 +269,7 @@ impl Session {
             }
             Input::Failed { kind, reason, .. } => {
                 current.phase = WorkerPhase::Failed;
-                current.failure = Some(wire::Failure { kind: kind.into(), reason });
+                current.failure = Some(wire::Failure { kind: kind.into(), reason, ..Default::default() });
                 current.busy = false;
             }
             _ => current.busy = false,

@@ -67,7 +67,11 @@ pub(super) struct Rig {
     /// Store operations not yet answered.
     pub(super) pending: VecDeque<(JobName, Operation)>,
     pub(super) records: Vec<Entry>,
+    /// Of the job most tests are about.
     pub(super) ledger: Option<Ledger>,
+    /// Of further jobs.
+    pub(super) others: BTreeMap<JobName, Option<Ledger>>,
+    /// Of the one job.
     pub(super) events: Vec<JobEvent>,
     pub(super) replies: BTreeMap<RequestId, Result<Answer, Refusal>>,
     pub(super) settled: Vec<(u64, u64, u32, bool)>,
@@ -84,6 +88,7 @@ impl Rig {
             pending: VecDeque::new(),
             records: Vec::new(),
             ledger: None,
+            others: BTreeMap::new(),
             events: Vec::new(),
             replies: BTreeMap::new(),
             settled: Vec::new(),
@@ -101,6 +106,10 @@ impl Rig {
         rig
     }
 
+    fn book(&mut self, job: &JobName) -> &mut Option<Ledger> {
+        if *job == job_name() { &mut self.ledger } else { self.others.entry(job.clone()).or_default() }
+    }
+
     fn id(&mut self) -> u128 {
         self.ids += 1;
         self.ids
@@ -114,12 +123,12 @@ impl Rig {
                     assert!(self.pending.iter().all(|(other, _)| *other != job), "one store operation at a time");
                     self.pending.push_back((job, operation));
                 }
-                Action::Publish { event, .. } => self.published(event),
+                Action::Publish { job, event } if job == job_name() => self.published(event),
                 Action::Reply { request, answer } => {
                     assert!(self.replies.insert(request, answer).is_none(), "request {request} answered twice");
                 }
                 Action::StepDown { reason } => self.fenced = Some(reason),
-                Action::Reopen { .. } | Action::Log { .. } | Action::Close { .. } => {}
+                Action::Publish { .. } | Action::Reopen { .. } | Action::Log { .. } | Action::Close { .. } => {}
             }
         }
     }
@@ -135,7 +144,8 @@ impl Rig {
     fn sent(&mut self, name: &NodeName, connection: Connection, body: Body) {
         match body {
             Body::Desired(desired) => {
-                if let (Some(run), Some(ledger)) = (&desired.run, &self.ledger) {
+                let job = JobName::new(desired.job.clone()).unwrap();
+                if let (Some(run), Some(ledger)) = (&desired.run, self.book(&job)) {
                     let persisted = ledger.membership.as_ref().expect("announced means persisted");
                     assert_eq!(run.generation, persisted.generation.get(), "only the newest generation is announced");
                     let members = &persisted.members;
@@ -146,7 +156,6 @@ impl Rig {
                 }
                 let Some(node) = self.nodes.get_mut(name) else { return };
                 assert_eq!(node.connection, connection);
-                let job = JobName::new(desired.job.clone()).unwrap();
                 let before = node.desired.insert(job, desired.clone());
                 assert!(before.is_none_or(|before| before.fenced <= desired.fenced), "fences only rise");
                 let total: u32 = node.desired.values().map(|desired| desired.workers).sum();
@@ -207,9 +216,9 @@ impl Rig {
         let outcome = match operation {
             Operation::Append(entry) => {
                 if let Entry::Submitted { spec, stop_at } = &entry {
-                    self.ledger = Some(Ledger::new((**spec).clone(), *stop_at));
+                    *self.book(&job) = Some(Ledger::new((**spec).clone(), *stop_at));
                 }
-                let ledger = self.ledger.as_mut().unwrap();
+                let ledger = self.book(&job).as_mut().unwrap();
                 if let Entry::Generation(membership) = &entry {
                     assert!(membership.generation > ledger.generation, "generations only grow");
                     let newest = ledger.newest().map(|newest| newest.step);
@@ -220,7 +229,7 @@ impl Rig {
                 Outcome::Done
             }
             Operation::Commit { generation, step, receipts, .. } => {
-                let ledger = self.ledger.as_mut().unwrap();
+                let ledger = self.book(&job).as_mut().unwrap();
                 assert_eq!(generation, ledger.generation, "only the newest generation commits");
                 let world = ledger.membership.as_ref().map(|membership| membership.members.len());
                 assert_eq!(Some(receipts.len()), world);
@@ -299,9 +308,13 @@ impl Rig {
 
     /// Brings all members of the live generation to a step, stopping there if told; sends receipts for it.
     pub(super) fn train(&mut self, step: u64) {
-        let Some((generation, world)) = self.live() else { return };
+        self.train_job(&job_name(), step);
+    }
+
+    pub(super) fn train_job(&mut self, job: &JobName, step: u64) {
+        let Some((generation, world)) = self.live_of(job) else { return };
         let report = StepReport {
-            job: "tiny".into(),
+            job: job.to_string(),
             generation,
             step,
             loss: 1.0,
@@ -309,11 +322,12 @@ impl Rig {
             seconds: 0.1,
             ..Default::default()
         };
-        self.handle(Event::Stepped { job: job_name(), report });
+        self.handle(Event::Stepped { job: job.clone(), report });
         for fake in self.nodes.values_mut() {
-            let run = fake.desired.get(&job_name()).and_then(|desired| desired.run.clone());
+            let run = fake.desired.get(job).and_then(|desired| desired.run.clone());
             let stop = run.is_some_and(|run| run.stop || step >= run.stop_at);
-            for worker in fake.workers.iter_mut().filter(|worker| worker.phase == WorkerPhase::Running) {
+            let acts = |worker: &&mut Worker| worker.job == *job && worker.phase == WorkerPhase::Running;
+            for worker in fake.workers.iter_mut().filter(acts) {
                 worker.step = Some(Step::new(step));
                 if stop {
                     worker.phase = WorkerPhase::Stopped;
@@ -323,7 +337,7 @@ impl Rig {
         for name in self.nodes.keys().cloned().collect::<Vec<_>>() {
             self.report(&name);
         }
-        self.receipts(generation, step, world);
+        (0..world).for_each(|rank| self.receipt_of(job, generation, step, rank));
         self.settle();
     }
 
@@ -334,17 +348,25 @@ impl Rig {
     }
 
     pub(super) fn receipt(&mut self, generation: u64, step: u64, rank: u32) {
+        self.receipt_of(&job_name(), generation, step, rank);
+    }
+
+    fn receipt_of(&mut self, job: &JobName, generation: u64, step: u64, rank: u32) {
         let name =
             ReceiptName { generation: Generation::new(generation), step: Step::new(step), rank: Rank::new(rank) };
         let Some(from) = self.nodes.keys().next().cloned() else { return };
         let receipt: Arc<[u8]> = Arc::from(&b"{}"[..]);
         let entry = ReceiptEntry { node: from, receipt, stall: 0.001, seconds: 0.1, arrived: Duration::ZERO };
-        self.handle(Event::Receipt { job: job_name(), name, entry });
+        self.handle(Event::Receipt { job: job.clone(), name, entry });
     }
 
     /// The announced generation and its size.
     pub(super) fn live(&self) -> Option<(u64, u32)> {
-        let runs = self.nodes.values().filter_map(|fake| fake.desired.get(&job_name())?.run.as_ref());
+        self.live_of(&job_name())
+    }
+
+    pub(super) fn live_of(&self, job: &JobName) -> Option<(u64, u32)> {
+        let runs = self.nodes.values().filter_map(|fake| fake.desired.get(job)?.run.as_ref());
         runs.map(|run| (run.generation, run.world_size)).max()
     }
 
@@ -357,7 +379,8 @@ impl Rig {
         let name = node(name);
         let worker = &mut self.nodes.get_mut(&name).unwrap().workers[index];
         worker.phase = phase;
-        worker.failure = Some(Failure { kind, reason: reason.into() });
+        let signal = (kind == FailureKind::Exit).then_some(9);
+        worker.failure = Some(Failure { kind, reason: reason.into(), exit: (None, signal) });
         self.report(&name);
     }
 
@@ -384,7 +407,8 @@ impl Rig {
             JobEvent::Failed { .. } => "failed",
             _ => "other",
         };
-        self.events.iter().map(kind).filter(|kind| *kind != "step").collect()
+        let told = self.events.iter().filter(|event| !matches!(event, JobEvent::Incident(_)));
+        told.map(kind).filter(|kind| *kind != "step").collect()
     }
 
     pub(super) fn forget(&mut self) {

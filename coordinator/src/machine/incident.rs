@@ -1,0 +1,241 @@
+//! The account of what broke a generation off: who was to blame, and how long each stage of the way back took.
+//!
+//! An incident is opened where a generation is given up or told to stop, passes its stages as the job is seen to reach
+//! them, and is closed by the first step of the next generation, by another incident, or by the job's coming to rest.
+//! Only then does it become a record, so it costs the way back nothing; one that is open when the coordinator dies is
+//! not recorded.
+
+use std::time::Duration;
+
+use proto::event::JobEvent;
+use proto::ids::{Generation, JobName, NodeName, Rank, Step};
+use proto::incident::{Cause, Incident, Outcome};
+use proto::wire::{FailureKind, IncidentCount, IncidentsReply, WorkerPhase};
+
+use super::Cluster;
+use super::action::{Answer, Refusal};
+use super::job::{Context, Job};
+use super::ledger::Entry;
+use super::members::Failure;
+use super::placing::Yield;
+
+/// Characters of a reason that are kept: of four bytes each they are still a note that the chain takes.
+const MOST_REASON: usize = 240;
+
+/// Whose doing it was.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Blame {
+    /// What happened.
+    pub cause: Cause,
+    /// Where, if it was one node's.
+    pub node: Option<NodeName>,
+    /// Exit code and signal of the process that ended.
+    pub exit: (Option<i32>, Option<i32>),
+}
+
+impl Blame {
+    /// Of nobody in particular.
+    pub(super) fn of(cause: Cause) -> Self {
+        Self { cause, node: None, exit: (None, None) }
+    }
+
+    /// What a worker's failure says.
+    pub(super) fn failure(kind: FailureKind, node: &NodeName, failure: Option<&Failure>) -> Self {
+        let cause = match kind {
+            FailureKind::Exit => Cause::WorkerExit,
+            FailureKind::Exchange => Cause::Collective,
+            FailureKind::Corrupt => Cause::Checkpoint,
+            FailureKind::NonFinite => Cause::NonFinite,
+            FailureKind::Fatal => Cause::Defect,
+            FailureKind::Input => Cause::Input,
+            FailureKind::Transient | FailureKind::Unspecified => Cause::Transient,
+        };
+        Self { cause, node: Some(node.clone()), exit: failure.map_or((None, None), |failure| failure.exit) }
+    }
+}
+
+/// An incident under way.
+#[derive(Debug)]
+pub(super) struct Opened {
+    blame: Blame,
+    rank: Option<Rank>,
+    reason: String,
+    generation: Generation,
+    step: Step,
+    detect: Duration,
+    began: Duration,
+    aborted: Option<Duration>,
+    agreed: Option<(Duration, Generation, Step)>,
+    restored: Option<(Duration, String)>,
+}
+
+/// How much of its time a job has spent on steps.
+#[derive(Debug, Default)]
+pub(super) struct Goodput {
+    productive: Duration,
+    wall: Duration,
+    /// Since when the wall time runs on.
+    since: Option<Duration>,
+    /// The newest step whose time is counted.
+    newest: Step,
+}
+
+impl Goodput {
+    /// As an earlier coordinator left it.
+    pub(super) fn known(last: Option<&Incident>, newest: Step) -> Self {
+        let millis = |of: fn(&Incident) -> u64| Duration::from_millis(last.map_or(0, of));
+        Self { productive: millis(|last| last.productive_ms), wall: millis(|last| last.wall_ms), since: None, newest }
+    }
+
+    /// A step is done. One that had to be taken again counts once.
+    pub(super) fn stepped(&mut self, now: Duration, step: Step, seconds: f64) {
+        let took = Duration::try_from_secs_f64(seconds).unwrap_or_default();
+        self.since.get_or_insert(now.saturating_sub(took));
+        if step > self.newest {
+            self.newest = step;
+            self.productive = self.productive.saturating_add(took);
+        }
+    }
+
+    /// The job comes to rest.
+    pub(super) fn rest(&mut self, now: Duration) {
+        self.wall = self.wall(now);
+        self.since = None;
+    }
+
+    fn wall(&self, now: Duration) -> Duration {
+        self.wall.saturating_add(self.since.map_or(Duration::ZERO, |since| now.saturating_sub(since)))
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    time.as_millis().try_into().unwrap_or(u64::MAX)
+}
+
+impl Job {
+    /// The present generation is over, or told to stop.
+    pub(super) fn open_incident(&mut self, cx: &mut Context<'_>, blame: Blame, rank: Option<Rank>, reason: &str) {
+        self.close_incident(cx, Outcome::Interrupted);
+        let quiet = self.live.as_ref().map_or(Duration::ZERO, |live| live.quiet_for(cx.now));
+        self.incident = Some(Box::new(Opened {
+            detect: if blame.cause.is_planned() { Duration::ZERO } else { quiet },
+            blame,
+            rank,
+            reason: reason.chars().take(MOST_REASON).collect(),
+            generation: self.ledger.generation,
+            step: self.live.as_ref().map_or(self.newest.0, |live| live.newest().max(live.start())),
+            began: cx.now,
+            aborted: None,
+            agreed: None,
+            restored: None,
+        }));
+    }
+
+    /// The generation is told to stop because somebody wanted it.
+    pub(super) fn open_planned(&mut self, cx: &mut Context<'_>, why: Option<&Yield>, reason: &str) {
+        let (cause, node) = match why {
+            Some(Yield::Shrink { .. }) => (Cause::Scale, None),
+            Some(Yield::Preempted(_)) => (Cause::Preempt, None),
+            Some(Yield::Leave(node)) => (Cause::Drain, Some(node.clone())),
+            None if self.asked_to_scale => (Cause::Scale, None),
+            None => (Cause::Grow, None),
+        };
+        self.open_incident(cx, Blame { node, ..Blame::of(cause) }, None, reason);
+    }
+
+    /// Looks how far the way back has come.
+    pub(super) fn follow_incident(&mut self, cx: &mut Context<'_>) {
+        let Some(opened) = self.incident.as_mut() else { return };
+        if opened.aborted.is_none() && self.live.is_none() {
+            let acts = |phase| {
+                matches!(
+                    phase,
+                    WorkerPhase::Joining | WorkerPhase::Running | WorkerPhase::Stopped | WorkerPhase::Failed
+                )
+            };
+            let mut workers = cx.members.iter().flat_map(|(_, agent)| agent.of(&self.name));
+            if !workers.any(|worker| acts(worker.phase) && worker.place.is_some_and(|(at, _)| at <= opened.generation))
+            {
+                opened.aborted = Some(cx.now);
+            }
+        }
+        let Some(live) = self.live.as_ref().filter(|live| live.generation() > opened.generation) else { return };
+        opened.aborted.get_or_insert(cx.now);
+        opened.agreed.get_or_insert((cx.now, live.generation(), live.start()));
+        if live.joined() {
+            opened.restored.get_or_insert_with(|| (cx.now, live.source.clone()));
+            if live.newest() > live.start() {
+                self.close_incident(cx, Outcome::Recovered);
+            }
+        }
+    }
+
+    /// The incident under way, if there is one, is over.
+    pub(super) fn close_incident(&mut self, cx: &mut Context<'_>, outcome: Outcome) {
+        let Some(opened) = self.incident.take() else { return };
+        let number = self.ledger.incidents.total().saturating_add(self.due.len() as u64 + 1);
+        let incident = Box::new(self.account(cx.now, &opened, number, outcome));
+        cx.publish(&self.name, JobEvent::Incident(incident.clone()));
+        self.due.push_back(incident);
+    }
+
+    /// The record of an incident that is over, if this leader may write it yet.
+    pub(super) fn next_incident(&mut self) -> Option<Entry> {
+        if self.born && self.led { self.due.front().cloned().map(Entry::Incident) } else { None }
+    }
+
+    fn account(&self, now: Duration, opened: &Opened, number: u64, outcome: Outcome) -> Incident {
+        let stage = |from: Option<Duration>, to: Option<Duration>| Some(millis(to?.saturating_sub(from?)));
+        let agreed = opened.agreed.map(|(at, ..)| at);
+        let restored = opened.restored.as_ref().map(|(at, _)| *at);
+        let first_step = restored.filter(|_| outcome == Outcome::Recovered).map(|_| now);
+        Incident {
+            number,
+            cause: opened.blame.cause,
+            outcome,
+            reason: opened.reason.clone(),
+            exit_code: opened.blame.exit.0,
+            signal: opened.blame.exit.1,
+            node: opened.blame.node.clone(),
+            rank: opened.rank,
+            generation: opened.generation,
+            next: opened.agreed.map(|(_, generation, _)| generation),
+            step: opened.step,
+            start: opened.agreed.map(|(.., start)| start),
+            source: opened.restored.as_ref().map(|(_, source)| source.clone()).unwrap_or_default(),
+            detect_ms: millis(opened.detect),
+            abort_ms: stage(Some(opened.began), opened.aborted),
+            agree_ms: stage(opened.aborted, agreed),
+            restore_ms: stage(agreed, restored),
+            first_step_ms: stage(restored, first_step),
+            productive_ms: millis(self.goodput.productive),
+            wall_ms: millis(self.goodput.wall(now)),
+        }
+    }
+}
+
+impl Cluster {
+    /// What went wrong with a job.
+    pub(super) fn incidents(&mut self, name: &JobName) -> Result<Option<Answer>, Refusal> {
+        let now = self.handled;
+        let job = self.find(name)?;
+        let mut all = job.ledger.incidents.clone();
+        job.due.iter().for_each(|incident| all.add((**incident).clone()));
+        let mut incidents: Vec<Incident> = all.latest.into();
+        if let Some(opened) = &job.incident {
+            incidents.push(job.account(now, opened, all.counts.values().sum::<u64>() + 1, Outcome::Open));
+        }
+        let json = |incident: &Incident| serde_json::to_string(incident).unwrap_or_default();
+        let count = |(cause, count): (&Cause, &u64)| IncidentCount {
+            cause: cause.name().into(),
+            planned: cause.is_planned(),
+            count: *count,
+        };
+        Ok(Some(Answer::Incidents(Box::new(IncidentsReply {
+            incidents: incidents.iter().map(json).collect(),
+            counts: all.counts.iter().map(count).collect(),
+            productive_ms: millis(job.goodput.productive),
+            wall_ms: millis(job.goodput.wall(now)),
+        }))))
+    }
+}

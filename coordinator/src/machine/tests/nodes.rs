@@ -1,0 +1,95 @@
+//! Nodes that are drained and used again.
+
+use std::time::Duration;
+
+use proto::wire::{NodeStatus, SubmitMode};
+
+use super::super::*;
+use super::rig::{Rig, job_name, node, spec};
+
+fn drain(rig: &mut Rig, name: &str, empty: bool) -> Result<NodeStatus, Refusal> {
+    let request = rig.ask(Ask::Drain(node(name), empty));
+    match rig.replies[&request].clone()? {
+        Answer::Node(status) => Ok(*status),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn state(rig: &mut Rig, name: &str) -> (String, u32) {
+    let request = rig.ask(Ask::Nodes);
+    let Ok(Answer::Nodes(nodes)) = &rig.replies[&request] else { panic!("{:?}", rig.replies[&request]) };
+    let status = nodes.iter().find(|status| status.node == name).unwrap();
+    (status.state.clone(), status.used)
+}
+
+#[test]
+fn a_drained_node_is_left_with_a_checkpoint_and_used_again_when_undrained() {
+    let mut rig = Rig::new();
+    rig.attach("a", 2);
+    rig.attach("b", 2);
+    rig.submit(spec("{ min = 1, max = 4 }"), SubmitMode::New, None);
+    rig.settle();
+    assert_eq!(rig.live(), Some((1, 4)));
+    rig.train(5);
+    assert_eq!(drain(&mut rig, "b", true).unwrap().state, "draining");
+    rig.pass(Duration::from_secs(1));
+    assert_eq!(rig.live(), Some((1, 4)), "it trains until it has saved");
+    rig.train(6);
+    assert_eq!((rig.live(), state(&mut rig, "b")), (Some((2, 2)), ("drained".into(), 0)));
+    assert_eq!(state(&mut rig, "a"), ("ready".into(), 2));
+    // Another life of the agent changes nothing.
+    rig.lose("b");
+    rig.pass(Duration::from_secs(2));
+    assert_eq!(state(&mut rig, "b").0, "lost");
+    rig.attach("b", 2);
+    rig.pass(Duration::from_secs(5));
+    rig.train(7);
+    assert_eq!((rig.live(), state(&mut rig, "b").0.as_str()), (Some((2, 2)), "drained"));
+    assert_eq!(drain(&mut rig, "b", false).unwrap().state, "ready");
+    rig.pass(Duration::from_secs(4));
+    rig.train(8);
+    assert_eq!(rig.live(), Some((3, 4)));
+    assert!(!rig.kinds().contains(&"failure"));
+}
+
+#[test]
+fn a_job_whose_only_node_is_drained_waits_with_its_checkpoint() {
+    let mut rig = Rig::running("2", 2);
+    rig.train(5);
+    drain(&mut rig, "a", true).unwrap();
+    rig.pass(Duration::from_millis(300));
+    rig.train(6);
+    assert_eq!(rig.live(), None);
+    let request = rig.ask(Ask::Status(job_name()));
+    let Ok(Answer::Status(status)) = &rig.replies[&request] else { panic!() };
+    assert_eq!((status.state.as_str(), status.checkpoint_step), ("queued", Some(6)));
+    drain(&mut rig, "a", false).unwrap();
+    rig.pass(Duration::from_millis(300));
+    assert_eq!(rig.live(), Some((2, 2)));
+}
+
+#[test]
+fn what_a_drained_node_is_about_to_forget_is_not_started_from() {
+    let mut rig = Rig::new();
+    rig.attach("a", 1);
+    rig.attach("b", 1);
+    rig.submit(spec("{ min = 1, max = 2 }"), SubmitMode::New, None);
+    rig.settle();
+    rig.train(5);
+    drain(&mut rig, "b", true).unwrap();
+    rig.pass(Duration::from_millis(300));
+    rig.snapshot(6);
+    rig.train(6);
+    assert_eq!(rig.live(), Some((2, 1)));
+    let run = rig.nodes[&node("a")].desired[&job_name()].run.clone().unwrap();
+    let memory = run.memory.unwrap();
+    let addresses: Vec<&str> = memory.groups[0].members.iter().map(|member| member.snapshots.as_str()).collect();
+    assert_eq!((memory.step, addresses), (6, vec!["a:1", ""]), "the other's part comes from parity");
+}
+
+#[test]
+fn a_node_nobody_knows_cannot_be_drained() {
+    let mut rig = Rig::running("1", 1);
+    let Err(Refusal::NotFound(text)) = drain(&mut rig, "z", true) else { panic!() };
+    assert!(text.contains("known are a") && text.contains("cairn nodes"), "{text}");
+}
