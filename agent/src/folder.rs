@@ -19,6 +19,8 @@ use crate::AgentError;
 
 /// Sub-folders of agents start with this.
 const PREFIX: &str = "cairn-agent-";
+/// A folder has this name until its lock is held: nobody takes it for a dead agent's.
+const STARTING: &str = "cairn-starting-";
 /// Folders taken over from earlier lives start with this.
 const LEFT: &str = "left-";
 /// A Unix socket's path must be shorter than `sun_path`, 108 bytes with its final zero.
@@ -57,11 +59,9 @@ impl Folder {
                 format!("the socket's path would be longer than {LONGEST_SOCKET} bytes; choose a shorter folder");
             return Err(AgentError::Folder { path: socket, source: io::Error::other(text) });
         }
-        DirBuilder::new().mode(0o700).create(&path).map_err(at(&path))?;
-        let lock = lock_file(&path).map_err(at(&path))?;
-        let taken = flock(&lock, FlockOperation::NonBlockingLockExclusive);
-        taken.map_err(|error| at(&path)(error.into()))?;
-        std::fs::write(path.join("node"), node.as_str()).map_err(at(&path))?;
+        let starting = parent.join(format!("{STARTING}{short}"));
+        let lock = make_locked(&starting, node).map_err(at(&starting))?;
+        std::fs::rename(&starting, &path).map_err(at(&path))?;
         let left = take_over(&parent, &path, node).map_err(at(&parent))?;
         Ok((Self { path, adopted: BTreeMap::new(), _lock: lock }, left))
     }
@@ -127,8 +127,13 @@ impl Drop for Folder {
     }
 }
 
-fn lock_file(folder: &Path) -> io::Result<File> {
-    OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(folder.join("lock"))
+/// Makes the folder of an agent of `node`; its lock is held as long as the file is open.
+fn make_locked(folder: &Path, node: &NodeName) -> io::Result<File> {
+    DirBuilder::new().mode(0o700).create(folder)?;
+    let lock = OpenOptions::new().create_new(true).write(true).mode(0o600).open(folder.join("lock"))?;
+    flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+    std::fs::write(folder.join("node"), node.as_str())?;
+    Ok(lock)
 }
 
 fn file_name(path: &Path) -> &str {
@@ -147,16 +152,19 @@ fn take_over(parent: &Path, mine: &Path, node: &NodeName) -> io::Result<Vec<Path
     let mut left = vec![];
     for entry in std::fs::read_dir(parent)? {
         let path = entry?.path();
+        let age = std::fs::metadata(&path).and_then(|of| of.modified()).ok().and_then(|at| at.elapsed().ok());
+        if file_name(&path).starts_with(STARTING) && age.is_some_and(|age| age > PATIENCE) {
+            // It died at its first breath.
+            remove(&path);
+        }
         if !file_name(&path).starts_with(PREFIX) || !path.is_dir() || path == mine {
             continue;
         }
-        // No lock file yet: an agent that is starting this very moment, or one that died doing so; leave it.
         let Ok(lock) = File::open(path.join("lock")) else { continue };
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
             continue;
         }
         let of = std::fs::read_to_string(path.join("node")).unwrap_or_default();
-        let age = std::fs::metadata(&path).and_then(|of| of.modified()).ok().and_then(|at| at.elapsed().ok());
         if of == node.as_str() {
             let to = mine.join(format!("{LEFT}{}", left.len()));
             std::fs::rename(&path, &to)?;
@@ -218,6 +226,23 @@ mod tests {
         std::mem::forget(second);
         drop(living);
         assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn agents_that_start_at_once_leave_one_another_alone() {
+        let parent = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            for agent in 0..8 {
+                let parent = parent.path();
+                scope.spawn(move || {
+                    for life in 0..40 {
+                        let name = format!("{agent:x}{life:02x}");
+                        let (folder, left) = Folder::create(parent, &name, &node(&format!("n{agent}"))).unwrap();
+                        assert!(left.is_empty() && folder.path().join("lock").exists());
+                    }
+                });
+            }
+        });
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 pub(crate) mod adopt;
 mod encode;
+mod heard;
 mod peers;
 mod plan;
 mod restore;
@@ -30,6 +31,7 @@ use proto::wire;
 use tokio::sync::{mpsc, watch};
 
 use self::encode::{Encode, Stripe};
+use self::heard::Heard;
 use self::vault::{Described, Held, Vault};
 use crate::driver::Input;
 use crate::machine::keeper::{Keep, Keeper, Membership, PeerStep, StepKey};
@@ -77,6 +79,8 @@ struct OfJob {
     captured: (StepKey, Instant, f64),
     /// Processor seconds of the last parity, for each of this node's ranks.
     seconds: f64,
+    /// Of steps that this node does not hold yet.
+    heard: Heard,
     /// The step whose parity could not be made at the last try.
     unmade: Option<StepKey>,
     skipped: u64,
@@ -98,6 +102,7 @@ impl Default for OfJob {
             state: None,
             captured: ((0, 0), Instant::now(), 0.0),
             seconds: 0.0,
+            heard: Heard::default(),
             unmade: None,
             skipped: 0,
             start: None,
@@ -195,6 +200,7 @@ impl Memory {
                 tokio::spawn(sync::tell(self.peers.clone(), member.snapshots.clone(), receiver.clone()));
             }
             of.group = group;
+            of.heard.clear();
         }
         self.carry_out(job, todo)
     }
@@ -219,6 +225,8 @@ impl Memory {
         let kept = of.enabled && of.keeper.captured(key, captured.rank);
         if kept {
             self.vault.describe(job, key, captured.rank, described);
+            let heard = of.heard.take(key).into_iter();
+            heard.for_each(|(rank, described)| self.vault.describe(job, key, rank, described));
             if let Err(error) = adopt::note(&path, &captured.capture) {
                 tracing::warn!(path = %path.display(), %error, "a snapshot would not survive this agent");
             }
@@ -255,7 +263,7 @@ impl Memory {
         }
         let Some(member) = of.group.members.iter().position(|member| member.node == state.node) else { return true };
         let ranks = of.group.members[member].ranks.clone();
-        let mut steps = vec![];
+        let (mut steps, mut ahead) = (vec![], vec![]);
         for held in &state.steps {
             let key = (state.generation, held.step);
             let captures: Vec<(Capture, &Vec<u8>)> =
@@ -263,19 +271,20 @@ impl Memory {
             let whole = ranks.iter().all(|rank| captures.iter().any(|(capture, _)| capture.rank.get() == *rank));
             for (capture, json) in captures {
                 let rank = capture.rank.get();
-                if ranks.contains(&rank) && of.keeper.keeps(key) {
-                    let described = Described { capture: Arc::new(capture), json: json.clone().into() };
-                    self.vault.describe(&job, key, rank, described);
+                let described = Described { capture: Arc::new(capture), json: json.clone().into() };
+                match ranks.contains(&rank) {
+                    true if of.keeper.keeps(key) => self.vault.describe(&job, key, rank, described),
+                    true => ahead.push((key, rank, described)),
+                    false => {}
                 }
             }
             if whole {
                 steps.push(PeerStep { step: held.step, encoded: held.encoded });
             }
         }
-        // What this node does not hold itself yet, it does not describe yet: the peer is to say it again.
-        let known = steps.iter().all(|held| of.keeper.keeps((state.generation, held.step)));
+        of.heard.hear(member, ahead);
         of.keeper.peer(member, state.generation, steps);
-        known
+        true
     }
 
     /// This node's parity of a step is made, or could not be.
