@@ -6,7 +6,7 @@ use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use proto::event::JobEvent;
+use proto::event::{JobEvent, LoadedStage};
 use tokio::time::Instant;
 
 use crate::args::Output;
@@ -127,6 +127,7 @@ fn describe(event: &JobEvent) -> String {
             let who = rank.map_or(String::new(), |rank| format!(", rank {rank}"));
             format!("failure in generation {generation}{who}: {reason}")
         }
+        JobEvent::Loaded { generation, step, stages } => loaded(*generation, *step, stages),
         JobEvent::Recovered { generation, step, seconds, source } => {
             format!("recovered in {seconds:.2} s: generation {generation} goes on from step {step} ({source})")
         }
@@ -151,6 +152,16 @@ fn describe(event: &JobEvent) -> String {
         JobEvent::Failed { reason, .. } => format!("the job failed: {reason}"),
         JobEvent::Cancelled {} => "the job was cancelled".to_string(),
     }
+}
+
+/// Which stages a load's time went into, and the slowest rank of the longest.
+fn loaded(generation: u64, step: u64, stages: &[LoadedStage]) -> String {
+    let longest = stages.iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds));
+    let slowest = longest.map_or(String::new(), |s| format!("; slowest in {}: rank {} on {}", s.stage, s.rank, s.node));
+    let bytes = stages.iter().find(|s| s.stage == "verify").map_or(0, |s| s.bytes);
+    let times: Vec<String> = stages.iter().map(|s| format!("{} {:.3} s", s.stage, s.seconds)).collect();
+    let (bytes, times) = (table::bytes(bytes), times.join(", "));
+    format!("generation {generation} loaded {bytes} of step {step}: {times}{slowest}")
 }
 
 fn short(digest: &str) -> &str {

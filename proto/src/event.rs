@@ -78,6 +78,15 @@ pub enum JobEvent {
         /// What happened.
         reason: String,
     },
+    /// The workers of a generation hold the state it starts from, which was not initialised but loaded.
+    Loaded {
+        /// The generation.
+        generation: u64,
+        /// The step of the state.
+        step: u64,
+        /// What each stage cost.
+        stages: Vec<LoadedStage>,
+    },
     /// A new generation took its place and its workers hold state again.
     Recovered {
         /// The new generation.
@@ -125,6 +134,22 @@ pub enum JobEvent {
     },
     /// The job was cancelled.
     Cancelled {},
+}
+
+/// One stage of a load: the rank that took longest, and the bytes of all.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LoadedStage {
+    /// From the store `list`, `plan`, `read`, `verify` and `place`; from memory `memory`, `peer`, `parity`, `store` and
+    /// `verify`.
+    pub stage: String,
+    /// Of the slowest rank, added up over its threads.
+    pub seconds: f64,
+    /// The slowest rank.
+    pub rank: u32,
+    /// Its node.
+    pub node: String,
+    /// Of all ranks.
+    pub bytes: u64,
 }
 
 impl JobEvent {

@@ -94,9 +94,15 @@ impl Cluster {
 
     /// Starts the coordinator and waits until it answers.
     pub fn coordinator(&self) -> Part {
+        self.coordinator_with(&[])
+    }
+
+    /// The same with further words.
+    pub fn coordinator_with(&self, more: &[&str]) -> Part {
         let words = ["coordinator", "--store", &self.store, "--listen", &self.listen, "--token-file", &self.token];
         let tls = self.tls("coordinator", "main");
-        let part = Part::start(&[&words[..], &tls.iter().map(String::as_str).collect::<Vec<_>>()].concat());
+        let tls: Vec<&str> = tls.iter().map(String::as_str).collect();
+        let part = Part::start(&[&words[..], &tls, more].concat());
         let deadline = Instant::now() + LIMIT;
         while self.call(&["jobs"]).code != Some(0) {
             assert!(Instant::now() < deadline, "the coordinator does not answer");

@@ -25,6 +25,7 @@ use super::incident::{Blame, Goodput, Opened};
 use super::keeping::Losses;
 use super::ledger::{Checkpoint, End, Entry, Ledger};
 use super::live::{Cause, Live};
+use super::loading::loaded;
 use super::members::Members;
 use super::memory::{Inventory, MemoryPoint, Restorable};
 use super::schedule::Placement;
@@ -268,6 +269,12 @@ impl Job {
         if was_adopting && !live.adopting() {
             let generation = live.generation();
             cx.log(&self.name, format!("generation {generation} is alive: training goes on undisturbed"));
+        }
+        if live.joined()
+            && !std::mem::replace(&mut live.told_load, true)
+            && let Some(event) = loaded(live, cx.members)
+        {
+            cx.publish(&self.name, event);
         }
         if live.joined()
             && let Some(broken) = self.broken.take()

@@ -68,6 +68,8 @@ pub(super) struct Live {
     pub groups: Vec<Group>,
     /// Told to stop after the step in progress.
     pub stop: bool,
+    /// What having the state cost was told.
+    pub told_load: bool,
     /// Where the members' state came from.
     pub source: String,
     seen: Vec<Seen>,
@@ -88,6 +90,7 @@ impl Live {
             membership,
             restorable: None,
             groups: Vec::new(),
+            told_load: false,
             stop: false,
             source: String::new(),
             seen,

@@ -15,6 +15,7 @@ mod job;
 mod keeping;
 mod ledger;
 mod live;
+mod loading;
 mod members;
 pub mod memory;
 mod nodes;
