@@ -135,17 +135,19 @@ fn what_is_out_of_bounds_does_not_enter_the_history() {
 }
 
 #[test]
-fn records_of_format_1_are_read_and_newer_ones_refused() {
+fn records_of_older_formats_are_read_and_newer_ones_refused() {
     let text = |format: u32| {
         format!(
             r#"{{"format":{format},"number":1,"epoch":1,"generation":1,"author":"a",
                 "event":{{"kind":"deleted","manifest":"m"}}}}"#
         )
     };
-    let old = Record::parse("r", 1, text(1).as_bytes()).unwrap();
-    assert_eq!(old.event, Event::Deleted { manifest: "m".into() });
-    let newer = Record::parse("r", 1, text(3).as_bytes()).unwrap_err().to_string();
-    assert!(newer.contains("format 3") && newer.contains("1 to 2"), "{newer}");
+    for format in 1..=3 {
+        let old = Record::parse("r", 1, text(format).as_bytes()).unwrap();
+        assert_eq!(old.event, Event::Deleted { manifest: "m".into() });
+    }
+    let newer = Record::parse("r", 1, text(4).as_bytes()).unwrap_err().to_string();
+    assert!(newer.contains("format 4") && newer.contains("1 to 3"), "{newer}");
     // A checkpoint as a fold of format 1 wrote it.
     let mut json = serde_json::to_value(history(&[(10, 1.0)])).unwrap();
     json["checkpoints"][0].as_object_mut().unwrap().remove("metrics");
