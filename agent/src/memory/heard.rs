@@ -4,10 +4,14 @@
 //! soon as all members hold a step, and a shard that is restored from parity is proved by its owner's description, which
 //! the owner can no longer give once it is lost.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use checkpoint_store::Capture;
+use proto::wire;
 
 use super::vault::Described;
-use crate::machine::keeper::StepKey;
+use crate::machine::keeper::{PeerStep, StepKey};
 
 /// By member, its newest words; no more than one message of each.
 #[derive(Debug, Default)]
@@ -31,4 +35,25 @@ impl Heard {
     pub(super) fn clear(&mut self) {
         self.0.clear();
     }
+}
+
+/// What a peer with these ranks says, read: the steps it holds whole, and the descriptions of its snapshots of any step.
+pub(super) fn read_state(state: &wire::GroupState, ranks: &[u32]) -> (Vec<PeerStep>, Vec<(StepKey, u32, Described)>) {
+    let (mut steps, mut described) = (vec![], vec![]);
+    for held in &state.steps {
+        let key = (state.generation, held.step);
+        let mut whole = BTreeSet::new();
+        for json in &held.captures {
+            let Ok(capture) = Capture::from_json(json) else { continue };
+            let rank = capture.rank.get();
+            if ranks.contains(&rank) {
+                whole.insert(rank);
+                described.push((key, rank, Described { capture: Arc::new(capture), json: json.clone().into() }));
+            }
+        }
+        if ranks.iter().all(|rank| whole.contains(rank)) {
+            steps.push(PeerStep { step: held.step, encoded: held.encoded });
+        }
+    }
+    (steps, described)
 }
