@@ -1,8 +1,8 @@
 //! What peers have said of steps that this node does not hold yet.
 //!
 //! A peer may be a step ahead. What it says then is kept until this node has captured that step too: parity is made as
-//! soon as all members hold a step, and a shard that is restored from parity is proved by its owner's description, which
-//! the owner can no longer give once it is lost.
+//! soon as all members hold a step, and a shard restored from parity is proved by its owner's description, which the
+//! owner can no longer give once it is lost.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -37,7 +37,7 @@ impl Heard {
     }
 }
 
-/// What a peer with these ranks says, read: the steps it holds whole, and the descriptions of its snapshots of any step.
+/// What a peer with these ranks says, read: the steps it holds whole, and its snapshots' descriptions.
 pub(super) fn read_state(state: &wire::GroupState, ranks: &[u32]) -> (Vec<PeerStep>, Vec<(StepKey, u32, Described)>) {
     let (mut steps, mut described) = (vec![], vec![]);
     for held in &state.steps {
