@@ -8,6 +8,7 @@ use proto::ids::{JobName, NodeName, WorkerId};
 
 use crate::certs::CertsCommand;
 use crate::checkpoint::CheckpointCommand;
+use crate::doctor::DoctorArgs;
 
 /// Launches, heals and reshapes distributed training jobs, and keeps their checkpoints.
 #[derive(Debug, Parser)]
@@ -75,6 +76,8 @@ pub(crate) enum Command {
     /// Make datasets.
     #[command(subcommand)]
     Data(DataCommand),
+    /// Check this machine, the store and the coordinators: what is amiss, and what to do.
+    Doctor(DoctorArgs),
     /// Measure this machine.
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -439,7 +442,7 @@ pub(crate) struct BenchTrainArgs {
     pub(crate) output: Output,
 }
 
-fn key_value(text: &str) -> Result<(String, String), String> {
+pub(crate) fn key_value(text: &str) -> Result<(String, String), String> {
     let (key, value) =
         text.split_once('=').ok_or_else(|| format!("{text:?} is not KEY=VALUE, such as training.steps=50"))?;
     Ok((key.trim().to_string(), value.trim().to_string()))

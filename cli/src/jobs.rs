@@ -33,8 +33,14 @@ pub(crate) async fn submit(args: SubmitArgs) -> Result<u8, Failure> {
     }
     let name = &spec.name;
     match args.operator.output {
-        Output::Json => say!("{}", json!({"event": "submitted", "job": name, "finished": false})),
-        Output::Text => say!("job {name} submitted; follow it with: cairn watch {name}"),
+        Output::Json => {
+            let detection = spec.fault.detection();
+            say!("{}", json!({"event": "submitted", "job": name, "finished": false, "detection": detection}));
+        }
+        Output::Text => {
+            say!("job {name} submitted; follow it with: cairn watch {name}");
+            say!("{}", spec.fault.detection());
+        }
     }
     Ok(0)
 }

@@ -13,6 +13,7 @@ mod certs;
 mod checkpoint;
 mod client;
 mod data;
+mod doctor;
 mod failure;
 mod incidents;
 mod jobs;
@@ -96,6 +97,7 @@ async fn dispatch(command: Command) -> Result<u8, Failure> {
         Command::Checkpoint(command) => checkpoint::run(command).await,
         Command::Certs(command) => certs::run(command),
         Command::Data(command) => data::run(command),
+        Command::Doctor(args) => doctor::run(args).await,
         Command::Bench(command) => bench::run(command).await,
     }
 }

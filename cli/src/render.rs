@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use proto::event::{JobEvent, LoadedStage};
+use proto::spec::Detection;
+use serde_json::json;
 use tokio::time::Instant;
 
 use crate::args::Output;
@@ -54,6 +56,14 @@ impl Renderer {
     pub(crate) fn note(&self, text: &str) {
         if self.output == Output::Text {
             self.line(text);
+        }
+    }
+
+    /// Says how soon failures of this job are noticed.
+    pub(crate) fn detection(&self, detection: &Detection) {
+        match self.output {
+            Output::Text => self.line(&detection.to_string()),
+            Output::Json => self.line(&json!({"event": "detection", "seconds": detection}).to_string()),
         }
     }
 

@@ -201,12 +201,9 @@ async fn follow(args: &TrainArgs, spec: &JobSpec, local: &Local, signals: &mut S
             local.address,
             spec.checkpoint.store
         ));
-        let f = &spec.fault;
-        renderer.note(&format!(
-            "a dead process is noticed at once, a silent node within {} s, a stuck exchange within {} s, a stuck step \
-             within {} s; a new generation forms within {} s",
-            f.suspicion, f.collective, f.hang, f.restart
-        ));
+    }
+    if !finished {
+        renderer.detection(&spec.fault.detection());
     }
     renderer.found(newest_checkpoint(&mut client, spec).await);
     let mut events = client::follow(client.clone(), spec.name.to_string(), PATIENCE);

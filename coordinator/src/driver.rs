@@ -22,7 +22,7 @@ use crate::metrics::Metrics;
 use crate::watch::Hub;
 
 /// Between two ticks of the machine.
-const TICK: Duration = Duration::from_millis(100);
+const TICK: Duration = proto::spec::detect::TICK;
 
 /// The way to an agent.
 pub(crate) type Outbox = mpsc::Sender<Result<CoordinatorMessage, Status>>;

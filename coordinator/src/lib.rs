@@ -47,7 +47,7 @@ use crate::service::Edge;
 use crate::watch::Hub;
 
 /// Time between two reports of an agent.
-const HEARTBEAT: Duration = Duration::from_secs(1);
+const HEARTBEAT: Duration = proto::spec::detect::IDLE_HEARTBEAT;
 /// Silence after which an agent is lost, unless a job asks for less.
 const SUSPICION: Duration = Duration::from_secs(5);
 /// Events waiting for the driver.

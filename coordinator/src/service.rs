@@ -16,8 +16,8 @@ use proto::wire::cluster_server::Cluster;
 use proto::wire::coordinator_message::Body as ToAgent;
 use proto::wire::jobs_server::Jobs;
 use proto::wire::{
-    AgentMessage, CheckpointChange, CheckpointChanged, CoordinatorMessage, IncidentsReply, JobRequest, JobStatus,
-    ListReply, ListRequest, NodeRequest, NodeStatus, NodesReply, NodesRequest, ScaleRequest, SubmitReply,
+    AgentMessage, BUILD, CheckpointChange, CheckpointChanged, CoordinatorMessage, IncidentsReply, JobRequest,
+    JobStatus, ListReply, ListRequest, NodeRequest, NodeStatus, NodesReply, NodesRequest, ScaleRequest, SubmitReply,
     SubmitRequest, WatchEvent, WatchRequest,
 };
 use tokio::sync::{mpsc, oneshot};
@@ -264,7 +264,7 @@ impl Jobs for Edge {
 
     async fn list_nodes(&self, _: Request<NodesRequest>) -> Result<Response<NodesReply>, Status> {
         match self.ask(Ask::Nodes).await? {
-            Answer::Nodes(nodes) => Ok(Response::new(NodesReply { nodes })),
+            Answer::Nodes(nodes) => Ok(Response::new(NodesReply { nodes, build: BUILD.into(), epoch: self.epoch })),
             other => Err(Status::internal(format!("unexpected answer {other:?}"))),
         }
     }

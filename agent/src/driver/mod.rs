@@ -31,7 +31,7 @@ const TICK: Duration = Duration::from_millis(100);
 /// Between two sendings of an unsettled receipt.
 const RESEND: Duration = Duration::from_secs(5);
 /// Between two reports, until the coordinator says otherwise.
-const HEARTBEAT: Duration = Duration::from_secs(1);
+const HEARTBEAT: Duration = proto::spec::detect::IDLE_HEARTBEAT;
 /// For killed workers to be gone at the end.
 const ENDING: Duration = Duration::from_secs(5);
 

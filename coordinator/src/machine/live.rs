@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId};
 use proto::incident;
-use proto::spec::FaultSpec;
+use proto::spec::{FaultSpec, detect};
 use proto::wire::{FailureKind, WorkerPhase};
 
 use super::incident::Blame;
@@ -19,7 +19,7 @@ use super::memory::{Group, Restorable};
 /// How long a broken exchange waits for its cause to be known.
 const ATTRIBUTION: Duration = Duration::from_millis(300);
 /// The same, while the stream of a member's agent is closed and may open again.
-const ATTRIBUTION_DETACHED: Duration = Duration::from_millis(1500);
+const ATTRIBUTION_DETACHED: Duration = detect::ATTRIBUTION;
 
 /// Why a generation ended.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -8,13 +8,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId};
+use proto::spec::detect::REATTACH;
 use proto::wire::{Desired, FailureKind, LoadStage, WorkerPhase};
 
 use super::memory::{Inventory, Room};
 use super::schedule::Site;
-
-/// How long a closed stream may stay closed before the agent is lost.
-const REATTACH: Duration = Duration::from_secs(1);
 
 /// One stream of an agent, numbered by the driver; a later stream of the same node has another number.
 pub type Connection = u64;

@@ -31,6 +31,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use proto::ids::{Epoch, JobName, NodeName};
+use proto::spec::detect::MISSED_HEARTBEATS;
 use proto::wire::coordinator_message::Body;
 use proto::wire::{JobStatus, Welcome};
 
@@ -126,7 +127,7 @@ impl Cluster {
     fn suspicion(&self) -> Duration {
         let asked = self.jobs.values().filter(|job| job.active()).map(|job| job.ledger.spec.fault.suspicion);
         let shortest = asked.min_by(f64::total_cmp).and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-        shortest.unwrap_or(self.settings.suspicion).max(self.settings.heartbeat.mul_f64(2.5))
+        shortest.unwrap_or(self.settings.suspicion).max(self.settings.heartbeat.mul_f64(MISSED_HEARTBEATS))
     }
 
     /// Lets a job act with its surroundings in view.

@@ -5,6 +5,7 @@
 //! field here, with its default beside it in `read.rs`.
 
 mod compare;
+pub mod detect;
 mod model;
 mod read;
 mod reader;
@@ -18,6 +19,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 pub use compare::Difference;
+pub use detect::Detection;
 pub use model::{Architecture, ModelSpec, PRESETS};
 pub use reader::SpecError;
 

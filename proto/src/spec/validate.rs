@@ -175,28 +175,12 @@ impl JobSpec {
     }
 
     fn validate_timeouts(&self, place: &str) -> Result<(), SpecError> {
-        let f = &self.fault;
-        let chain = [
-            ("heartbeat", f.heartbeat),
-            ("suspicion", f.suspicion),
-            ("collective", f.collective),
-            ("hang", f.hang),
-            ("restart", f.restart),
-        ];
-        for pair in chain.windows(2) {
-            let ((low, low_value), (high, high_value)) = (pair[0], pair[1]);
-            if low_value >= high_value {
-                return Err(SpecError::Value {
-                    place: place.into(),
-                    key: format!("fault.{high}"),
-                    found: format!("{high_value} s"),
-                    wanted: format!(
-                        "greater than fault.{low} = {low_value} s (heartbeat < suspicion < collective < hang < restart)"
-                    ),
-                });
-            }
-        }
-        Ok(())
+        self.fault.check_chain().map_err(|(key, found, wanted)| SpecError::Value {
+            place: place.into(),
+            key: format!("fault.{key}"),
+            found: format!("{found} s"),
+            wanted,
+        })
     }
 }
 
