@@ -226,8 +226,9 @@ impl Memory {
         let kept = of.enabled && of.keeper.captured(key, captured.rank);
         if kept {
             self.vault.describe(job, key, captured.rank, described);
-            let heard = of.heard.take(key).into_iter();
-            heard.for_each(|(rank, described)| self.vault.describe(job, key, rank, described));
+            for (rank, described) in of.heard.take(key) {
+                self.vault.describe(job, key, rank, described);
+            }
             if let Err(error) = adopt::note(&path, &captured.capture) {
                 tracing::warn!(path = %path.display(), %error, "a snapshot would not survive this agent");
             }
@@ -266,7 +267,9 @@ impl Memory {
         let ranks = of.group.members[member].ranks.clone();
         let (steps, described) = heard::read_state(state, &ranks);
         let (now, ahead): (Vec<_>, Vec<_>) = described.into_iter().partition(|(key, ..)| of.keeper.keeps(*key));
-        now.into_iter().for_each(|(key, rank, described)| self.vault.describe(&job, key, rank, described));
+        for (key, rank, described) in now {
+            self.vault.describe(&job, key, rank, described);
+        }
         of.heard.hear(member, ahead);
         of.keeper.peer(member, state.generation, steps);
         true
