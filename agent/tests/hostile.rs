@@ -71,7 +71,7 @@ fn written(name: &str) -> Vec<(&'static str, Vec<u8>)> {
                 text.into_bytes()
             };
             let two = r#"["a","127.0.0.1:1",[0]],["b","127.0.0.1:2",[1]]"#;
-            let many = vec![r#"["a","",[0]]"#; 9].join(",");
+            let many = [r#"["a","",[0]]"#; 9].join(",");
             vec![
                 ("valid-two", note(two, 1)),
                 ("hostile-all-parity", note(two, 2)),

@@ -123,12 +123,13 @@ pub(super) fn folder(path: &Path, budget: Option<u64>, need: Option<&Need>) -> F
     let mut values = json!({"free": free, "budget": budget, "memory_file_system": in_memory});
     if let Some(need) = need {
         let (held, least) = (need.held(), need.budget);
-        found += &format!(
+        let needed = format!(
             "; needed are {SLOTS} slots of {} for each of {} workers and {} of parity",
             size::show(need.slots / SLOTS as u64),
             need.ranks,
             size::show(need.parity)
         );
+        found.push_str(&needed);
         values["needed"] = json!(held);
         values["needed_budget"] = json!(least);
         if least > budget {

@@ -149,7 +149,8 @@ async fn bandwidth(store: &Store, folder: &str, spec: Option<&JobSpec>) -> Resul
     );
     let state = spec.and_then(|spec| Space::of_model(&spec.model).ok()).map(|space| space.elements() * STATE);
     if let Some(state) = state {
-        found += &format!("; a checkpoint of {} in {:.1} s", table::bytes(state), state as f64 / rate(write));
+        let (size, seconds) = (table::bytes(state), state as f64 / rate(write));
+        found = format!("{found}; a checkpoint of {size} in {seconds:.1} s");
     }
     let values = json!({"write_bytes_per_second": rate(write), "read_bytes_per_second": rate(took)});
     Ok(Finding::ok("store bandwidth", found).with(values))

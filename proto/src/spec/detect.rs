@@ -2,7 +2,7 @@
 //!
 //! Every failure meets a timeout of its own, and each must leave time to those before it, or the wrong thing is blamed:
 //! a stuck exchange noticed before the lost node that caused it would put that node into the next generation as well.
-//! So the keys form one chain, [`FaultSpec::check_chain`] refuses what is out of order, and [`FaultSpec::detection`]
+//! So the keys form one chain, `check_chain` refuses what is out of order, and [`FaultSpec::detection`]
 //! says what it comes to. The constants are those the coordinator works by: it takes them from here.
 
 use std::fmt;
