@@ -1,8 +1,9 @@
 //! `cairn doctor`: whether this machine can do what a job asks of it, and what to do about what it cannot.
 //!
-//! Each check is a line with a verdict: `ok`, `warn` (it works, but not well), `fail` (it will not work) or `skip`, with
-//! the reason. Nothing is guessed: the store is written to and read from, the ring exchanges, the coordinator answers.
-//! What a check writes it removes again; only a store's own folder is made where it is missing, as a coordinator would.
+//! Each check is a line with a verdict: `ok`, `warn` (it works, but not well), `fail` (it will not work) or `skip`,
+//! with the reason. Nothing is guessed: the store is written to and read from, the ring exchanges, the coordinator
+//! answers. What a check writes it removes again; only a store's own folder is made where it is missing, as a
+//! coordinator would.
 
 mod args;
 mod job;

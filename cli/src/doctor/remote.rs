@@ -52,9 +52,10 @@ pub(super) async fn store(url: &str, spec: Option<&JobSpec>) -> Vec<Finding> {
         // What cannot be written to is not measured: one cause, one line.
         return findings;
     }
-    let folder = format!("probe/doctor-{}", store.token());
-    findings.push(measured("store latency", latency(&store, &folder)).await);
-    findings.push(measured("store bandwidth", bandwidth(&store, &folder, spec)).await);
+    // No folder of its own: on a local disk an empty one would stay behind.
+    let mark = format!("probe/doctor-{}", store.token());
+    findings.push(measured("store latency", latency(&store, &mark)).await);
+    findings.push(measured("store bandwidth", bandwidth(&store, &mark, spec)).await);
     findings
 }
 
@@ -88,11 +89,11 @@ fn open(url: &str) -> Result<(Store, bool), (String, String)> {
 }
 
 /// The median of small round trips: what a record of a chain or a leader's beat takes.
-async fn latency(store: &Store, folder: &str) -> Result<Finding, StoreError> {
+async fn latency(store: &Store, mark: &str) -> Result<Finding, StoreError> {
     let bytes = Bytes::from(vec![7; ROUNDS.1]);
     let mut times = [const { Vec::new() }; 3];
     for round in 0..ROUNDS.0 {
-        let path = format!("{folder}/small-{round}");
+        let path = format!("{mark}-small-{round}");
         let began = Instant::now();
         store.create(&path, bytes.clone()).await?;
         let put = Instant::now();
@@ -120,8 +121,8 @@ fn median(mut times: Vec<f64>) -> f64 {
 }
 
 /// A large object written and read back.
-async fn bandwidth(store: &Store, folder: &str, spec: Option<&JobSpec>) -> Result<Finding, StoreError> {
-    let path = format!("{folder}/large");
+async fn bandwidth(store: &Store, mark: &str, spec: Option<&JobSpec>) -> Result<Finding, StoreError> {
+    let path = format!("{mark}-large");
     // Bytes a store cannot compress.
     let seed = random_bytes().first_chunk().map_or(1, |bytes| u64::from_le_bytes(*bytes));
     let words = (1..=LARGE as u64 / 8).flat_map(|word| (word ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());

@@ -16,7 +16,7 @@ use super::FaultSpec;
 pub const TICK: Duration = Duration::from_millis(100);
 /// Between two reports of an agent that has no job.
 pub const IDLE_HEARTBEAT: Duration = Duration::from_secs(1);
-/// So many idle heartbeats must be missing before an agent is lost, whatever a job asks for: one late report is no loss.
+/// So many idle heartbeats must be missing before an agent is lost, whatever a job asks for: one late is no loss.
 pub const MISSED_HEARTBEATS: f64 = 2.5;
 /// How long a closed stream of an agent may stay closed before the agent is lost.
 pub const REATTACH: Duration = Duration::from_secs(1);
