@@ -159,7 +159,9 @@ impl Book<'_> {
 pub(super) fn tell(members: &mut Members, book: &Book<'_>, touched: &BTreeSet<NodeName>, out: &mut Vec<Action>) {
     let stale: Vec<&Job> = book.in_order().filter(|job| job.stale.tell).collect();
     if stale.is_empty() {
-        touched.iter().for_each(|node| tell_node(members, book, node, None, out));
+        for node in touched {
+            tell_node(members, book, node, None, out);
+        }
         return;
     }
     let nodes: Vec<NodeName> = members.iter().map(|(node, _)| node.clone()).collect();

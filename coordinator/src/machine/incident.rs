@@ -180,10 +180,8 @@ impl Job {
     /// Looks how far the way back has come.
     pub(super) fn follow_incident(&mut self, cx: &mut Context<'_>) {
         let Some(opened) = self.incident.as_mut() else { return };
-        if opened.aborted.is_none() && self.live.is_none() {
-            if opened.is_let_go(&self.name, cx) {
-                opened.aborted = Some(cx.now);
-            }
+        if opened.aborted.is_none() && self.live.is_none() && opened.is_let_go(&self.name, cx) {
+            opened.aborted = Some(cx.now);
         }
         let Some(live) = self.live.as_ref().filter(|live| live.generation() > opened.generation) else { return };
         opened.aborted.get_or_insert(cx.now);

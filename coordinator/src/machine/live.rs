@@ -229,9 +229,13 @@ impl Live {
     pub(super) fn watch(&mut self, cx: &Context<'_>, job: &JobName, fault: &FaultSpec) -> Option<Cause> {
         let ranks = Arc::clone(&self.ranks);
         if cx.look.all {
-            ranks.nodes().for_each(|(node, ranks)| self.watch_node(cx, job, node, ranks));
+            for (node, ranks) in ranks.nodes() {
+                self.watch_node(cx, job, node, ranks);
+            }
         } else {
-            cx.look.touched.iter().for_each(|node| self.watch_node(cx, job, node, ranks.on(node)));
+            for node in cx.look.touched {
+                self.watch_node(cx, job, node, ranks.on(node));
+            }
         }
         match self.troubles.first_key_value().map(|(_, cause)| cause.clone()) {
             Some(cause) if cause.kind == FailureKind::Exchange => self.attribute(cx.now, cause),

@@ -57,7 +57,7 @@ impl Job {
     /// What it asks of the scheduler.
     fn request(&self) -> Request {
         let resources = &self.ledger.spec.resources;
-        let bound: Placement = self.live.iter().flat_map(|live| live.nodes()).collect();
+        let bound: Placement = self.live.iter().flat_map(Live::nodes).collect();
         // Where it trains, the node fits it, whatever a further worker there has said.
         let refused: BTreeSet<NodeName> =
             self.refused.keys().filter(|node| !bound.contains_key(*node)).cloned().collect();
