@@ -239,8 +239,8 @@ fn count(shape: &[u64]) -> Option<u64> {
 
 /// The ranks of a world of another size whose shards may overlap a rank's, whatever the space.
 ///
-/// Block `b` of `n` is with rank `⌈world·(b+1)/n⌉ - 1` of any world. For the blocks of rank `r`, `world·(b+1)/n` lies in
-/// `(r, r+1]`, so for the old world it lies in that interval times `old/world`.
+/// Block `b` of `n` is with rank `⌈world·(b+1)/n⌉ - 1` of any world. For the blocks of rank `r`, `world·(b+1)/n` is in
+/// `(r, r+1]`, so for the old world it is in that interval times `old/world`.
 pub fn shards_before(rank: Rank, world: WorldSize, old: WorldSize) -> std::ops::Range<u32> {
     let (rank, world, old) = (u64::from(rank.get()), u64::from(world.get()), u64::from(old.get()));
     let (first, end) = (rank * old / world, ((rank + 1) * old).div_ceil(world));

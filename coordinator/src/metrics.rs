@@ -121,6 +121,9 @@ fn family<M: EncodeMetric>(
     Ok(())
 }
 
+/// A family's name, its help, and its number.
+type Series<T> = (&'static str, &'static str, fn(&T) -> u64);
+
 type Sample<M> = (Vec<(&'static str, String)>, M);
 
 /// A number of each job.
@@ -165,7 +168,7 @@ impl Collector for Metrics {
         family(out, ("cairn_job_step", "Newest finished step"), MetricType::Gauge, steps)?;
         let generations = of_jobs(&seen, |of| gauge(of.generation));
         family(out, ("cairn_job_generation", "Present generation"), MetricType::Gauge, generations)?;
-        let counters: [(&str, &str, fn(&OfJob) -> u64); 4] = [
+        let counters: [Series<OfJob>; 4] = [
             ("cairn_saves", "Checkpoints committed", |of| of.saves),
             ("cairn_saves_skipped", "Checkpoints skipped because storage was slower than the cadence", |of| of.skipped),
             ("cairn_save_failures", "Tries to store a shard that failed", |of| of.failed_saves),
@@ -187,7 +190,7 @@ impl Collector for Metrics {
         let bytes = of_loads(&seen, |stage| gauge(stage.bytes));
         let help = "Bytes of each stage of the newest load";
         family(out, ("cairn_load_stage_bytes", help), MetricType::Gauge, bytes.into_iter())?;
-        let rooms: [(&str, &str, fn(&Room) -> u64); 2] = [
+        let rooms: [Series<Room>; 2] = [
             ("cairn_memory_used_bytes", "Bytes of snapshots and parity a node holds", |room| room.used),
             ("cairn_memory_budget_bytes", "Bytes that snapshots and parity may take on a node", |room| room.budget),
         ];

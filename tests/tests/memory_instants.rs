@@ -31,11 +31,12 @@ fn recoveries(outcome: &Outcome) -> (Vec<(u64, String)>, Vec<u64>) {
 fn is_encoding(folder: &Path) -> bool {
     let names = std::fs::read_dir(folder).expect("the folder is there").flatten();
     let names: Vec<String> = names.filter_map(|entry| entry.file_name().into_string().ok()).collect();
-    let is_note = |name: &str| name.ends_with(".json");
+    let is_note = |name: &str| Path::new(name).extension().is_some_and(|ending| ending == "json");
     let of_step = |name: &str| {
-        let stem = name.strip_prefix("parity-")?.trim_end_matches(".json");
+        let of = name.strip_prefix("parity-")?;
         // A stripe's file ends with its number, which the step's note has not.
-        Some(if is_note(name) { stem.to_owned() } else { stem.rsplit_once('-')?.0.to_owned() })
+        let stem = if is_note(name) { of.strip_suffix(".json")? } else { of.rsplit_once('-')?.0 };
+        Some(stem.to_owned())
     };
     let finished: Vec<String> = names.iter().filter(|name| is_note(name)).filter_map(|name| of_step(name)).collect();
     let begun = names.iter().filter(|name| !is_note(name)).filter_map(|name| of_step(name));

@@ -51,8 +51,8 @@ fn saves_and_loads_are_told_rank_by_rank_and_stage_by_stage() {
     assert!(value(&text, "cairn_memory_budget_bytes", &["node=\"a\""]) > Some(0.0), "{text}");
     assert!(text.trim_end().ends_with("# EOF"), "{text}");
 
-    let workers = process::descendants(agent.id()).into_iter().filter(|process| process.part() == "worker");
-    process::signal(workers.last().expect("a worker").id, "KILL");
+    let mut workers = process::descendants(agent.id()).into_iter().filter(|process| process.part() == "worker");
+    process::signal(workers.next_back().expect("a worker").id, "KILL");
     let loaded = watch.wait_for("loaded", |_| true);
     let stages: Vec<&str> = loaded["stages"].as_array().unwrap().iter().map(|s| s["stage"].as_str().unwrap()).collect();
     assert_eq!(stages, ["list", "plan", "read", "verify", "place"], "{loaded}");

@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use checkpoint_store::parity::MAX_GROUP;
 use checkpoint_store::{Capture, Dtype, hash_blocks};
 use memmap2::Mmap;
-use proto::ids::{JobName, WorkerId};
+use proto::ids::{JobName, NodeName, WorkerId};
 use proto::wire;
 use serde::{Deserialize, Serialize};
 
@@ -57,6 +58,21 @@ pub(super) fn note_parity(
     let note = ParityNote { job: job.clone(), generation: key.0, step: key.1, parities: group.parities, members };
     let json = serde_json::to_vec(&note).map_err(std::io::Error::other)?;
     std::fs::write(encode::note(folder, job, key), json)
+}
+
+/// Reads a note on parity back; `None` if it is none that an agent has written.
+pub(super) fn parity_note(bytes: &[u8]) -> Option<(JobName, StepKey, wire::ParityGroup)> {
+    let note: ParityNote = serde_json::from_slice(bytes).ok()?;
+    let count = note.members.len();
+    if !(2..=MAX_GROUP).contains(&count) || !(1..count).contains(&(note.parities as usize)) {
+        return None;
+    }
+    let member = |(node, snapshots, ranks)| wire::GroupMember { node, snapshots, ranks };
+    let members: Vec<wire::GroupMember> = note.members.into_iter().map(member).collect();
+    if members.iter().any(|member| NodeName::new(&member.node).is_err()) {
+        return None;
+    }
+    Some((note.job, (note.generation, note.step), wire::ParityGroup { members, parities: note.parities }))
 }
 
 fn read_note(path: &Path) -> Option<Vec<u8>> {
@@ -126,22 +142,18 @@ impl Memory {
     }
 
     fn adopt_parity(&mut self, folder: &Path, path: &Path) -> Option<()> {
-        let note: ParityNote = serde_json::from_slice(&read_note(path)?).ok()?;
-        let key = (note.generation, note.step);
-        let members =
-            note.members.into_iter().map(|(node, snapshots, ranks)| wire::GroupMember { node, snapshots, ranks });
-        let group = wire::ParityGroup { members: members.collect(), parities: note.parities };
-        let of: &mut OfJob = self.jobs.entry(note.job.clone()).or_default();
+        let (job, key, group) = parity_note(&read_note(path)?)?;
+        let of: &mut OfJob = self.jobs.entry(job.clone()).or_default();
         for stripe in 0..group.members.len() {
-            let from = encode::file(folder, &note.job, key, stripe);
+            let from = encode::file(folder, &job, key, stripe);
             if let Some(bytes) = map(&from) {
-                self.vault.put_parity(&note.job, key, stripe, bytes);
+                self.vault.put_parity(&job, key, stripe, bytes);
                 of.keeper.adopt(key, None);
                 // Where later ones lie, so that it goes when they do.
-                let _ = std::fs::rename(&from, encode::file(&self.folder, &note.job, key, stripe));
+                let _ = std::fs::rename(&from, encode::file(&self.folder, &job, key, stripe));
             }
         }
-        let _ = std::fs::rename(path, encode::note(&self.folder, &note.job, key));
+        let _ = std::fs::rename(path, encode::note(&self.folder, &job, key));
         of.parity_groups.insert(key, group);
         Some(())
     }

@@ -1,13 +1,17 @@
 //! What peers have said of steps that this node does not hold yet.
 //!
 //! A peer may be a step ahead. What it says then is kept until this node has captured that step too: parity is made as
-//! soon as all members hold a step, and a shard that is restored from parity is proved by its owner's description, which
-//! the owner can no longer give once it is lost.
+//! soon as all members hold a step, and a shard restored from parity is proved by its owner's description, which the
+//! owner can no longer give once it is lost.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use checkpoint_store::Capture;
+use proto::wire;
 
 use super::vault::Described;
-use crate::machine::keeper::StepKey;
+use crate::machine::keeper::{PeerStep, StepKey};
 
 /// By member, its newest words; no more than one message of each.
 #[derive(Debug, Default)]
@@ -31,4 +35,25 @@ impl Heard {
     pub(super) fn clear(&mut self) {
         self.0.clear();
     }
+}
+
+/// What a peer with these ranks says, read: the steps it holds whole, and its snapshots' descriptions.
+pub(super) fn read_state(state: &wire::GroupState, ranks: &[u32]) -> (Vec<PeerStep>, Vec<(StepKey, u32, Described)>) {
+    let (mut steps, mut described) = (vec![], vec![]);
+    for held in &state.steps {
+        let key = (state.generation, held.step);
+        let mut whole = BTreeSet::new();
+        for json in &held.captures {
+            let Ok(capture) = Capture::from_json(json) else { continue };
+            let rank = capture.rank.get();
+            if ranks.contains(&rank) {
+                whole.insert(rank);
+                described.push((key, rank, Described { capture: Arc::new(capture), json: json.clone().into() }));
+            }
+        }
+        if ranks.iter().all(|rank| whole.contains(rank)) {
+            steps.push(PeerStep { step: held.step, encoded: held.encoded });
+        }
+    }
+    (steps, described)
 }

@@ -7,6 +7,7 @@
 pub(crate) mod adopt;
 mod encode;
 mod heard;
+pub(crate) mod hostile;
 mod peers;
 mod plan;
 mod restore;
@@ -34,7 +35,7 @@ use self::encode::{Encode, Stripe};
 use self::heard::Heard;
 use self::vault::{Described, Held, Vault};
 use crate::driver::Input;
-use crate::machine::keeper::{Keep, Keeper, Membership, PeerStep, StepKey};
+use crate::machine::keeper::{Keep, Keeper, Membership, StepKey};
 
 pub(crate) use self::peers::Peers;
 pub(crate) use self::service::{check_security, serve};
@@ -263,25 +264,9 @@ impl Memory {
         }
         let Some(member) = of.group.members.iter().position(|member| member.node == state.node) else { return true };
         let ranks = of.group.members[member].ranks.clone();
-        let (mut steps, mut ahead) = (vec![], vec![]);
-        for held in &state.steps {
-            let key = (state.generation, held.step);
-            let captures: Vec<(Capture, &Vec<u8>)> =
-                held.captures.iter().filter_map(|json| Some((Capture::from_json(json).ok()?, json))).collect();
-            let whole = ranks.iter().all(|rank| captures.iter().any(|(capture, _)| capture.rank.get() == *rank));
-            for (capture, json) in captures {
-                let rank = capture.rank.get();
-                let described = Described { capture: Arc::new(capture), json: json.clone().into() };
-                match ranks.contains(&rank) {
-                    true if of.keeper.keeps(key) => self.vault.describe(&job, key, rank, described),
-                    true => ahead.push((key, rank, described)),
-                    false => {}
-                }
-            }
-            if whole {
-                steps.push(PeerStep { step: held.step, encoded: held.encoded });
-            }
-        }
+        let (steps, described) = heard::read_state(state, &ranks);
+        let (now, ahead): (Vec<_>, Vec<_>) = described.into_iter().partition(|(key, ..)| of.keeper.keeps(*key));
+        now.into_iter().for_each(|(key, rank, described)| self.vault.describe(&job, key, rank, described));
         of.heard.hear(member, ahead);
         of.keeper.peer(member, state.generation, steps);
         true

@@ -87,16 +87,34 @@ impl Peers {
     pub(crate) async fn read(&self, address: &str, request: ReadRequest, out: &mut [u8]) -> Result<(), Status> {
         let mut client = self.client(address)?;
         let mut chunks = within(CALL, client.read(request)).await?.into_inner();
-        let mut at = 0;
+        let mut filling = Filling { out, at: 0 };
         while let Some(chunk) = within(STALL, chunks.message()).await? {
-            let end = at + chunk.data.len();
-            let Some(place) = out.get_mut(at..end) else {
-                return Err(Status::out_of_range("the peer sends more than was asked for"));
-            };
-            place.copy_from_slice(&chunk.data);
-            at = end;
+            filling.take(&chunk)?;
         }
-        if at == out.len() { Ok(()) } else { Err(Status::data_loss("the peer sent less than was asked for")) }
+        filling.done()
+    }
+}
+
+/// Memory that a peer's chunks fill, no more and no less.
+pub(super) struct Filling<'a> {
+    pub(super) out: &'a mut [u8],
+    pub(super) at: usize,
+}
+
+impl Filling<'_> {
+    pub(super) fn take(&mut self, chunk: &wire::Chunk) -> Result<(), Status> {
+        let end = self.at.saturating_add(chunk.data.len());
+        let Some(place) = self.out.get_mut(self.at..end) else {
+            return Err(Status::out_of_range("the peer sends more than was asked for"));
+        };
+        place.copy_from_slice(&chunk.data);
+        self.at = end;
+        Ok(())
+    }
+
+    pub(super) fn done(self) -> Result<(), Status> {
+        let all = self.at == self.out.len();
+        all.then_some(()).ok_or_else(|| Status::data_loss("the peer sent less than was asked for"))
     }
 }
 

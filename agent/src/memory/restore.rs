@@ -234,7 +234,8 @@ impl Reader<'_> {
             let reading = began.elapsed();
             match read {
                 Ok(()) if self.is_right(piece, out) => {
-                    let (reading, verifying) = (reading.as_secs_f64(), (began.elapsed() - reading).as_secs_f64());
+                    let (reading, verifying) =
+                        (reading.as_secs_f64(), began.elapsed().saturating_sub(reading).as_secs_f64());
                     return Ok(Filled { source, bytes, reading, verifying });
                 }
                 Ok(()) => reasons.push(format!("{}: the bytes do not have their hashes", source.name())),

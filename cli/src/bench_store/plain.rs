@@ -2,8 +2,8 @@
 //!
 //! On a local disk each rank's bytes go to a file of their own with direct output where the disk takes it, in writes of
 //! 4 MiB from two threads, into room set aside, synced with their folder; they come back in reads of 1 MiB from four
-//! threads, hashed as they come if asked for. In a bucket they are one multipart upload a rank, parts of 16 MiB, four in flight, and come back in ranges
-//! of 8 MiB, eight in flight.
+//! threads, hashed as they come if asked for. In a bucket they are one multipart upload a rank, parts of 16 MiB, four
+//! in flight, and come back in ranges of 8 MiB, eight in flight.
 
 use std::fs::{File, OpenOptions};
 use std::hint::black_box;
@@ -112,8 +112,8 @@ impl Plain {
         }
     }
 
-    /// Reads every rank's bytes back into its memory; with `hashed` each block's BLAKE3 is taken on the way, which is the
-    /// least that a reader who proves its bytes can do. Returns the seconds.
+    /// Reads every rank's bytes back into its memory; with `hashed` each block's BLAKE3 is taken on the way: the least
+    /// that a reader who proves its bytes can do. Returns the seconds.
     pub(super) async fn read(&self, buffers: &mut [AlignedBuffer], cold: bool, hashed: bool) -> Result<f64, Failure> {
         match self {
             Self::Folder(_) => {

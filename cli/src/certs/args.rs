@@ -60,7 +60,7 @@ pub(crate) struct IssueArgs {
     /// Days until it expires.
     #[arg(long, value_name = "N", default_value_t = 365, value_parser = clap::value_parser!(i32).range(1..=3650))]
     pub(crate) days: i32,
-    /// Where to write; by default DIR/<role>-<name>.
+    /// Where to write; by default DIR/ROLE-NAME.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
     /// What standard output carries.

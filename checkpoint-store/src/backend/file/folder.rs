@@ -150,7 +150,7 @@ impl Folder {
         Ok((dir, entries))
     }
 
-    /// Visits every folder under a folder with the names of its files, in no order; a folder that is not there has none.
+    /// Visits every folder under a folder with its files' names, in no order; a folder that is not there has none.
     fn walk(&self, start: &str, visit: &mut dyn FnMut(&Dir, Vec<String>)) -> Result<(), Errno> {
         let mut waiting = vec![start.to_owned()];
         while let Some(folder) = waiting.pop() {

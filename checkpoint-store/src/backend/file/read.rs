@@ -3,8 +3,8 @@
 //! A look at the first page tells whether the cache has the range; then a plain read is a copy of memory. What is not
 //! there comes by direct input, which neither copies the bytes nor drives other programs' pages out: whole pages go
 //! where they belong, and of the pages that a range begins and ends within, what is wanted is copied out of a buffer. A
-//! disk that has no direct input is read plainly, as is memory that does not lie in its page as the range does. A look costs the read of a page if it is not there, so the first
-//! that finds nothing is the last of its load.
+//! disk that has no direct input is read plainly, as is memory that does not lie in its page as the range does. A
+//! look costs the read of a page if it is not there, so the first that finds nothing is the last of its load.
 
 use std::fs::File;
 use std::io::IoSliceMut;
