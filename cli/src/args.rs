@@ -350,6 +350,8 @@ pub(crate) enum BenchCommand {
     Train(BenchTrainArgs),
     /// Saves and loads of a store, beside a plain writer and reader of the same bytes.
     Store(BenchStoreArgs),
+    /// The control plane with thousands of simulated agents: heartbeats, agreeing on a generation, memory.
+    Coordinator(BenchCoordinatorArgs),
 }
 
 #[derive(Debug, Args)]
@@ -394,6 +396,29 @@ pub(crate) struct BenchStoreArgs {
     /// The peer script.
     #[arg(long, default_value = "tests/peers/dcp.py", requires = "peer")]
     pub(crate) script: PathBuf,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cairn bench coordinator
+  cairn bench coordinator --agents 1000 --workers 4 --seconds 10
+  cairn bench coordinator --output json
+
+Nothing is written and nothing is sent over a network. It fails if a figure is over its target.")]
+pub(crate) struct BenchCoordinatorArgs {
+    /// Simulated agents.
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) agents: u32,
+    /// Workers of each.
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) workers: u32,
+    /// Seconds of heartbeats, in simulated time.
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub(crate) seconds: u32,
     /// What standard output carries.
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) output: Output,

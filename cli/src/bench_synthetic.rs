@@ -268,7 +268,7 @@ async fn copy(store: &Store, job: &JobName, folder: &Path) -> Result<(), Failure
 }
 
 /// The most memory this process ever had, from the kernel.
-fn peak_memory() -> Option<u64> {
+pub(crate) fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     line.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kib| kib * 1024)

@@ -5,6 +5,7 @@
 //! store; `service` is the gRPC edge, `check` its gate, `watch` what watchers see. The coordinator is on no step's
 //! path: while it is away training goes on, and its successor learns all it needs from the chains and the reports.
 
+pub mod bench;
 mod check;
 mod driver;
 mod error;

@@ -129,7 +129,7 @@ async fn listen(
     let _ = inputs.send(Input::Event(Event::Detached { node, connection })).await;
 }
 
-fn event(node: &NodeName, connection: u64, message: AgentMessage) -> Result<Event, check::Fault> {
+pub(crate) fn event(node: &NodeName, connection: u64, message: AgentMessage) -> Result<Event, check::Fault> {
     Ok(match message.body {
         Some(FromAgent::Report(report)) => {
             Event::Report { node: node.clone(), connection, state: check::report(report)? }

@@ -18,7 +18,7 @@ use super::members::{Connection, Home, NodeState};
 pub type RequestId = u64;
 
 /// Something that happened.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Event {
     /// A job was found in the store at start.
     Loaded {
@@ -116,7 +116,7 @@ pub enum Event {
 }
 
 /// How a store operation ended.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Outcome {
     /// The record is in the chain, or the collection is done.
     Done,
@@ -137,7 +137,7 @@ pub enum Outcome {
 }
 
 /// What a change of a job's checkpoints has done.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Changed {
     /// JSON of the store's report, for who asked.
     pub report: Vec<u8>,
@@ -148,7 +148,7 @@ pub struct Changed {
 }
 
 /// A request of an operator.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Ask {
     /// Run a job.
     Submit {

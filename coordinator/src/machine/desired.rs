@@ -1,13 +1,12 @@
 //! What each agent should be told, whole.
 //!
-//! For every job and node there is one desired state, computed from scratch; it is sent when it differs from what the
-//! agent was last told. So a lost message, a restarted agent and a new coordinator all need nothing special. The key of
+//! For every job and node there is one desired state, computed from scratch whenever it may have changed (`changes`); it
+//! is sent when it differs from what the agent was last told. So a lost message, a restarted agent and a new coordinator all need nothing special. The key of
 //! a generation's data plane is derived, not drawn: a new leader with the same secret announces the same generation in
 //! the same words.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use checkpoint_store::shards_before;
 use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorldSize};
 use proto::wire::coordinator_message::Body;
 use proto::wire::{Announcement, Desired, GroupMember, MemoryStart, ParityGroup, Placement, WorkerPhase};
@@ -18,7 +17,8 @@ use super::job::Job;
 use super::ledger::Member;
 use super::live::Live;
 use super::members::Members;
-use super::memory::{Group, Restorable};
+use super::memory::Group;
+use super::ranks::Sources;
 
 impl Job {
     /// What the agent of a node should do for this job; `None`: nothing to say.
@@ -68,13 +68,12 @@ impl Job {
         let agent = agents.get(node)?;
         let address = |node: &NodeName| agents.get(node).map(|agent| agent.home.snapshots.clone()).unwrap_or_default();
         let members = &live.membership.members;
-        let placements = members.iter().enumerate().filter(|(_, member)| member.node == *node);
+        let here = live.ranks_on(node);
         let stop_at = self.ledger.stop_at.map_or(self.ledger.spec.training.steps, Step::get);
-        let known = members.iter().all(|member| !member.address.is_empty());
         // A worker that is past joining needs no addresses any more.
         let waits = |phase| matches!(phase, WorkerPhase::Ready | WorkerPhase::Starting);
         let joining = agent.of(&self.name).any(|worker| live.has(worker.id) && waits(worker.phase));
-        if !known && joining {
+        if !live.addressed() && joining {
             return None;
         }
         if live.membership.memory.is_some() && live.restorable.is_none() && joining {
@@ -83,26 +82,25 @@ impl Job {
         Some(Announcement {
             generation: live.generation().get(),
             world_size: members.len() as u32,
-            placements: placements
-                .map(|(rank, member)| Placement {
-                    worker: member.worker.to_string(),
-                    rank: rank as u32,
-                    next: members[(rank + 1) % members.len()].address.clone(),
-                })
-                .collect(),
+            placements: here.iter().map(|rank| placement(*rank, members)).collect(),
             key: key(settings, &self.name, live.generation()).to_vec(),
             start: live.membership.start.as_ref().map(|start| start.reference.clone()).unwrap_or_default(),
             stop_at,
             stop: live.stop,
-            group: live.groups.iter().find(|group| has(group, node)).map(|group| told(group, address)),
-            groups: live.groups.len() as u32,
-            memory: live.restorable.as_ref().map(|from| memory_start(from, node, members, address)),
+            group: live.group_of(node).map(|group| told(group, address)),
+            groups: live.groups().len() as u32,
+            memory: live.restorable.as_ref().map(|from| memory_start(from, here, members.len(), address)),
         })
     }
 }
 
-fn has(group: &Group, node: &NodeName) -> bool {
-    group.members.iter().any(|(member, _)| member == node)
+/// A rank's place in the ring.
+fn placement(rank: Rank, members: &[Member]) -> Placement {
+    Placement {
+        worker: members[rank.index()].worker.to_string(),
+        rank: rank.get(),
+        next: members[(rank.index() + 1) % members.len()].address.clone(),
+    }
 }
 
 /// A group in the wire's terms.
@@ -115,23 +113,21 @@ fn told(group: &Group, address: impl Fn(&NodeName) -> String) -> ParityGroup {
     ParityGroup { members: group.members.iter().map(member).collect(), parities: group.parities as u32 }
 }
 
-/// A step in memory in the wire's terms, as far as the ranks on `node` need it; those who lost it have no address.
+/// A step in memory in the wire's terms, as far as `ranks` need it; the nodes that lost it have no address.
 fn memory_start(
-    from: &Restorable,
-    node: &NodeName,
-    members: &[Member],
+    sources: &Sources,
+    ranks: &[Rank],
+    world: usize,
     address: impl Fn(&NodeName) -> String + Copy,
 ) -> MemoryStart {
-    let mine = members.iter().zip(0..).filter(|(member, _)| member.node == *node).map(|(_, rank)| Rank::new(rank));
-    let needs = |rank| WorldSize::new(members.len() as u32).map(|world| shards_before(rank, world, from.world));
-    let needed: BTreeSet<u32> = mine.filter_map(needs).flatten().collect();
-    let is_needed = |group: &&Group| group.members.iter().any(|(_, r)| r.iter().any(|r| needed.contains(&r.get())));
+    let from = sources.from();
     let present = |node: &NodeName| if from.holds(node) { address(node) } else { String::new() };
+    let needed = sources.needed(ranks, WorldSize::new(world as u32));
     MemoryStart {
         generation: from.point.generation.get(),
         step: from.point.step.get(),
         world_size: from.world.get(),
-        groups: from.groups.iter().filter(is_needed).map(|group| told(group, present)).collect(),
+        groups: needed.into_iter().map(|group| told(group, present)).collect(),
     }
 }
 
@@ -145,43 +141,65 @@ fn key(settings: &Settings, job: &JobName, generation: Generation) -> [u8; 32] {
     *hasher.finalize().as_bytes()
 }
 
-/// Tells every agent what has changed for it.
-pub(super) fn tell<'a>(
-    members: &mut Members,
-    jobs: impl Iterator<Item = &'a Job> + Clone,
-    unreadable: &BTreeMap<JobName, String>,
-    settings: &Settings,
-    out: &mut Vec<Action>,
-) {
+/// All jobs, for who tells agents about them.
+pub(super) struct Book<'a> {
+    pub(super) jobs: &'a BTreeMap<JobName, Job>,
+    pub(super) order: &'a [JobName],
+    pub(super) unreadable: &'a BTreeMap<JobName, String>,
+    pub(super) settings: &'a Settings,
+}
+
+impl Book<'_> {
+    fn in_order(&self) -> impl Iterator<Item = &Job> {
+        self.order.iter().filter_map(|name| self.jobs.get(name))
+    }
+}
+
+/// Tells the agents what has changed for them: the touched ones about all jobs, the others about stale jobs.
+pub(super) fn tell(members: &mut Members, book: &Book<'_>, touched: &BTreeSet<NodeName>, out: &mut Vec<Action>) {
+    let stale: Vec<&Job> = book.in_order().filter(|job| job.stale.tell).collect();
+    if stale.is_empty() {
+        for node in touched {
+            tell_node(members, book, node, None, out);
+        }
+        return;
+    }
     let nodes: Vec<NodeName> = members.iter().map(|(node, _)| node.clone()).collect();
     for node in nodes {
-        let Some(agent) = members.get(&node) else { continue };
-        let Some(connection) = agent.connection else { continue };
-        let mut news: Vec<(JobName, Desired)> = Vec::new();
-        for job in jobs.clone() {
-            let desired = job.desired(&node, members, settings);
-            news.extend(desired.map(|desired| (job.name.clone(), desired)));
+        let only = (!touched.contains(&node)).then_some(stale.as_slice());
+        tell_node(members, book, &node, only, out);
+    }
+}
+
+/// Tells one agent what has changed for it, as far as `only` these jobs go.
+fn tell_node(members: &mut Members, book: &Book<'_>, node: &NodeName, only: Option<&[&Job]>, out: &mut Vec<Action>) {
+    let Some(agent) = members.get(node) else { return };
+    let Some(connection) = agent.connection else { return };
+    let word = |job: &Job| Some((job.name.clone(), job.desired(node, members, book.settings)?));
+    let mut news: Vec<(JobName, Desired)> = match only {
+        Some(jobs) => jobs.iter().filter_map(|job| word(job)).collect(),
+        None => book.in_order().filter_map(word).collect(),
+    };
+    let reported = agent.workers.iter().map(|worker| &worker.job).chain(agent.memory.keys());
+    for seen in reported.filter(|_| only.is_none()) {
+        // What cannot be read now is left alone: it may be read again.
+        let known = book.unreadable.contains_key(seen)
+            || book.jobs.contains_key(seen)
+            || news.iter().any(|(job, _)| job == seen);
+        if !known {
+            // Whatever generation the agent has seen of a job this store does not hold, it is over.
+            let gone = Desired { job: seen.to_string(), fenced: u64::MAX, ..Desired::default() };
+            news.push((seen.clone(), gone));
         }
-        for seen in agent.workers.iter().map(|worker| &worker.job).chain(agent.memory.keys()) {
-            // What cannot be read now is left alone: it may be read again.
-            let known = unreadable.contains_key(seen)
-                || jobs.clone().any(|job| job.name == *seen)
-                || news.iter().any(|(job, _)| job == seen);
-            if !known {
-                // Whatever generation the agent has seen of a job this store does not hold, it is over.
-                let gone = Desired { job: seen.to_string(), fenced: u64::MAX, ..Desired::default() };
-                news.push((seen.clone(), gone));
-            }
-        }
-        let Some(agent) = members.get_mut(&node) else { continue };
-        // Who gives slots up is told before who gets them.
-        let before = |job: &JobName| agent.told.get(job).map_or(0, |told| told.workers);
-        news.sort_by_key(|(job, desired)| desired.workers > before(job));
-        for (job, desired) in news {
-            if agent.told.get(&job) != Some(&desired) {
-                agent.told.insert(job, desired.clone());
-                out.push(Action::Send { node: node.clone(), connection, body: Body::Desired(desired) });
-            }
+    }
+    let Some(agent) = members.get_mut(node) else { return };
+    // Who gives slots up is told before who gets them.
+    let before = |job: &JobName| agent.told.get(job).map_or(0, |told| told.workers);
+    news.sort_by_key(|(job, desired)| desired.workers > before(job));
+    for (job, desired) in news {
+        if agent.told.get(&job) != Some(&desired) {
+            agent.told.insert(job, desired.clone());
+            out.push(Action::Send { node: node.clone(), connection, body: Body::Desired(desired) });
         }
     }
 }

@@ -4,19 +4,21 @@
 //! they are enough. Workers whose arithmetic would give other bits are refused with the difference named, and other
 //! data than the job began with ends it: both would break the promise that the weights are a function of spec and data.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proto::ids::{NodeName, WorkerId};
 use proto::spec::Reduction;
 use proto::wire::{FailureKind, WorkerPhase};
 
+use super::context::Context;
 use super::incident::Blame;
-use super::job::{Context, Job, Verdict};
+use super::job::{Job, Verdict};
 use super::ledger::{Entry, Member, Membership};
 use super::live::Cause;
-use super::members::Worker;
+use super::members::{Agent, Worker};
 use super::memory::{self, Inventory, Restorable};
+use super::placing::Fit;
 use super::schedule::total;
 
 /// How long the nodes must be unchanged before a running job is stopped to grow.
@@ -27,14 +29,13 @@ const INVENTORY: Duration = Duration::from_secs(2);
 impl Job {
     /// Judges workers that end before they are in a generation, and those that would not fit one.
     pub(super) fn inspect(&mut self, cx: &mut Context<'_>) {
-        let reported: Vec<(NodeName, Worker)> = cx
-            .members
-            .iter()
-            .flat_map(|(node, agent)| agent.of(&self.name).map(|worker| (node.clone(), worker.clone())))
-            .collect();
-        self.excused.retain(|id| reported.iter().any(|(_, worker)| worker.id == *id));
-        self.excuse_surplus(&reported);
-        for (node, worker) in &reported {
+        self.forget_excuses(cx);
+        let seen = cx.seen();
+        for (node, agent) in &seen {
+            self.excuse_surplus(node, agent);
+        }
+        let name = self.name.clone();
+        for (node, worker) in seen.iter().flat_map(|(node, agent)| agent.of(&name).map(move |worker| (node, worker))) {
             match worker.phase {
                 WorkerPhase::Exited | WorkerPhase::Failed => self.mourn(cx, node, worker),
                 WorkerPhase::Ready => self.compare(cx, node, worker),
@@ -51,21 +52,42 @@ impl Job {
         }
     }
 
-    /// Where more workers live than are wanted, the agent ends some: their end is no failure.
-    fn excuse_surplus(&mut self, reported: &[(NodeName, Worker)]) {
-        for (node, worker) in reported {
-            let wanted = self.wanted_on(node) as usize;
-            let alive = reported.iter().filter(|(on, w)| on == node && w.phase != WorkerPhase::Exited).count();
-            if alive > wanted && worker.phase != WorkerPhase::Exited {
-                self.excused.insert(worker.id);
+    /// Forgets the workers that are not reported any more.
+    fn forget_excuses(&mut self, cx: &Context<'_>) {
+        let job = &self.name;
+        let keep = |node: &NodeName, ids: &mut BTreeSet<WorkerId>| {
+            let reported = |id: &WorkerId| {
+                let agent = cx.members.get(node);
+                agent.is_some_and(|agent| agent.of(job).any(|worker| worker.id == *id))
+            };
+            ids.retain(reported);
+            !ids.is_empty()
+        };
+        if cx.look.all {
+            self.excused.retain(keep);
+            return;
+        }
+        for node in cx.look.touched {
+            if self.excused.get_mut(node).is_some_and(|ids| !keep(node, ids)) {
+                self.excused.remove(node);
             }
+        }
+    }
+
+    /// Where more workers live than are wanted, the agent ends some: their end is no failure.
+    fn excuse_surplus(&mut self, node: &NodeName, agent: &Agent) {
+        let wanted = self.wanted_on(node) as usize;
+        let alive = || agent.of(&self.name).filter(|worker| worker.phase != WorkerPhase::Exited);
+        if alive().count() > wanted {
+            let ids: Vec<WorkerId> = alive().map(|worker| worker.id).collect();
+            self.excused.entry(node.clone()).or_default().extend(ids);
         }
     }
 
     /// A worker ended or failed outside any live generation.
     fn mourn(&mut self, cx: &mut Context<'_>, node: &NodeName, worker: &Worker) {
         let of_live = self.live.as_ref().is_some_and(|live| live.has(worker.id));
-        if of_live || !self.excused.insert(worker.id) || worker.place.is_some() {
+        if of_live || !self.excused.entry(node.clone()).or_default().insert(worker.id) || worker.place.is_some() {
             return;
         }
         let failure = worker.failure.clone();
@@ -82,7 +104,12 @@ impl Job {
     }
 
     fn refuse(&mut self, cx: &mut Context<'_>, node: &NodeName, reason: String) {
-        if self.refused.insert(node.clone(), reason.clone()).is_none() {
+        let before = self.refused.insert(node.clone(), reason.clone());
+        if before.as_ref() == Some(&reason) {
+            return;
+        }
+        self.unsettle();
+        if before.is_none() {
             cx.log(&self.name, format!("refused: {reason}"));
         }
     }
@@ -120,28 +147,21 @@ impl Job {
             return None;
         }
         let late = cx.now.saturating_sub(self.since).as_secs_f64() > self.ledger.spec.fault.restart;
-        let mut complete = true;
+        let complete = self.muster(cx).lacking.is_empty();
+        if !complete && !late {
+            return None;
+        }
         let mut chosen: Vec<(NodeName, Worker)> = Vec::new();
         for (node, &wanted) in &self.want {
-            let Some(agent) = cx.members.get(node).filter(|agent| agent.connection.is_some()) else {
-                complete = false;
-                continue;
-            };
-            let alive = agent.of(&self.name).filter(|worker| worker.phase != WorkerPhase::Exited).count();
-            let mut ready: Vec<_> = agent.of(&self.name).filter(|worker| worker.phase == WorkerPhase::Ready).collect();
-            // A spare that is ready stands in for a worker that is not.
-            let spare = self.spares.contains_key(node) && ready.len() >= wanted as usize;
-            complete &= spare || alive == wanted as usize && ready.len() == alive;
-            ready.truncate(wanted as usize);
-            chosen.extend(ready.into_iter().map(|worker| (node.clone(), worker.clone())));
+            let agent = cx.members.get(node).filter(|agent| agent.connection.is_some());
+            let ready = agent.into_iter().flat_map(|agent| agent.of(&self.name));
+            let ready = ready.filter(|worker| worker.phase == WorkerPhase::Ready).take(wanted as usize);
+            chosen.extend(ready.map(|worker| (node.clone(), worker.clone())));
         }
         // Neighbours in the ring share a rack as far as that goes.
         let rack = |node: &NodeName| cx.members.get(node).map(|agent| agent.home.domain.clone());
         chosen.sort_by_cached_key(|(node, _)| rack(node));
         let enough = chosen.len() >= self.ledger.spec.resources.workers.min as usize;
-        if !complete && !late {
-            return None;
-        }
         if !enough || chosen.is_empty() {
             self.since = cx.now;
             let limit = self.ledger.spec.fault.restart;
@@ -156,23 +176,10 @@ impl Job {
         self.agree(cx, chosen)
     }
 
-    /// Whether a node that held a part of the job has not yet said what it holds for good.
-    fn awaits_inventory(&self, cx: &Context<'_>) -> bool {
-        let fenced = self.ledger.generation;
-        let of_last =
-            self.ledger.membership.as_ref().map(|membership| membership.members.as_slice()).unwrap_or_default();
-        let pending = cx.members.iter().any(|(node, agent)| {
-            let held = agent.memory.get(&self.name);
-            let was_member = of_last.iter().any(|member| member.node == *node);
-            let asked = agent.connection.is_some() && self.remembers(node);
-            asked && held.map_or(was_member, |held| held.fenced < fenced)
-        });
-        self.ledger.spec.checkpoint.memory && pending && cx.now.saturating_sub(self.since) < INVENTORY
-    }
-
-    /// Whether a node keeps what it holds of the job: where no worker is wanted any more, it is told to forget it.
-    fn remembers(&self, node: &NodeName) -> bool {
-        self.wanted_on(node) > 0 && !self.refused.contains_key(node)
+    /// Whether a node that held a part of the job has not yet said what it holds for good, and may still do so.
+    fn awaits_inventory(&mut self, cx: &Context<'_>) -> bool {
+        let in_time = cx.now.saturating_sub(self.since) < INVENTORY;
+        self.ledger.spec.checkpoint.memory && in_time && !self.muster(cx).owing.is_empty()
     }
 
     /// The newest step in the nodes' memory to start from, if that is no older than the newest checkpoint.
@@ -238,27 +245,22 @@ impl Job {
             return;
         };
         let world = live.membership.members.len() as u32;
-        let wanted = total(&self.want);
-        let spares_ready = || {
-            self.want.iter().all(|(node, &wanted)| {
-                let is_spare = |worker: &&Worker| worker.phase == WorkerPhase::Ready && !live.has(worker.id);
-                let spares = cx.members.get(node).map_or(0, |agent| agent.of(&self.name).filter(is_spare).count());
-                spares as u32 + live.members_on(node) >= wanted
-            })
-        };
-        let yields = self.must_yield(live);
+        let Some(Fit { yields, wanted }) = self.fit() else { return };
+        let (yields, wanted) = (yields.clone(), *wanted);
+        let may_grow = wanted > world && (self.asked_to_scale || cx.members.stable_for(cx.now) >= STABLE);
         let why = if let Some(why) = &yields {
             why.to_string()
-        } else if wanted > world && (self.asked_to_scale || cx.members.stable_for(cx.now) >= STABLE) && spares_ready() {
+        } else if may_grow && self.muster(cx).lacking.is_empty() {
             format!("growing from {world} to {wanted} workers")
         } else {
             return;
         };
-        cx.log(&self.name, format!("{why}: stopping generation {} with a checkpoint", live.generation()));
+        cx.log(&self.name, format!("{why}: stopping generation {} with a checkpoint", self.ledger.generation));
         self.open_planned(cx, yields.as_ref(), &why);
         if let Some(live) = self.live.as_mut() {
             live.stop = true;
         }
+        self.unsettle();
     }
 
     /// Gives its place in the chain of running jobs up, if it has stopped and there is no room for it: a coordinator
@@ -278,11 +280,15 @@ impl Job {
 
     /// Forgets that a node did not fit: another agent lives there now.
     pub(super) fn pardon(&mut self, node: &NodeName) {
-        self.refused.remove(node);
+        if self.refused.remove(node).is_some() {
+            self.unsettle();
+        }
     }
 
-    /// Workers whose end needs no further mention.
-    pub(super) fn excuse(&mut self, workers: impl IntoIterator<Item = WorkerId>) {
-        self.excused.extend(workers);
+    /// The end of these workers needs no further mention.
+    pub(super) fn excuse(&mut self, members: &[Member]) {
+        for member in members {
+            self.excused.entry(member.node.clone()).or_default().insert(member.worker);
+        }
     }
 }

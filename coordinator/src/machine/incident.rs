@@ -5,6 +5,7 @@
 //! Only then does it become a record, so it costs the way back nothing; one that is open when the coordinator dies is
 //! not recorded.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use proto::event::JobEvent;
@@ -14,9 +15,10 @@ use proto::wire::{FailureKind, IncidentCount, IncidentsReply, WorkerPhase};
 
 use super::Cluster;
 use super::action::{Answer, Refusal};
-use super::job::{Context, Job};
+use super::context::Context;
+use super::job::Job;
 use super::ledger::Entry;
-use super::members::Failure;
+use super::members::{Agent, Failure, Worker};
 use super::placing::Yield;
 
 /// Characters of a reason that are kept: of four bytes each they are still a note that the chain takes.
@@ -65,8 +67,39 @@ pub(super) struct Opened {
     detect: Duration,
     began: Duration,
     aborted: Option<Duration>,
+    /// Nodes with workers that have not let go of the generation, once somebody has looked.
+    acting: Option<BTreeSet<NodeName>>,
     agreed: Option<(Duration, Generation, Step)>,
     restored: Option<(Duration, String)>,
+}
+
+impl Opened {
+    /// Whether no worker acts in the generation, or an earlier one, any more.
+    fn is_let_go(&mut self, job: &JobName, cx: &Context<'_>) -> bool {
+        let generation = self.generation;
+        let acts = |worker: &Worker| {
+            use WorkerPhase::{Failed, Joining, Running, Stopped};
+            let of_it = worker.place.is_some_and(|(at, _)| at <= generation);
+            of_it && matches!(worker.phase, Joining | Running | Stopped | Failed)
+        };
+        let on = |agent: &Agent| agent.of(job).any(&acts);
+        match &mut self.acting {
+            Some(acting) if !cx.look.all => {
+                for node in cx.look.touched {
+                    if cx.members.get(node).is_some_and(on) {
+                        acting.insert(node.clone());
+                    } else {
+                        acting.remove(node);
+                    }
+                }
+            }
+            unknown => {
+                let all = cx.members.iter().filter(|(_, agent)| on(agent));
+                *unknown = Some(all.map(|(node, _)| node.clone()).collect());
+            }
+        }
+        self.acting.as_ref().is_some_and(BTreeSet::is_empty)
+    }
 }
 
 /// How much of its time a job has spent on steps.
@@ -126,6 +159,7 @@ impl Job {
             step: self.live.as_ref().map_or(self.newest.0, |live| live.newest().max(live.start())),
             began: cx.now,
             aborted: None,
+            acting: None,
             agreed: None,
             restored: None,
         }));
@@ -146,18 +180,8 @@ impl Job {
     /// Looks how far the way back has come.
     pub(super) fn follow_incident(&mut self, cx: &mut Context<'_>) {
         let Some(opened) = self.incident.as_mut() else { return };
-        if opened.aborted.is_none() && self.live.is_none() {
-            let acts = |phase| {
-                matches!(
-                    phase,
-                    WorkerPhase::Joining | WorkerPhase::Running | WorkerPhase::Stopped | WorkerPhase::Failed
-                )
-            };
-            let mut workers = cx.members.iter().flat_map(|(_, agent)| agent.of(&self.name));
-            if !workers.any(|worker| acts(worker.phase) && worker.place.is_some_and(|(at, _)| at <= opened.generation))
-            {
-                opened.aborted = Some(cx.now);
-            }
+        if opened.aborted.is_none() && self.live.is_none() && opened.is_let_go(&self.name, cx) {
+            opened.aborted = Some(cx.now);
         }
         let Some(live) = self.live.as_ref().filter(|live| live.generation() > opened.generation) else { return };
         opened.aborted.get_or_insert(cx.now);

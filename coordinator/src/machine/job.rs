@@ -14,61 +14,25 @@ use proto::ids::{JobName, NodeName, Rank, Step, WorkerId};
 use proto::incident::{Incident, Outcome};
 use proto::spec::Workers;
 use proto::wire::FailureKind;
-use proto::wire::coordinator_message::Body;
-use proto::wire::{ReceiptSettled, StepReport};
+use proto::wire::StepReport;
 
-use super::Settings;
 use super::action::{Action, Operation, RequestId};
 use super::budget::Budget;
-use super::commit::{Gathering, ReceiptEntry, ReceiptName, Settlement};
+use super::changes::Stale;
+use super::commit::{Gathering, ReceiptEntry, ReceiptName};
+use super::context::Context;
 use super::incident::{Blame, Goodput, Opened};
 use super::keeping::Losses;
 use super::ledger::{Checkpoint, End, Entry, Ledger};
 use super::live::{Cause, Live};
 use super::loading::loaded;
-use super::members::Members;
-use super::memory::{Inventory, MemoryPoint, Restorable};
+use super::memory::{MemoryPoint, Restorable};
+use super::muster::Muster;
+use super::placing::Fit;
 use super::schedule::Placement;
 
 /// Generations that a step in memory may fail before an older state is used.
 const MOST_FAILURES: u32 = 1;
-
-/// What a job sees of the rest of the cluster, and where its actions go.
-pub(super) struct Context<'a> {
-    pub(super) now: Duration,
-    pub(super) settings: &'a Settings,
-    pub(super) members: &'a Members,
-    pub(super) out: &'a mut Vec<Action>,
-}
-
-impl Context<'_> {
-    pub(super) fn log(&mut self, job: &JobName, text: String) {
-        self.out.push(Action::Log { job: Some(job.clone()), text });
-    }
-
-    /// What each node holds of a job.
-    pub(super) fn inventories(&self, job: &JobName) -> impl Iterator<Item = (&NodeName, &Inventory)> {
-        self.members.iter().filter_map(move |(node, agent)| Some((node, agent.memory.get(job)?)))
-    }
-
-    pub(super) fn publish(&mut self, job: &JobName, event: JobEvent) {
-        self.out.push(Action::Publish { job: job.clone(), event });
-    }
-
-    pub(super) fn settle(&mut self, job: &JobName, owed: Vec<Settlement>) {
-        for (node, name, committed) in owed {
-            let Some(connection) = self.members.get(&node).and_then(|agent| agent.connection) else { continue };
-            let body = Body::Settled(ReceiptSettled {
-                job: job.to_string(),
-                generation: name.generation.get(),
-                step: name.step.get(),
-                rank: name.rank.get(),
-                committed,
-            });
-            self.out.push(Action::Send { node, connection, body });
-        }
-    }
-}
 
 /// Why the job must fail.
 #[derive(Debug, Clone)]
@@ -154,7 +118,8 @@ pub(super) struct Job {
     /// When the failure happened from which the job has not yet recovered.
     pub(super) broken: Option<Duration>,
     pub(super) refused: BTreeMap<NodeName, String>,
-    pub(super) excused: BTreeSet<WorkerId>,
+    /// Workers whose end needs no further mention, by node.
+    pub(super) excused: BTreeMap<NodeName, BTreeSet<WorkerId>>,
     /// Whether an operator has changed the size: growing then waits for no stable membership.
     pub(super) asked_to_scale: bool,
     /// The newest step and its loss.
@@ -162,6 +127,12 @@ pub(super) struct Job {
     pub(super) skipped: u64,
     /// What last changed, for people.
     pub(super) reason: String,
+    /// What of it must be worked out anew.
+    pub(super) stale: Stale,
+    /// Who is missing, as long as it is of interest.
+    pub(super) muster: Option<Muster>,
+    /// How well the generation fits what it is to have, if that was asked since either changed.
+    pub(super) fit: Option<Fit>,
 }
 
 impl Job {
@@ -206,11 +177,14 @@ impl Job {
             goodput,
             broken: None,
             refused: BTreeMap::new(),
-            excused: BTreeSet::new(),
+            excused: BTreeMap::new(),
             asked_to_scale: false,
             newest: (step, None),
             skipped: 0,
             reason: String::new(),
+            stale: Stale::ALL,
+            muster: None,
+            fit: None,
         };
         job.render_spec(store);
         job
@@ -259,12 +233,19 @@ impl Job {
 
     /// Notices what has become of the workers.
     fn supervise(&mut self, cx: &mut Context<'_>) {
+        if cx.look.all {
+            (self.muster, self.fit) = (None, None);
+        }
         self.inspect(cx);
+        self.muster_again(cx);
         let Some(live) = self.live.as_mut() else { return };
         let was_adopting = live.adopting();
-        if let Some(cause) = live.watch(cx.now, &self.name, cx.members, &self.ledger.spec.fault) {
+        if let Some(cause) = live.watch(cx, &self.name, &self.ledger.spec.fault) {
             self.trouble(cx, cause);
             return;
+        }
+        if std::mem::take(&mut live.readdressed) || was_adopting != live.adopting() {
+            self.stale = Stale::ALL;
         }
         if was_adopting && !live.adopting() {
             let generation = live.generation();
@@ -287,8 +268,8 @@ impl Job {
             };
             cx.publish(&self.name, event);
         }
-        if self.pausing {
-            live.stop = true;
+        if self.pausing && !std::mem::replace(&mut live.stop, true) {
+            self.unsettle();
         }
     }
 
@@ -308,8 +289,9 @@ impl Job {
         }
         self.halted = false;
         if let Some(live) = self.live.take() {
-            self.excuse(live.membership.members.iter().map(|member| member.worker));
+            self.excuse(&live.membership.members);
         }
+        self.unsettle();
         self.since = cx.now;
         self.broken.get_or_insert(cx.now);
         self.reason.clone_from(&reason);
@@ -397,7 +379,10 @@ impl Job {
     }
 
     fn commit(&mut self, cx: &mut Context<'_>) -> Option<Operation> {
-        let (generation, step, set) = self.gathering.complete().filter(|_| cx.now >= self.commit_after.0)?;
+        if cx.now < self.commit_after.0 {
+            return None;
+        }
+        let (generation, step, set) = self.gathering.complete()?;
         let receipts = set.into_iter().map(|entry| entry.receipt).collect();
         let validation_loss = self.losses.get(&step).copied();
         Some(Operation::Commit { generation, step, receipts, validation_loss })
@@ -412,6 +397,7 @@ impl Job {
             let stopped = live.stopped().filter(|stopped| stored(*stopped))?;
             cx.log(&self.name, format!("generation {} stopped after step {stopped}, stored", live.generation()));
             self.live = None;
+            self.unsettle();
             self.halted = true;
             self.since = cx.now;
         }

@@ -12,7 +12,8 @@ use proto::ids::{JobName, Step};
 
 use super::Cluster;
 use super::action::{Action, Answer, Changed, Operation, Outcome, Refusal, RequestId};
-use super::job::{Context, Job, Verdict, Waiting};
+use super::context::Context;
+use super::job::{Job, Verdict, Waiting};
 
 /// Changes of one job that may wait; whoever comes then is asked to come again.
 const MOST_WAITING: usize = 1024;

@@ -4,6 +4,8 @@
 //! the exchange alone waits a moment for a better explanation; everything else is taken for the cause at once. The job
 //! says one cause, not one per rank.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId};
@@ -11,10 +13,12 @@ use proto::incident;
 use proto::spec::{FaultSpec, detect};
 use proto::wire::{FailureKind, WorkerPhase};
 
+use super::context::Context;
 use super::incident::Blame;
 use super::ledger::Membership;
-use super::members::{Members, Worker};
+use super::members::Worker;
 use super::memory::{Group, Restorable};
+use super::ranks::{Groups, Ranks, Sources};
 
 /// How long a broken exchange waits for its cause to be known.
 const ATTRIBUTION: Duration = Duration::from_millis(300);
@@ -55,6 +59,18 @@ struct Seen {
     joined: bool,
     running: bool,
     stopped: Option<Step>,
+    /// The weight of what is wrong with it, if anything is.
+    trouble: Option<u8>,
+}
+
+/// How many ranks are how far, so that nobody has to count them.
+#[derive(Debug, Default)]
+struct Tally {
+    found: usize,
+    running: usize,
+    stopped: BTreeMap<Step, usize>,
+    /// Those whose address is known.
+    addressed: usize,
 }
 
 /// A persisted and announced generation.
@@ -63,16 +79,24 @@ pub(super) struct Live {
     /// Who is in it and where it starts.
     pub membership: Membership,
     /// From whom the step in memory it starts from can be had; not known to a coordinator that has adopted it.
-    pub restorable: Option<Restorable>,
+    pub restorable: Option<Sources>,
     /// Its parity groups; none without the memory tier.
-    pub groups: Vec<Group>,
+    groups: Groups,
+    ranks: Arc<Ranks>,
     /// Told to stop after the step in progress.
     pub stop: bool,
     /// What having the state cost was told.
     pub told_load: bool,
     /// Where the members' state came from.
     pub source: String,
+    /// A member's address became known after the generation was.
+    pub readdressed: bool,
     seen: Vec<Seen>,
+    tally: Tally,
+    /// What is wrong with which rank, by weight and rank: the first explains best.
+    troubles: BTreeMap<(u8, usize), Cause>,
+    /// Its nodes whose streams are closed and may open again.
+    detached: BTreeSet<NodeName>,
     /// Set after a restart of the coordinator: until then its members may be unheard.
     adopting: Option<Duration>,
     /// The newest step of any rank and when something last moved.
@@ -86,14 +110,20 @@ impl Live {
     pub(super) fn announced(now: Duration, membership: Membership) -> Self {
         let seen = vec![Seen::default(); membership.members.len()];
         let moved = (membership.start_step(), now);
+        let addressed = membership.members.iter().filter(|member| !member.address.is_empty()).count();
         Self {
+            ranks: Arc::new(Ranks::new(&membership)),
             membership,
             restorable: None,
-            groups: Vec::new(),
+            groups: Groups::default(),
             told_load: false,
             stop: false,
             source: String::new(),
+            readdressed: false,
             seen,
+            tally: Tally { addressed, ..Tally::default() },
+            troubles: BTreeMap::new(),
+            detached: BTreeSet::new(),
             adopting: None,
             moved,
             echo: None,
@@ -122,23 +152,58 @@ impl Live {
 
     /// Whether every rank has taken up its work.
     pub(super) fn joined(&self) -> bool {
-        self.seen.iter().all(|seen| seen.running)
+        self.tally.running == self.seen.len()
     }
 
     /// The step after which all ranks have stopped, once they have.
     pub(super) fn stopped(&self) -> Option<Step> {
-        let first = self.seen.first()?.stopped?;
-        self.seen.iter().all(|seen| seen.stopped == Some(first)).then_some(first)
+        let (step, ranks) = self.tally.stopped.first_key_value()?;
+        (*ranks == self.seen.len()).then_some(*step)
     }
 
     /// How many of its members run on a node.
     pub(super) fn members_on(&self, node: &NodeName) -> u32 {
-        self.membership.members.iter().filter(|member| member.node == *node).count() as u32
+        self.ranks.on(node).len() as u32
+    }
+
+    /// Its ranks on a node, ascending.
+    pub(super) fn ranks_on(&self, node: &NodeName) -> &[Rank] {
+        self.ranks.on(node)
+    }
+
+    /// Its nodes, each with how many of its members run there.
+    pub(super) fn nodes(&self) -> impl Iterator<Item = (NodeName, u32)> {
+        self.ranks.nodes().map(|(node, ranks)| (node.clone(), ranks.len() as u32))
+    }
+
+    /// Takes the nodes' parity groups.
+    pub(super) fn divide(&mut self, groups: Vec<Group>) {
+        self.groups = Groups::new(groups);
+    }
+
+    /// Its parity groups.
+    pub(super) fn groups(&self) -> &[Group] {
+        self.groups.all()
+    }
+
+    /// A node's parity group.
+    pub(super) fn group_of(&self, node: &NodeName) -> Option<&Group> {
+        self.groups.of(node)
+    }
+
+    /// Takes the step in memory it starts from.
+    pub(super) fn restore_from(&mut self, from: Option<Restorable>) {
+        self.restorable = from.map(Sources::new);
+    }
+
+    /// Whether all members' addresses are known.
+    pub(super) fn addressed(&self) -> bool {
+        self.tally.addressed == self.seen.len()
     }
 
     /// Whether a worker is one of its ranks.
     pub(super) fn has(&self, worker: WorkerId) -> bool {
-        self.membership.members.iter().any(|member| member.worker == worker)
+        self.ranks.has(worker)
     }
 
     /// A step is known to be done.
@@ -161,43 +226,65 @@ impl Live {
     }
 
     /// Compares what the agents report with what should be. `Some`: the generation is over, and why.
-    pub(super) fn watch(
-        &mut self,
-        now: Duration,
-        job: &JobName,
-        members: &Members,
-        fault: &FaultSpec,
-    ) -> Option<Cause> {
-        let mut worst: Option<Cause> = None;
-        let mut detached = false;
-        for index in 0..self.seen.len() {
-            let node = self.membership.members[index].node.clone();
+    pub(super) fn watch(&mut self, cx: &Context<'_>, job: &JobName, fault: &FaultSpec) -> Option<Cause> {
+        let ranks = Arc::clone(&self.ranks);
+        if cx.look.all {
+            for (node, ranks) in ranks.nodes() {
+                self.watch_node(cx, job, node, ranks);
+            }
+        } else {
+            for node in cx.look.touched {
+                self.watch_node(cx, job, node, ranks.on(node));
+            }
+        }
+        match self.troubles.first_key_value().map(|(_, cause)| cause.clone()) {
+            Some(cause) if cause.kind == FailureKind::Exchange => self.attribute(cx.now, cause),
+            Some(cause) => Some(cause),
+            None => self.overdue(cx.now, fault),
+        }
+    }
+
+    /// Looks at the members on one node.
+    fn watch_node(&mut self, cx: &Context<'_>, job: &JobName, node: &NodeName, ranks: &[Rank]) {
+        if ranks.is_empty() {
+            return;
+        }
+        let agent = cx.members.get(node);
+        if agent.is_some_and(|agent| agent.connection.is_none()) {
+            self.detached.insert(node.clone());
+        } else {
+            self.detached.remove(node);
+        }
+        let workers = agent.into_iter().flat_map(|agent| agent.of(job));
+        let reported: BTreeMap<WorkerId, &Worker> = workers.map(|worker| (worker.id, worker)).collect();
+        for rank in ranks {
+            let index = rank.index();
             let worker = self.membership.members[index].worker;
-            let cause = match members.get(&node) {
+            let cause = match agent {
                 None if self.adopting.is_some() => None,
-                None => Some((FailureKind::Exit, members.epitaph(&node), lost(&node))),
-                Some(agent) => {
-                    detached |= agent.connection.is_none();
-                    let found = agent.of(job).find(|reported| reported.id == worker);
+                None => Some((FailureKind::Exit, cx.members.epitaph(node), lost(node))),
+                Some(_) => {
+                    let found = reported.get(&worker).copied();
                     let trouble = match found {
-                        Some(reported) => self.look(now, index, reported),
+                        Some(reported) => self.look(cx.now, index, reported),
                         None => Some((FailureKind::Exit, format!("worker {worker} on {node} is gone"))),
                     };
                     let failure = found.and_then(|reported| reported.failure.as_ref());
-                    trouble.map(|(kind, reason)| (kind, reason, Blame::failure(kind, &node, failure)))
+                    trouble.map(|(kind, reason)| (kind, reason, Blame::failure(kind, node, failure)))
                 }
             };
-            let rank = Some(Rank::new(index as u32));
-            let cause = cause.map(|(kind, reason, blame)| Cause { rank, kind, reason, blame });
-            let better = |cause: &Cause| worst.as_ref().is_none_or(|worst| cause.weight() < worst.weight());
-            if cause.as_ref().is_some_and(better) {
-                worst = cause;
-            }
+            let cause = cause.map(|(kind, reason, blame)| Cause { rank: Some(*rank), kind, reason, blame });
+            self.note(index, cause);
         }
-        match worst {
-            Some(cause) if cause.kind == FailureKind::Exchange => self.attribute(now, cause, detached),
-            Some(cause) => Some(cause),
-            None => self.overdue(now, fault),
+    }
+
+    /// Notes what is wrong with a rank now.
+    fn note(&mut self, index: usize, cause: Option<Cause>) {
+        if let Some(weight) = std::mem::replace(&mut self.seen[index].trouble, cause.as_ref().map(Cause::weight)) {
+            self.troubles.remove(&(weight, index));
+        }
+        if let Some(cause) = cause {
+            self.troubles.insert((cause.weight(), index), cause);
         }
     }
 
@@ -208,11 +295,14 @@ impl Live {
         if address.is_empty() {
             // An adopted generation's record does not say; the workers still do.
             address.clone_from(&worker.ring_address);
+            let known = !address.is_empty();
+            self.tally.addressed += usize::from(known);
+            self.readdressed |= known && self.adopting.is_none();
         }
         let seen = &mut self.seen[index];
         let here = worker.place.is_some_and(|(at, _)| at == generation);
         let before = worker.place.is_some_and(|(at, _)| at < generation);
-        seen.found = true;
+        self.tally.found += usize::from(!std::mem::replace(&mut seen.found, true));
         match worker.phase {
             WorkerPhase::Exited if seen.stopped.is_some() => None,
             WorkerPhase::Failed if before => None,
@@ -229,9 +319,10 @@ impl Live {
                     self.moved.1 = now;
                 }
                 seen.joined = true;
+                self.tally.running += usize::from(running && !seen.running);
                 seen.running |= running;
-                if worker.phase == WorkerPhase::Stopped {
-                    seen.stopped = worker.step.or(seen.stopped);
+                if let Some(step) = worker.step.filter(|_| worker.phase == WorkerPhase::Stopped) {
+                    self.tally.stop(seen.stopped.replace(step), step);
                 }
                 if running && distance(&worker.source) > distance(&self.source) {
                     self.source.clone_from(&worker.source);
@@ -249,9 +340,9 @@ impl Live {
     }
 
     /// Waits a moment for a better explanation of a broken exchange.
-    fn attribute(&mut self, now: Duration, cause: Cause, detached: bool) -> Option<Cause> {
+    fn attribute(&mut self, now: Duration, cause: Cause) -> Option<Cause> {
         let (since, first) = self.echo.get_or_insert((now, cause)).clone();
-        let patience = if detached { ATTRIBUTION_DETACHED } else { ATTRIBUTION };
+        let patience = if self.detached.is_empty() { ATTRIBUTION } else { ATTRIBUTION_DETACHED };
         (now.saturating_sub(since) >= patience).then_some(first)
     }
 
@@ -259,20 +350,16 @@ impl Live {
     fn overdue(&mut self, now: Duration, fault: &FaultSpec) -> Option<Cause> {
         let generation = self.membership.generation;
         if let Some(until) = self.adopting {
-            let unheard = self.seen.iter().position(|seen| !seen.found);
-            match unheard {
-                None => {
-                    self.adopting = None;
-                    self.moved.1 = now;
-                }
-                Some(index) if now >= until => {
-                    let node = &self.membership.members[index].node;
-                    let reason =
-                        format!("node {node} of generation {generation} did not report to the new coordinator");
-                    let (rank, blame) = (Some(Rank::new(index as u32)), lost(node));
-                    return Some(Cause { rank, kind: FailureKind::Exit, reason, blame });
-                }
-                Some(_) => {}
+            if self.tally.found == self.seen.len() {
+                self.adopting = None;
+                self.moved.1 = now;
+            } else if now >= until
+                && let Some(index) = self.seen.iter().position(|seen| !seen.found)
+            {
+                let node = &self.membership.members[index].node;
+                let reason = format!("node {node} of generation {generation} did not report to the new coordinator");
+                let (rank, blame) = (Some(Rank::new(index as u32)), lost(node));
+                return Some(Cause { rank, kind: FailureKind::Exit, reason, blame });
             }
             return None;
         }
@@ -286,6 +373,17 @@ impl Live {
         let reason = format!("{what} within {limit} s");
         let blame = Blame::of(incident::Cause::NoProgress);
         (waited > limit).then_some(Cause { rank: None, kind: FailureKind::Transient, reason, blame })
+    }
+}
+
+impl Tally {
+    /// A rank has stopped after a step, having said another or none before.
+    fn stop(&mut self, before: Option<Step>, step: Step) {
+        if let Some(ranks) = before.and_then(|before| self.stopped.get_mut(&before)) {
+            *ranks -= 1;
+        }
+        *self.stopped.entry(step).or_default() += 1;
+        self.stopped.retain(|_, ranks| *ranks > 0);
     }
 }
 

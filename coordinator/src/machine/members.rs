@@ -132,6 +132,16 @@ pub(super) struct Members {
     changed: Duration,
     /// Nodes an operator wants to be empty, whatever agent lives there.
     drained: BTreeSet<NodeName>,
+    /// Nodes of which something is other than when this was last asked.
+    touched: BTreeSet<NodeName>,
+    /// Of those, the ones whose address may be another.
+    moved: BTreeSet<NodeName>,
+    /// Whether other nodes may take work than when this was last asked.
+    resited: bool,
+    /// No agent was last heard before this.
+    oldest: Duration,
+    /// No stream that is closed now was closed before this, if any is.
+    closed: Option<Duration>,
 }
 
 impl Members {
@@ -149,6 +159,11 @@ impl Members {
         let same_life = before.as_ref().is_some_and(|agent| agent.incarnation == incarnation && agent.slots == slots);
         if !same_life {
             self.changed = now;
+        }
+        self.resited = true;
+        self.touched.insert(node.clone());
+        if before.as_ref().is_none_or(|agent| agent.home.snapshots != home.snapshots) {
+            self.moved.insert(node.clone());
         }
         let before = before.filter(|_| same_life);
         let (workers, memory) = before.map(|agent| (agent.workers, agent.memory)).unwrap_or_default();
@@ -175,6 +190,11 @@ impl Members {
             return false;
         };
         agent.heard = now;
+        let before = (&agent.workers, agent.draining, &agent.memory);
+        if before != (&state.workers, state.draining, &state.memory) {
+            self.resited |= agent.draining != state.draining;
+            self.touched.insert(node.clone());
+        }
         agent.workers = state.workers;
         agent.draining = state.draining;
         agent.memory = state.memory;
@@ -187,11 +207,15 @@ impl Members {
         if let Some(agent) = self.agents.get_mut(node).filter(|agent| agent.connection == Some(connection)) {
             agent.connection = None;
             agent.closed = Some(now);
+            self.closed.get_or_insert(now);
+            self.touched.insert(node.clone());
         }
     }
 
     /// Does not hold a silence of this length against anyone.
     pub(super) fn forgive(&mut self, gap: Duration) {
+        self.oldest += gap;
+        self.closed = self.closed.map(|closed| closed + gap);
         for agent in self.agents.values_mut() {
             agent.heard += gap;
             agent.closed = agent.closed.map(|closed| closed + gap);
@@ -200,6 +224,11 @@ impl Members {
 
     /// Forgets the agents that are lost by now and says why each is.
     pub(super) fn bury(&mut self, now: Duration, suspicion: Duration) -> Vec<(NodeName, String)> {
+        let closed = self.closed.is_some_and(|closed| now.saturating_sub(closed) >= REATTACH);
+        // Whoever is heard is heard later than all before: until the oldest word is too old, nobody's is.
+        if !closed && now.saturating_sub(self.oldest) <= suspicion {
+            return Vec::new();
+        }
         let mut lost = Vec::new();
         for (node, agent) in &self.agents {
             if agent.closed.is_some_and(|closed| now.saturating_sub(closed) >= REATTACH) {
@@ -213,7 +242,12 @@ impl Members {
             self.agents.remove(node);
             self.epitaphs.insert(node.clone(), reason.clone());
             self.changed = now;
+            self.resited = true;
+            self.touched.insert(node.clone());
+            self.moved.insert(node.clone());
         }
+        self.oldest = self.agents.values().map(|agent| agent.heard).min().unwrap_or(now);
+        self.closed = self.agents.values().filter_map(|agent| agent.closed).min();
         lost
     }
 
@@ -256,6 +290,7 @@ impl Members {
 
     /// An operator wants a node to be empty, or not any more.
     pub(super) fn drain(&mut self, node: NodeName, empty: bool) {
+        self.resited = true;
         if empty {
             self.drained.insert(node);
         } else {
@@ -267,6 +302,28 @@ impl Members {
     pub(super) fn known(&self) -> BTreeMap<&NodeName, Result<&Agent, &str>> {
         let gone = self.epitaphs.iter().map(|(node, reason)| (node, Err(reason.as_str())));
         gone.chain(self.agents.iter().map(|(node, agent)| (node, Ok(agent)))).collect()
+    }
+
+    /// The nodes of which something has changed since this was last asked.
+    pub(super) fn take_touched(&mut self) -> BTreeSet<NodeName> {
+        std::mem::take(&mut self.touched)
+    }
+
+    /// The nodes whose address may have changed since this was last asked.
+    pub(super) fn take_moved(&mut self) -> BTreeSet<NodeName> {
+        std::mem::take(&mut self.moved)
+    }
+
+    /// Whether [`Self::sites`] may say something else than when this was last asked.
+    pub(super) fn take_resited(&mut self) -> bool {
+        std::mem::take(&mut self.resited)
+    }
+
+    /// Forgets what is known to be unchanged.
+    #[cfg(test)]
+    pub(super) fn doubt(&mut self) {
+        self.touched = self.agents.keys().chain(self.epitaphs.keys()).cloned().collect();
+        (self.resited, self.oldest, self.closed) = (true, Duration::ZERO, Some(Duration::ZERO));
     }
 
     /// How long no agent has come or gone.

@@ -19,6 +19,13 @@ pub struct Group {
     pub parities: usize,
 }
 
+impl Group {
+    /// Its nodes.
+    pub fn nodes(&self) -> impl Iterator<Item = &NodeName> {
+        self.members.iter().map(|(node, _)| node)
+    }
+}
+
 /// A step of a generation.
 pub type Point = (Generation, Step);
 

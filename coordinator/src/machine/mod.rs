@@ -7,7 +7,9 @@
 
 mod action;
 mod budget;
+mod changes;
 mod commit;
+mod context;
 mod desired;
 mod forming;
 mod incident;
@@ -18,16 +20,18 @@ mod live;
 mod loading;
 mod members;
 pub mod memory;
+mod muster;
 mod nodes;
 mod operate;
 mod placing;
+mod ranks;
 mod schedule;
 mod stored;
 #[cfg(test)]
 mod tests;
 mod view;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proto::ids::{Epoch, JobName, NodeName};
@@ -36,8 +40,11 @@ use proto::wire::coordinator_message::Body;
 use proto::wire::{JobStatus, Welcome};
 
 pub use action::{Action, Answer, Ask, Changed, Event, Operation, Outcome, Refusal, RequestId};
+use changes::{Look, NOBODY};
 pub use commit::{ReceiptEntry, ReceiptName};
-use job::{Context, Job};
+use context::Context;
+use desired::Book;
+use job::Job;
 pub use ledger::{Checkpoint, End, Entry, Ledger, Member, Membership};
 use members::Members;
 pub use members::{Connection, Failure, Home, NodeState, Worker};
@@ -81,6 +88,8 @@ pub struct Cluster {
     handled: Duration,
     /// What the jobs were last placed by.
     placed: Placed,
+    /// Nodes that the jobs are to look at again.
+    touched: BTreeSet<NodeName>,
     out: Vec<Action>,
 }
 
@@ -95,6 +104,7 @@ impl Cluster {
             unreadable: BTreeMap::new(),
             handled: Duration::ZERO,
             placed: Placed::default(),
+            touched: BTreeSet::new(),
             out: Vec::new(),
         }
     }
@@ -111,15 +121,33 @@ impl Cluster {
         for (_, reason) in self.members.bury(now, self.suspicion()) {
             self.out.push(Action::Log { job: None, text: format!("lost: {reason}") });
         }
+        self.notice();
         self.place(now);
-        for name in self.order.clone() {
-            self.with(now, &name, Job::advance);
-        }
+        let mut touched = self.advance(now);
         // What has just ended or failed has given slots back or wants other ones.
         self.place(now);
-        let jobs = self.order.iter().filter_map(|name| self.jobs.get(name));
-        desired::tell(&mut self.members, jobs, &self.unreadable, &self.settings, &mut self.out);
+        touched.extend(self.touched.iter().cloned());
+        self.tell(&touched);
         std::mem::take(&mut self.out)
+    }
+
+    /// Lets every job look at what has changed for it and say what comes next. Returns the nodes they looked at.
+    fn advance(&mut self, now: Duration) -> BTreeSet<NodeName> {
+        let touched = std::mem::take(&mut self.touched);
+        for name in &self.order {
+            let Some(job) = self.jobs.get_mut(name) else { continue };
+            let look = Look { all: std::mem::take(&mut job.stale.look), touched: &touched };
+            let (settings, members, out) = (&self.settings, &self.members, &mut self.out);
+            job.advance(&mut Context { now, settings, members, look, out });
+        }
+        touched
+    }
+
+    fn tell(&mut self, touched: &BTreeSet<NodeName>) {
+        let book =
+            Book { jobs: &self.jobs, order: &self.order, unreadable: &self.unreadable, settings: &self.settings };
+        desired::tell(&mut self.members, &book, touched, &mut self.out);
+        self.jobs.values_mut().for_each(|job| job.stale.tell = false);
     }
 
     /// The shortest suspicion any job at work asks for, but never so short that one late heartbeat of an agent that has
@@ -138,8 +166,9 @@ impl Cluster {
         act: impl FnOnce(&mut Job, &mut Context<'_>) -> R,
     ) -> Option<R> {
         let job = self.jobs.get_mut(name)?;
-        let mut context = Context { now, settings: &self.settings, members: &self.members, out: &mut self.out };
-        Some(act(job, &mut context))
+        let look = Look { all: false, touched: &NOBODY };
+        let (settings, members, out) = (&self.settings, &self.members, &mut self.out);
+        Some(act(job, &mut Context { now, settings, members, look, out }))
     }
 
     fn take_in(&mut self, now: Duration, event: Event) {
@@ -185,6 +214,8 @@ impl Cluster {
                 if self.with(now, &job, |job, cx| job.stored(cx, outcome)) == Some(false) {
                     self.jobs.remove(&job);
                     self.order.retain(|name| *name != job);
+                    // Agents that say they know it are to forget it.
+                    self.touched.extend(self.members.iter().map(|(node, _)| node.clone()));
                 }
             }
             Event::Asked { request, ask } => self.asked(request, ask),
@@ -230,7 +261,9 @@ impl Cluster {
         let node = entry.node.clone();
         if self.with(now, job, |job, cx| job.received(cx, name, entry)).is_none() {
             // A job this store does not hold: the agent may forget it.
-            let mut cx = Context { now, settings: &self.settings, members: &self.members, out: &mut self.out };
+            let look = Look { all: false, touched: &NOBODY };
+            let (settings, members, out) = (&self.settings, &self.members, &mut self.out);
+            let mut cx = Context { now, settings, members, look, out };
             cx.settle(job, vec![(node, name, false)]);
         }
     }

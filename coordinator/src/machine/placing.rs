@@ -1,7 +1,7 @@
 //! From the scheduler's decision to what each job should have.
 //!
 //! The scheduler is asked anew after every event, but only when something it looks at has changed: most events are
-//! heartbeats. A job whose generation is to give slots up is not cut short here; it stops with a checkpoint by itself,
+//! heartbeats, after which not even the question is put together. A job whose generation is to give slots up is not cut short here; it stops with a checkpoint by itself,
 //! and what it frees is given on when it has.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,7 +13,7 @@ use proto::ids::{JobName, NodeName};
 use super::Cluster;
 use super::job::Job;
 use super::live::Live;
-use super::schedule::{OVERDUE, Placement, Request, Share, Site, schedule};
+use super::schedule::{OVERDUE, Placement, Request, Share, Site, schedule, total};
 
 /// The question the scheduler has answered last.
 #[derive(Debug, Default)]
@@ -25,18 +25,28 @@ pub(super) struct Placed {
 impl Cluster {
     /// Schedules: gives every job its wanted workers.
     pub(super) fn place(&mut self, now: Duration) {
+        let mut anew = self.members.take_resited();
         for job in self.jobs.values_mut() {
             let waits = job.active() && job.led && job.live.is_none() && job.want.is_empty();
             job.queued = waits.then_some(job.queued.unwrap_or(now));
-            job.overdue = job.queued.is_some_and(|since| now.saturating_sub(since) >= OVERDUE);
+            let overdue = job.queued.is_some_and(|since| now.saturating_sub(since) >= OVERDUE);
+            anew |= std::mem::take(&mut job.stale.ask) || job.overdue != overdue;
+            job.overdue = overdue;
+        }
+        if !anew {
+            return;
         }
         let active = self.order.iter().filter_map(|name| self.jobs.get(name)).filter(|job| job.active() && job.led);
         let requests: Vec<Request> = active.map(Job::request).collect();
+        if requests.is_empty() && self.placed.requests.is_empty() {
+            // Nodes come and go while nobody wants them.
+            return;
+        }
         let sites = self.members.sites();
         if (&self.placed.sites, &self.placed.requests) != (&sites, &requests) {
             let mut shares = schedule(&sites, &requests);
             for (name, job) in &mut self.jobs {
-                job.receive(shares.remove(name).unwrap_or_default());
+                job.receive(shares.remove(name).unwrap_or_default(), &mut self.touched);
             }
             self.placed = Placed { sites, requests };
         }
@@ -47,10 +57,7 @@ impl Job {
     /// What it asks of the scheduler.
     fn request(&self) -> Request {
         let resources = &self.ledger.spec.resources;
-        let mut bound = Placement::new();
-        for member in self.live.iter().flat_map(|live| &live.membership.members) {
-            *bound.entry(member.node.clone()).or_default() += 1;
-        }
+        let bound: Placement = self.live.iter().flat_map(Live::nodes).collect();
         // Where it trains, the node fits it, whatever a further worker there has said.
         let refused: BTreeSet<NodeName> =
             self.refused.keys().filter(|node| !bound.contains_key(*node)).cloned().collect();
@@ -69,8 +76,26 @@ impl Job {
         }
     }
 
-    fn receive(&mut self, share: Share) {
+    fn receive(&mut self, share: Share, touched: &mut BTreeSet<NodeName>) {
+        let same = self.want == share.workers && self.spares == share.spares && self.yields_to == share.yields_to;
+        if same {
+            return;
+        }
+        differing(&self.want, &share.workers, touched);
+        differing(&self.spares, &share.spares, touched);
         (self.want, self.spares, self.yields_to) = (share.workers, share.spares, share.yields_to);
+        // What it holds now is part of its next question.
+        self.stale.ask = true;
+        self.fit = None;
+    }
+
+    /// How well its generation fits what it is to have.
+    pub(super) fn fit(&mut self) -> Option<&Fit> {
+        let live = self.live.as_ref()?;
+        if self.fit.is_none() {
+            self.fit = Some(Fit { yields: self.must_yield(live), wanted: total(&self.want) });
+        }
+        self.fit.as_ref()
     }
 
     /// Workers it should have on a node, spares included.
@@ -80,21 +105,39 @@ impl Job {
     }
 
     /// Why its generation should give slots up, if it should.
-    pub(super) fn must_yield(&self, live: &Live) -> Option<Yield> {
+    fn must_yield(&self, live: &Live) -> Option<Yield> {
         let most = self.ledger.spec.resources.workers.max;
         let world = live.membership.members.len() as u32;
         let kept = |node: &NodeName| self.want.get(node).copied().unwrap_or(0);
-        let lost =
-            live.membership.members.iter().map(|member| &member.node).find(|node| kept(node) < live.members_on(node));
-        let node = lost?;
+        // The node of the lowest rank that has to go.
+        let lost = live.nodes().filter(|(node, members)| kept(node) < *members);
+        let (node, _) = lost.min_by_key(|(node, _)| live.ranks_on(node).first().copied())?;
         Some(if world > most {
             Yield::Shrink { from: world, to: most }
         } else if let Some(job) = &self.yields_to {
             Yield::Preempted(job.clone())
         } else {
-            Yield::Leave(node.clone())
+            Yield::Leave(node)
         })
     }
+}
+
+/// Notes the nodes that have another number of workers in one placement than in the other.
+fn differing(before: &Placement, after: &Placement, touched: &mut BTreeSet<NodeName>) {
+    let changed = |of: &Placement, other: &Placement| -> Vec<NodeName> {
+        of.iter().filter(|(node, workers)| other.get(*node) != Some(workers)).map(|(node, _)| node.clone()).collect()
+    };
+    touched.extend(changed(before, after));
+    touched.extend(changed(after, before));
+}
+
+/// A live generation beside what the scheduler has given its job since.
+#[derive(Debug)]
+pub(super) struct Fit {
+    /// Why it should give slots up, if it should.
+    pub(super) yields: Option<Yield>,
+    /// Workers the job is to have.
+    pub(super) wanted: u32,
 }
 
 /// Why a generation gives slots up.

@@ -12,8 +12,9 @@ use proto::incident;
 use super::action::{Action, Answer, Operation, Outcome, Refusal};
 use super::budget::Budget;
 use super::commit::Gathering;
+use super::context::Context;
 use super::incident::Goodput;
-use super::job::{Context, Flight, Job, Verdict, Waiting};
+use super::job::{Flight, Job, Verdict, Waiting};
 use super::ledger::{Checkpoint, End, Entry, Membership};
 use super::live::Live;
 use super::memory::{self, Group};
@@ -39,6 +40,7 @@ impl Job {
             }
             (_, Outcome::Lost(reason)) => cx.out.push(Action::StepDown { reason }),
             (Operation::Append(entry), Outcome::Done) => {
+                self.unsettle();
                 self.ledger.apply(&entry);
                 self.after(cx, entry, flight.waiting);
             }
@@ -189,7 +191,8 @@ impl Job {
         self.reason = String::new();
         let groups = self.parity_groups(cx, &membership);
         let mut live = Live::announced(cx.now, membership);
-        (live.groups, live.restorable) = (groups, self.restorable.take());
+        live.divide(groups);
+        live.restore_from(self.restorable.take());
         self.live = Some(live);
     }
 
@@ -270,7 +273,7 @@ impl Job {
         let until = cx.now + cx.settings.suspicion;
         let groups = self.parity_groups(cx, &membership);
         let mut live = Live::adopted(cx.now, membership, until);
-        live.groups = groups;
+        live.divide(groups);
         self.live = Some(live);
         // The coordinator before may have died between a commit and the collection it made due.
         self.retain = !self.ledger.checkpoints.is_empty();

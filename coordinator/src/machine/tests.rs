@@ -1,6 +1,7 @@
 //! The machine driven by hand-made events in virtual time.
 
 mod detection;
+mod doubting;
 mod failure;
 mod incidents;
 mod keeping;

@@ -110,7 +110,7 @@ impl Job {
     /// What may be lost without losing more than the steps since the last snapshot.
     fn memory_words(&self) -> String {
         let Some(live) = &self.live else { return String::new() };
-        match live.groups.as_slice() {
+        match live.groups() {
             [] => "off: checkpoint.memory = false".into(),
             [one] if one.members.len() == 1 => {
                 "a worker may be lost; one node alone has no parity, so not the node".into()

@@ -246,8 +246,11 @@ impl<'a> Board<'a> {
 
     /// Gives back all a job has. `false`: it had nothing.
     pub(super) fn release_all(&mut self, at: usize) -> bool {
+        let plan = &mut self.plans[at];
+        let all = std::mem::take(&mut plan.spares).into_iter().chain(std::mem::take(&mut plan.workers));
         let mut any = false;
-        while self.drop_spare(at, |_| true) || self.drop_worker(at, |_| true) {
+        for (node, slots) in all {
+            *self.free.entry(node).or_default() += slots;
             any = true;
         }
         any

@@ -7,6 +7,7 @@ use proto::ids::{Epoch, Step};
 use proto::wire::SubmitMode;
 
 use super::super::*;
+use super::doubting::Pair;
 use super::rig::{Rig, STEPS, job_name, node, settings, spec};
 
 #[test]
@@ -175,7 +176,7 @@ fn a_restarted_coordinator_adopts_a_living_generation() {
     rig.train(5);
     let nodes = std::mem::take(&mut rig.nodes);
     let mut next = Rig::new();
-    next.cluster = Cluster::new(Settings { epoch: Epoch::new(2), ..settings() });
+    next.cluster = Pair::new(Settings { epoch: Epoch::new(2), ..settings() });
     next.ledger.clone_from(&rig.ledger);
     next.handle(Event::Loaded { job: job_name(), ledger: Box::new(rig.ledger.clone().unwrap()) });
     assert_eq!(next.pending.front(), Some(&(job_name(), Operation::Append(Entry::Led))));

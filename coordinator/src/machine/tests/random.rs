@@ -1,4 +1,5 @@
-//! Random events in random order: whatever happens, the rig's promises hold, and the job ends in the end.
+//! Random events in random order: whatever happens, the rig's promises hold, and the job ends in the end. Among them is
+//! that what the machine keeps up to date by and by is what it would work out from scratch (`doubting`).
 
 use std::time::Duration;
 
@@ -23,6 +24,8 @@ enum Move {
     Pause,
     Resume,
     Refuse,
+    Drain(u8, bool),
+    Move(u8, u8),
 }
 
 fn moves() -> impl Strategy<Value = Move> {
@@ -47,6 +50,8 @@ fn moves() -> impl Strategy<Value = Move> {
         Just(Move::Pause),
         Just(Move::Resume),
         Just(Move::Refuse),
+        (0u8..3, any::<bool>()).prop_map(|(n, empty)| Move::Drain(n, empty)),
+        (0u8..3, 0u8..3).prop_map(|(n, port)| Move::Move(n, port)),
     ]
 }
 
@@ -89,6 +94,10 @@ fn play(rig: &mut Rig, step: &mut u64, next: Move) {
                 rig.handle(Event::Stored { job, outcome: Outcome::Failed("busy".into()) });
             }
         }
+        Move::Drain(at, empty) => {
+            rig.ask(Ask::Drain(node(name(at)), empty));
+        }
+        Move::Move(at, port) => rig.reattach(name(at), port),
         Move::Kill(..) | Move::Fail(..) => {}
     }
 }
@@ -105,6 +114,9 @@ proptest! {
         let mut step = 0;
         for next in script {
             play(&mut rig, &mut step, next);
+        }
+        for at in 0..3 {
+            rig.ask(Ask::Drain(node(name(at)), false));
         }
         // With a good node and no more trouble the job comes to an end.
         rig.lose("a");

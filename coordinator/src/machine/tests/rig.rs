@@ -15,6 +15,7 @@ use proto::wire::{Desired, FailureKind, GroupMember, StepReport, SubmitMode, Wor
 
 use super::super::memory::{Group, Inventory};
 use super::super::*;
+use super::doubting::Pair;
 
 pub(super) const STEPS: u64 = 20;
 const TICK: Duration = Duration::from_millis(100);
@@ -51,6 +52,7 @@ pub(super) fn settings() -> Settings {
 
 pub(super) struct FakeNode {
     pub(super) connection: Connection,
+    incarnation: String,
     pub(super) slots: u32,
     pub(super) workers: Vec<Worker>,
     pub(super) identity: String,
@@ -61,7 +63,7 @@ pub(super) struct FakeNode {
 }
 
 pub(super) struct Rig {
-    pub(super) cluster: Cluster,
+    pub(super) cluster: Pair,
     pub(super) now: Duration,
     pub(super) nodes: BTreeMap<NodeName, FakeNode>,
     /// Store operations not yet answered.
@@ -82,7 +84,7 @@ pub(super) struct Rig {
 impl Rig {
     pub(super) fn new() -> Self {
         Self {
-            cluster: Cluster::new(settings()),
+            cluster: Pair::new(settings()),
             now: Duration::ZERO,
             nodes: BTreeMap::new(),
             pending: VecDeque::new(),
@@ -172,6 +174,7 @@ impl Rig {
         let connection = self.id() as u64;
         let fake = FakeNode {
             connection,
+            incarnation: connection.to_string(),
             slots,
             workers: Vec::new(),
             identity: "x86-64 avx2".into(),
@@ -180,15 +183,24 @@ impl Rig {
             memory: Inventory::default(),
         };
         self.nodes.insert(node(name), fake);
-        let incarnation = connection.to_string();
-        self.handle(Event::Attached {
-            node: node(name),
-            incarnation,
-            connection,
-            slots,
-            home: Home { snapshots: format!("{name}:1"), domain: String::new() },
-            state: NodeState::default(),
-        });
+        self.open(name, 1);
+    }
+
+    /// The same agent opens another stream; it may serve its snapshots elsewhere now.
+    pub(super) fn reattach(&mut self, name: &str, port: u8) {
+        let connection = self.id() as u64;
+        let Some(fake) = self.nodes.get_mut(&node(name)) else { return };
+        fake.desired.clear();
+        fake.connection = connection;
+        self.open(name, port);
+    }
+
+    fn open(&mut self, name: &str, port: u8) {
+        let fake = &self.nodes[&node(name)];
+        let (connection, incarnation, slots) = (fake.connection, fake.incarnation.clone(), fake.slots);
+        let state = NodeState { workers: fake.workers.clone(), ..NodeState::default() };
+        let home = Home { snapshots: format!("{name}:{port}"), domain: String::new() };
+        self.handle(Event::Attached { node: node(name), incarnation, connection, slots, home, state });
     }
 
     /// The agent and its workers are gone.

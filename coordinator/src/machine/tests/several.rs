@@ -7,6 +7,7 @@ use proto::spec::JobSpec;
 use proto::wire::SubmitMode;
 
 use super::super::*;
+use super::doubting::Pair;
 use super::rig::{Rig, STEPS, job_name, node, settings, spec};
 
 fn other() -> JobName {
@@ -86,7 +87,7 @@ fn a_coordinator_that_comes_later_does_not_look_for_the_workers_of_a_job_that_ga
     rig.pass(Duration::from_secs(1));
     rig.train(7);
     let mut next = Rig::new();
-    next.cluster = Cluster::new(Settings { epoch: Epoch::new(2), ..settings() });
+    next.cluster = Pair::new(Settings { epoch: Epoch::new(2), ..settings() });
     next.ledger.clone_from(&rig.ledger);
     next.handle(Event::Loaded { job: job_name(), ledger: Box::new(rig.ledger.clone().unwrap()) });
     next.attach("b", 2);
