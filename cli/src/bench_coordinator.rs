@@ -55,7 +55,8 @@ fn spec(args: &BenchCoordinatorArgs) -> Result<JobSpec, Failure> {
     let workers = args.agents * args.workers;
     let text = format!(
         "name = \"bench\"\nmodel.preset = \"tiny\"\ndata.train = \"synthetic\"\ntraining.steps = 1000000\n\
-         training.global_batch = {workers}\ntraining.micro_batch = 1\nresources.workers = {{ min = 1, max = {workers} }}\n"
+         training.global_batch = {workers}\ntraining.micro_batch = 1\n\
+         resources.workers = {{ min = 1, max = {workers} }}\n"
     );
     Ok(JobSpec::parse("bench", &text, std::path::Path::new("/"), &Overrides::new())?)
 }

@@ -1,4 +1,4 @@
-//! What has changed: so that a heartbeat with nothing new costs what its node's workers cost, not what the cluster does.
+//! What has changed: so that a heartbeat with nothing new costs what its node's workers cost, not the cluster's.
 //!
 //! Decisions are level-triggered: they look at all that is known. Most events change nothing but one node, and what was
 //! decided about the others still holds. So two things are noted. An event *touches* nodes: their reports, streams,

@@ -1,9 +1,9 @@
 //! What each agent should be told, whole.
 //!
-//! For every job and node there is one desired state, computed from scratch whenever it may have changed (`changes`); it
-//! is sent when it differs from what the agent was last told. So a lost message, a restarted agent and a new coordinator all need nothing special. The key of
-//! a generation's data plane is derived, not drawn: a new leader with the same secret announces the same generation in
-//! the same words.
+//! For every job and node there is one desired state, computed from scratch whenever it may have changed (`changes`),
+//! and sent when it differs from what the agent was last told. So a lost message, a restarted agent and a new
+//! coordinator all need nothing special. The key of a generation's data plane is derived, not drawn: a new leader with
+//! the same secret announces the same generation in the same words.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,8 +1,8 @@
 //! From the scheduler's decision to what each job should have.
 //!
 //! The scheduler is asked anew after every event, but only when something it looks at has changed: most events are
-//! heartbeats, after which not even the question is put together. A job whose generation is to give slots up is not cut short here; it stops with a checkpoint by itself,
-//! and what it frees is given on when it has.
+//! heartbeats, after which not even the question is put together. A job whose generation is to give slots up is not cut
+//! short here; it stops with a checkpoint by itself, and what it frees is given on when it has.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

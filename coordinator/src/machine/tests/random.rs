@@ -25,7 +25,7 @@ enum Move {
     Resume,
     Refuse,
     Drain(u8, bool),
-    Move(u8, u8),
+    Reattach(u8, u8),
 }
 
 fn moves() -> impl Strategy<Value = Move> {
@@ -51,7 +51,7 @@ fn moves() -> impl Strategy<Value = Move> {
         Just(Move::Resume),
         Just(Move::Refuse),
         (0u8..3, any::<bool>()).prop_map(|(n, empty)| Move::Drain(n, empty)),
-        (0u8..3, 0u8..3).prop_map(|(n, port)| Move::Move(n, port)),
+        (0u8..3, 0u8..3).prop_map(|(n, port)| Move::Reattach(n, port)),
     ]
 }
 
@@ -97,7 +97,7 @@ fn play(rig: &mut Rig, step: &mut u64, next: Move) {
         Move::Drain(at, empty) => {
             rig.ask(Ask::Drain(node(name(at)), empty));
         }
-        Move::Move(at, port) => rig.reattach(name(at), port),
+        Move::Reattach(at, port) => rig.reattach(name(at), port),
         Move::Kill(..) | Move::Fail(..) => {}
     }
 }
