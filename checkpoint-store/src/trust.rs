@@ -120,7 +120,9 @@ impl History {
             },
             Event::Pinned { manifest, reason } => known(manifest).and_then(|_| is_note("the reason", reason)),
             Event::Unpinned { manifest } => known(manifest).map(drop),
-            Event::Incident(incident) => is_note("the reason", &incident.reason),
+            Event::Incident(incident) => {
+                is_note("the reason", &incident.reason).and_then(|()| is_note("the source", &incident.source))
+            }
             Event::Yielded { reason, .. } => is_note("the reason", reason),
             Event::Verified { manifest, blocks, of, by } => {
                 if let Some(reason) = &known(manifest)?.quarantined {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use proto::ids::{JobName, NodeName, WorkerId};
 
+use crate::bench_collective::BenchCollectiveArgs;
 use crate::certs::CertsCommand;
 use crate::checkpoint::CheckpointCommand;
 use crate::doctor::DoctorArgs;
@@ -169,7 +170,10 @@ pub(crate) struct CoordinatorArgs {
     /// Trust a store without atomic conditional create; safe only while this is the one coordinator.
     #[arg(long)]
     pub(crate) allow_single_coordinator: bool,
-    /// Answer Prometheus scrapers at this address, under /metrics.
+    /// Give nodes work at once, without having them exchange data with one another first.
+    #[arg(long)]
+    pub(crate) no_admission: bool,
+    /// Answer Prometheus scrapers at this address, under /metrics: HTTP on loopback, else HTTPS for certificates of --tls.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) metrics: Option<SocketAddr>,
     /// Lead this one job of the store and leave others as they are.
@@ -350,6 +354,8 @@ pub(crate) enum BenchCommand {
     Train(BenchTrainArgs),
     /// Saves and loads of a store, beside a plain writer and reader of the same bytes.
     Store(BenchStoreArgs),
+    /// The workers' exchange by operation, size and number of ranks.
+    Collective(BenchCollectiveArgs),
     /// The control plane with thousands of simulated agents: heartbeats, agreeing on a generation, memory.
     Coordinator(BenchCoordinatorArgs),
 }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::args::{BenchCommand, BenchTrainArgs, Output};
 use crate::failure::{Failure, chain};
 use crate::table::{self, say};
-use crate::{bench_capture, bench_coordinator, bench_store, bench_synthetic};
+use crate::{bench_capture, bench_collective, bench_coordinator, bench_store, bench_synthetic};
 
 /// Measurements of each side; they alternate, so that a machine that drifts slows both.
 const ROUNDS: usize = 3;
@@ -16,6 +16,7 @@ const ROUNDS: usize = 3;
 pub(crate) async fn run(command: BenchCommand) -> Result<u8, Failure> {
     match command {
         BenchCommand::Train(args) => tokio::task::block_in_place(|| train(&args)),
+        BenchCommand::Collective(args) => tokio::task::block_in_place(|| bench_collective::run(&args)),
         BenchCommand::Coordinator(args) => tokio::task::block_in_place(|| bench_coordinator::run(&args)),
         BenchCommand::Store(args) if args.synthetic => tokio::task::block_in_place(|| bench_synthetic::run(&args)),
         BenchCommand::Store(args) if args.capture => tokio::task::block_in_place(|| bench_capture::run(&args)),

@@ -178,6 +178,9 @@ fn show(operator: &OperatorArgs, reply: Result<tonic::Response<JobStatus>, tonic
     for node in &job.rooms {
         say!("            {}: {} of {} used", node.node, size::show(node.used), size::show(node.budget));
     }
+    for of in &job.stragglers {
+        say!("straggler   rank {} on {}: {:.2} times the median", of.rank, of.node, of.ratio);
+    }
     say!("restarts    {} without progress", job.restarts_without_progress);
     if !job.workers.is_empty() {
         say!();
@@ -229,6 +232,8 @@ fn status_json(job: &JobStatus) -> serde_json::Value {
         "max_workers": job.max_workers, "workers": workers, "epoch": job.epoch,
         "memory_step": job.memory_step, "memory": job.memory, "memory_skipped": job.memory_skipped,
         "rooms": job.rooms.iter().map(|room| json!({"node": room.node, "budget": room.budget, "used": room.used}))
+            .collect::<Vec<_>>(),
+        "stragglers": job.stragglers.iter().map(|of| json!({"rank": of.rank, "node": of.node, "ratio": of.ratio}))
             .collect::<Vec<_>>(),
     })
 }

@@ -7,6 +7,7 @@
 mod args;
 mod bench;
 mod bench_capture;
+mod bench_collective;
 mod bench_coordinator;
 mod bench_store;
 mod bench_synthetic;

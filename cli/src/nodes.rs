@@ -94,6 +94,8 @@ fn notes(node: &NodeStatus) -> String {
         notes.push("its agent was told to stop".to_string());
     }
     notes.extend(Some(node.reason.clone()).filter(|reason| !reason.is_empty()));
+    notes.extend(node.exchange_bytes_per_second.map(|rate| format!("exchanged {:.0} MB/s", rate / 1e6)));
+    notes.extend(node.stragglers.iter().map(|of| format!("slow: rank {} of {}, {:.2}x", of.rank, of.job, of.ratio)));
     notes.extend(node.set_aside.iter().map(|aside| format!("set aside for {}: {}", aside.job, aside.reason)));
     notes.join("; ")
 }
@@ -101,9 +103,13 @@ fn notes(node: &NodeStatus) -> String {
 fn node_json(node: &NodeStatus) -> Value {
     let aside: Vec<Value> =
         node.set_aside.iter().map(|aside| json!({"job": aside.job, "reason": aside.reason})).collect();
+    let slow = &node.stragglers;
+    let slow = slow.iter().map(|of| json!({"job": of.job, "rank": of.rank, "ratio": of.ratio}));
     json!({
         "event": "node", "node": node.node, "state": node.state, "reason": node.reason, "slots": node.slots,
         "used": node.used, "domain": node.domain, "drained_by_operator": node.drained_by_operator,
         "leaving": node.leaving, "silent_ms": node.silent_ms, "jobs": node.jobs, "set_aside": aside,
+        "stragglers": slow.collect::<Vec<_>>(),
+        "exchange_bytes_per_second": node.exchange_bytes_per_second,
     })
 }

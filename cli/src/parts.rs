@@ -36,6 +36,7 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<u8, Failure> {
         },
         standby: args.standby,
         allow_single_coordinator: args.allow_single_coordinator,
+        admission: !args.no_admission,
         metrics: args.metrics,
     };
     if !args.supervised {

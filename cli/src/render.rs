@@ -137,6 +137,10 @@ fn describe(event: &JobEvent) -> String {
             let who = rank.map_or(String::new(), |rank| format!(", rank {rank}"));
             format!("failure in generation {generation}{who}: {reason}")
         }
+        JobEvent::Straggler { rank, node, ratio: Some(ratio), .. } => {
+            format!("rank {rank} on {node} holds the others up: {ratio:.2} times the median's time for a micro-batch")
+        }
+        JobEvent::Straggler { rank, node, ratio: None, .. } => format!("rank {rank} on {node} keeps up again"),
         JobEvent::Loaded { generation, step, stages } => loaded(*generation, *step, stages),
         JobEvent::Recovered { generation, step, seconds, source } => {
             format!("recovered in {seconds:.2} s: generation {generation} goes on from step {step} ({source})")

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use prost::Message;
 use proto::ids::{Epoch, NodeName};
-use proto::spec::JobSpec;
+use proto::spec::{JobSpec, detect};
 use proto::wire::agent_message::Body as FromAgent;
 use proto::wire::coordinator_message::Body as ToAgent;
 use proto::wire::{
@@ -24,8 +24,6 @@ use crate::machine::{Action, Ask, Cluster, Connection, Event, Operation, Outcome
 use crate::metrics::Metrics;
 use crate::{HEARTBEAT, SUSPICION, check, service};
 
-/// Between two ticks of the machine.
-const TICK: Duration = Duration::from_millis(100);
 /// Ticks in a second.
 const TICKS: usize = 10;
 /// Ticks within which a node whose stream has closed is given up.
@@ -82,6 +80,8 @@ impl Simulation {
             nonce_path: "leader/nonce".into(),
             nonce: "nonce".into(),
             secret: [7; 32],
+            // What nodes exchange is not the coordinator's work.
+            admission: false,
         };
         let job = spec.name.to_string();
         let agent = |at: u32| -> Result<Agent, String> {
@@ -108,7 +108,7 @@ impl Simulation {
     pub fn attach(&mut self) -> Result<Sent, String> {
         for at in 0..self.agents.len() {
             let agent = &self.agents[at];
-            let hello = check::hello(&AgentHello {
+            let hello = AgentHello {
                 node: agent.node.to_string(),
                 incarnation: at.to_string(),
                 slots: self.slots,
@@ -116,7 +116,9 @@ impl Simulation {
                 report: None,
                 snapshots: address(at, 0),
                 domain: format!("rack-{:03}", at / 64),
-            })?;
+                unix_ms: None,
+            };
+            let hello = check::hello(&hello, 0)?;
             let state = check::report(NodeReport::default())?;
             let (connection, slots) = (agent.connection, hello.slots);
             let (node, incarnation, home) = (hello.node, hello.incarnation, hello.home);
@@ -205,7 +207,7 @@ impl Simulation {
     }
 
     fn tick(&mut self) -> Result<(), String> {
-        self.now += TICK;
+        self.now += detect::TICK;
         self.handle(Event::Tick)
     }
 

@@ -13,10 +13,11 @@ use proto::ids::{Generation, JobName, NodeName, Rank, Step, WorkerId, WorldSize}
 use proto::spec::{JobSpec, SPEC_FORMAT};
 use proto::tls::Identity;
 use proto::wire::{
-    AgentHello, BUILD, CheckpointChange, GroupMember, JobMemory, NodeReport, ParityGroup, SaveFailed, SaveSkipped,
-    ShardReceipt, StepReport, SubmitMode, SubmitRequest, WorkerPhase, WorkerState,
+    AgentHello, BUILD, CheckpointChange, GroupMember, JobMemory, MOST_STRAGGLERS, NodeReport, ParityGroup, Probed,
+    SaveFailed, SaveSkipped, ShardReceipt, StepReport, SubmitMode, SubmitRequest, WorkerPhase, WorkerState,
 };
 
+use crate::machine::admission::Finding;
 use crate::machine::memory::{Group, Inventory, Room};
 use crate::machine::{Ask, Failure, Home, NodeState, ReceiptEntry, ReceiptName, Worker};
 
@@ -39,7 +40,8 @@ pub(crate) struct Hello {
     pub(crate) home: Home,
 }
 
-pub(crate) fn hello(hello: &AgentHello) -> Result<Hello, Fault> {
+/// Checks a hello that came at `now`, in milliseconds of the Unix epoch.
+pub(crate) fn hello(hello: &AgentHello, now: u64) -> Result<Hello, Fault> {
     if hello.build != BUILD {
         let theirs: String = hello.build.chars().take(40).collect();
         return Err(format!(
@@ -56,7 +58,9 @@ pub(crate) fn hello(hello: &AgentHello) -> Result<Hello, Fault> {
     if snapshots.parse::<std::net::SocketAddr>().is_err() {
         return Err(format!("{:?} is no address where snapshots could be read", text(&snapshots)));
     }
-    let home = Home { snapshots, domain: hello.domain.clone() };
+    let skew_ms =
+        hello.unix_ms.map_or(0, |theirs| i64::try_from(i128::from(theirs) - i128::from(now)).unwrap_or(i64::MAX));
+    let home = Home { snapshots, domain: hello.domain.clone(), skew_ms };
     Ok(Hello { node, incarnation: hello.incarnation.clone(), slots: hello.slots, home })
 }
 
@@ -201,6 +205,13 @@ fn seconds(what: &str, value: f64) -> Result<f64, Fault> {
 
 pub(crate) fn step(report: &StepReport) -> Result<JobName, Fault> {
     seconds("a step", report.seconds)?;
+    let stragglers = &report.stragglers;
+    if stragglers.len() > MOST_STRAGGLERS {
+        return Err(format!("{} stragglers of a step, more than {MOST_STRAGGLERS}", stragglers.len()));
+    }
+    if let Some(of) = stragglers.iter().find(|of| !of.ratio.is_finite() || of.ratio < 0.0) {
+        return Err(format!("rank {} is {} times as slow as the median, which is no ratio", of.rank, of.ratio));
+    }
     job(&report.job)
 }
 
@@ -211,6 +222,16 @@ pub(crate) fn skipped(message: &SaveSkipped) -> Result<(JobName, ReceiptName, St
         rank: Rank::new(message.rank),
     };
     Ok((job(&message.job)?, name, text(&message.reason)))
+}
+
+/// What two nodes found when they exchanged data.
+pub(crate) fn probed(message: Probed) -> Result<(u64, Finding), Fault> {
+    let finding = match message.bytes_per_second {
+        Some(rate) if rate.is_finite() && rate >= 0.0 => Finding::Rate(rate),
+        Some(rate) => return Err(format!("an exchange of {rate} bytes a second")),
+        None => Finding::Failed(text(&message.failure)),
+    };
+    Ok((message.round, finding))
 }
 
 /// A failed try to store a shard, in words.
@@ -255,7 +276,7 @@ pub(crate) fn submit(request: &SubmitRequest) -> Result<Ask, Fault> {
     if spec.format != SPEC_FORMAT {
         return Err(format!("the specification has format {}, this coordinator reads {SPEC_FORMAT}", spec.format));
     }
-    spec.validate("job").map_err(|error| error.to_string())?;
+    spec.validate_new("job").map_err(|error| error.to_string())?;
     Space::of_model(&spec.model).map_err(|error| format!("job: [model] is too large: {error}"))?;
     let mode =
         SubmitMode::try_from(request.mode).map_err(|_| format!("unknown mode {} of submission", request.mode))?;
@@ -328,9 +349,12 @@ mod tests {
             snapshots: snapshots.clone(),
             ..Default::default()
         };
-        assert!(super::hello(&AgentHello { snapshots: "x".into(), ..hello(BUILD, 1) }).is_err());
-        assert!(super::hello(&hello(BUILD, 1)).is_ok());
-        assert!(super::hello(&hello("0.0.0", 1)).unwrap_err().contains("same version"));
-        assert!(super::hello(&hello(BUILD, 0)).is_err());
+        assert!(super::hello(&AgentHello { snapshots: "x".into(), ..hello(BUILD, 1) }, 0).is_err());
+        assert!(super::hello(&hello(BUILD, 1), 0).is_ok());
+        assert!(super::hello(&hello("0.0.0", 1), 0).unwrap_err().contains("same version"));
+        assert!(super::hello(&hello(BUILD, 0), 0).is_err());
+        let skew =
+            |theirs| super::hello(&AgentHello { unix_ms: theirs, ..hello(BUILD, 1) }, 5_000).unwrap().home.skew_ms;
+        assert_eq!((skew(Some(3_000)), skew(None), skew(Some(u64::MAX))), (-2_000, 0, i64::MAX));
     }
 }

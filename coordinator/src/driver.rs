@@ -138,6 +138,8 @@ impl Driver {
             Event::Attached { node, state, .. } | Event::Report { node, state, .. } => {
                 self.metrics.reported(node, state);
             }
+            Event::Detached { node, .. } => self.metrics.left(node),
+            Event::Loaded { job, ledger } if ledger.end.is_none() => self.metrics.adopted(job, ledger.generation),
             Event::SaveFailed { job, .. } => self.metrics.save_failed(job),
             _ => {}
         }

@@ -92,6 +92,8 @@ pub struct Options {
     pub scope: Scope,
     /// Accept a store without atomic create; there must never be a second coordinator then.
     pub allow_single_coordinator: bool,
+    /// Give nodes work only after they have shown that they can exchange data with one another.
+    pub admission: bool,
     /// Where to answer scrapers of metrics, if at all.
     pub metrics: Option<SocketAddr>,
 }
@@ -102,7 +104,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let listen = |source| CoordinatorError::Listen { address: options.listen, source };
     let listener = TcpListener::bind(options.listen).await.map_err(listen)?;
     let scraped = match options.metrics {
-        Some(address) => Some(metrics::listen(address).await?),
+        Some(address) => Some(metrics::listen(address, &options.security).await?),
         None => None,
     };
     let store = Store::open(&options.store_url)?;
@@ -165,6 +167,7 @@ fn parts(
         nonce_path: layout::leader(epoch),
         nonce: leadership.token().to_string(),
         secret: secret(&options.token),
+        admission: options.admission,
     };
     let hub = Hub::new(epoch.get());
     let journal = Journal::new(store.clone(), epoch, format!("{address} on {}", options.host), seen.clone());

@@ -1,8 +1,8 @@
 //! The gRPC edge: agents attach, operators ask and watch.
 //!
 //! Every call needs the token and, with TLS, a certificate for it; an agent attaches under its certificate's name only.
-//! Messages are checked here and become events of the driver's one queue; nothing here
-//! decides anything. A peer that breaks the rules loses its stream, with the reason.
+//! Messages are checked here and become events of the driver's one queue; nothing here decides anything. A peer that
+//! breaks the rules loses its stream, with the reason.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -68,7 +68,8 @@ impl Cluster for Edge {
             return Err(Status::invalid_argument("the first message must be hello"));
         };
         let (sender, receiver) = mpsc::channel(WAITING);
-        let hello = match check::hello(&message).and_then(|hello| check::identity(hello, identity.as_ref())) {
+        let hello = match check::hello(&message, unix_ms()).and_then(|hello| check::identity(hello, identity.as_ref()))
+        {
             Ok(hello) => hello,
             Err(fault) => {
                 let refusal = CoordinatorMessage { epoch: self.epoch, body: Some(ToAgent::Refused(fault)) };
@@ -94,6 +95,12 @@ impl Cluster for Edge {
         tokio::spawn(listen(self.inputs.clone(), node, connection, stream, outbox, closed));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
+}
+
+/// The time of day; zero on a machine whose clock is before 1970.
+fn unix_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Feeds one agent's messages to the driver until its stream ends or breaks the rules.
@@ -142,6 +149,10 @@ pub(crate) fn event(node: &NodeName, connection: u64, message: AgentMessage) -> 
         Some(FromAgent::Failed(failed)) => {
             let (job, text) = check::failed(node, &failed)?;
             Event::SaveFailed { job, text }
+        }
+        Some(FromAgent::Probed(probed)) => {
+            let (round, finding) = check::probed(probed)?;
+            Event::Probed { node: node.clone(), round, finding }
         }
         Some(FromAgent::Skipped(skipped)) => {
             let (job, name, reason) = check::skipped(&skipped)?;

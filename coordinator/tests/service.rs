@@ -59,6 +59,7 @@ fn options(folder: &Path, listen: SocketAddr) -> Options {
         host: "host/boot".into(),
         standby: false,
         allow_single_coordinator: false,
+        admission: false,
         metrics: None,
     }
 }
@@ -90,6 +91,7 @@ impl Rig {
             let hello = AgentHello {
                 snapshots: "127.0.0.1:1".into(),
                 domain: String::new(),
+                unix_ms: None,
                 node: "n".into(),
                 incarnation: "i".into(),
                 slots: 2,

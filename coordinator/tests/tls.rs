@@ -51,6 +51,7 @@ impl Lab {
             host: "host/boot".into(),
             standby: false,
             allow_single_coordinator: false,
+            admission: false,
             metrics: None,
         }
     }

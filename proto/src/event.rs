@@ -78,6 +78,17 @@ pub enum JobEvent {
         /// What happened.
         reason: String,
     },
+    /// A rank holds the others up, or does so no longer.
+    Straggler {
+        /// The step after which it was noticed.
+        step: u64,
+        /// The rank.
+        rank: u32,
+        /// Its node.
+        node: String,
+        /// Its time for a micro-batch over the median's; `None`: it keeps up again.
+        ratio: Option<f64>,
+    },
     /// The workers of a generation hold the state it starts from, which was not initialised but loaded.
     Loaded {
         /// The generation.

@@ -7,5 +7,8 @@ tonic::include_proto!("cairn.v1");
 /// Largest gRPC message accepted, in bytes: far above any announcement, far below what could exhaust memory.
 pub const MOST_MESSAGE_BYTES: usize = 64 << 20;
 
+/// Most ranks a step's report names as stragglers.
+pub const MOST_STRAGGLERS: usize = 64;
+
 /// The version every part of one cluster must share.
 pub const BUILD: &str = env!("CARGO_PKG_VERSION");

@@ -17,6 +17,7 @@ use crate::device::{Device, DeviceResult};
 use crate::feed::{Feed, Source};
 use crate::gradient::GradientSum;
 use crate::machine::cadence::{Cadence, Measured, Wish};
+use crate::machine::stragglers::Stragglers;
 use crate::model::{Model, ModelError, parameters};
 use crate::optimizer::AdamW;
 use crate::session::Control;
@@ -97,6 +98,8 @@ pub struct Member<D: HostDevice> {
     pub gradient: D::Buffer,
     /// When it captures.
     pub cadence: Cadence,
+    /// Who holds the others up; every rank knows the same.
+    pub stragglers: Stragglers,
     slots: Arc<Slots>,
     pace: Pace,
 }
@@ -128,7 +131,8 @@ impl<D: HostDevice> Member<D> {
         let (generation, start) = (place.0.get(), place.1);
         let cadence = Cadence::new(&trainer.spec.checkpoint, start);
         let pace = Pace { generation, step: start, captured: start, ..Pace::default() };
-        Ok(Self { ring, shard, shards, state, gradient, cadence, slots, pace })
+        let stragglers = Stragglers::new(trainer.spec.fault.straggler, shards.len());
+        Ok(Self { ring, shard, shards, state, gradient, cadence, stragglers, slots, pace })
     }
 
     /// Its word on the next capture.

@@ -6,6 +6,7 @@
 //! is computed from the same gathered values in the same order.
 
 use std::ops::Range;
+use std::time::Instant;
 
 use proto::spec::JobSpec;
 
@@ -74,7 +75,9 @@ pub fn take<D: HostDevice>(
 ) -> Result<Taken, StepError> {
     let mut word = Word::default();
     trainer.gradient_sum.restart();
-    for m in member.own(trainer.spec.training.micro_batches()) {
+    let (began, own) = (Instant::now(), member.own(trainer.spec.training.micro_batches()));
+    let count = own.len();
+    for m in own {
         if control.is_aborted() {
             return Err(StepError::Aborted);
         }
@@ -89,6 +92,7 @@ pub fn take<D: HostDevice>(
             word.fault(Fault::Gradient { micro_batch: m, tensor, fault });
         }
     }
+    word.pace = began.elapsed().as_secs_f32() / count.max(1) as f32;
     trainer.gradient_sum.reduce_scatter(&trainer.device, member)?;
     let block = trainer.space.block_elements() as usize;
     word.norms = vec![0.0; member.shard.len().div_ceil(block)];
@@ -106,6 +110,7 @@ pub fn take<D: HostDevice>(
         return Err(StepError::Fault { step, fault: "the gradient's norm is not finite".into() });
     }
 
+    member.stragglers.step(words.iter().map(|word| word.pace));
     let last = last || words.iter().any(|word| word.stop);
     let wishes: Vec<_> = words.iter().map(|word| word.wish).collect();
     let decision = member.cadence.decide(step, last, &wishes);

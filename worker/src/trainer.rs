@@ -21,6 +21,7 @@ use crate::generation::{Finished, Member, Observer, Trainer, train};
 use crate::load::{LoadError, Start, gather_parameters, load_shard, scalar_state};
 use crate::machine::cadence::Tier;
 use crate::machine::session::{Identity, Input};
+use crate::machine::stragglers::{Straggler, Stragglers};
 use crate::session::{Control, News};
 use crate::slots::SlotError;
 use crate::state::ShardState;
@@ -269,7 +270,8 @@ impl Place {
         })
     }
 
-    fn report(&self, done: &Finished) -> wire::StepReport {
+    fn report(&self, done: &Finished, stragglers: &Stragglers) -> wire::StepReport {
+        let straggler = |of: Straggler| wire::Straggler { rank: of.rank.get(), ratio: f64::from(of.ratio) };
         wire::StepReport {
             job: self.membership.job.to_string(),
             generation: self.membership.generation.get(),
@@ -278,6 +280,7 @@ impl Place {
             grad_norm: done.taken.norm,
             seconds: done.took.as_secs_f64(),
             validation_loss: done.validation,
+            stragglers: stragglers.named().take(wire::MOST_STRAGGLERS).map(straggler).collect(),
         }
     }
 }
@@ -314,7 +317,7 @@ impl Observer<CpuDevice> for Saver<'_> {
     ) -> Result<(), Failure> {
         // Before the capture, so that a checkpoint's validation loss is known when it is committed.
         if self.first {
-            (self.tell)(News::Step(self.place.report(&done)));
+            (self.tell)(News::Step(self.place.report(&done, &member.stragglers)));
         }
         let (step, decision) = (done.step, done.taken.decision);
         if let Some(tier) = decision.capture {

@@ -1,8 +1,8 @@
 //! The one small message of a step: what each rank found, gathered by all.
 //!
 //! Losses of its micro-batches, squared norms of its blocks, whether it was asked to stop, its word on the next
-//! capture, and the first number it could not use. Encoded little-endian: flags, two counts, the capture's numbers,
-//! the values, the fault's text. What a peer sends is checked: the data plane is authenticated, but a length is never
+//! capture, how fast it is, and the first number it could not use. Encoded little-endian: flags, two counts, the
+//! capture's numbers, the pace, the values, the fault's text. What a peer sends is checked: the data plane is authenticated, but a length is never
 //! believed.
 
 use crate::collective::{Collective, CollectiveError};
@@ -11,8 +11,8 @@ use crate::machine::cadence::Wish;
 
 /// The longest fault text that travels.
 const LONGEST_FAULT: usize = 1024;
-/// Flags, two counts, and the numbers of the capture.
-const HEAD: usize = 1 + 4 + 4 + 4 + 4 + 8;
+/// Flags, two counts, the numbers of the capture, and the pace.
+const HEAD: usize = 1 + 4 + 4 + 4 + 4 + 8 + 4;
 /// Flags: asked to stop, a fault, ready to capture.
 const STOP: u8 = 1;
 const FAULT: u8 = 2;
@@ -48,6 +48,8 @@ pub struct Word {
     pub stop: bool,
     /// Whether and how often it can capture.
     pub wish: Wish,
+    /// Seconds that one of its micro-batches took it, the exchange left out.
+    pub pace: f32,
     /// The first number it could not use, in words.
     pub fault: Option<String>,
     /// Loss of each of its micro-batches, in order.
@@ -90,6 +92,7 @@ impl Word {
             out.extend_from_slice(&count.to_le_bytes());
         }
         out.extend_from_slice(&self.wish.complete.to_le_bytes());
+        out.extend_from_slice(&self.pace.to_le_bytes());
         for value in self.losses.iter().chain(&self.norms) {
             out.extend_from_slice(&value.to_le_bytes());
         }
@@ -104,6 +107,7 @@ impl Word {
         let (interval, rest) = rest.split_first_chunk()?;
         let (guard, rest) = rest.split_first_chunk()?;
         let (complete, rest) = rest.split_first_chunk()?;
+        let (pace, rest) = rest.split_first_chunk()?;
         let (losses, norms) = (u32::from_le_bytes(*losses) as usize, u32::from_le_bytes(*norms) as usize);
         let length = losses.checked_add(norms)?.checked_mul(8).filter(|length| *length <= rest.len())?;
         let (values, fault) = rest.split_at(length);
@@ -120,6 +124,7 @@ impl Word {
                 guard: u32::from_le_bytes(*guard),
                 complete: u64::from_le_bytes(*complete),
             },
+            pace: f32::from_le_bytes(*pace),
             losses: values.by_ref().take(losses).collect(),
             norms: values.collect(),
             fault: (flags & FAULT != 0).then(|| String::from_utf8_lossy(fault).into_owned()),
@@ -136,7 +141,8 @@ mod tests {
     #[test]
     fn a_word_reads_back() {
         let wish = Wish { ready: true, interval: 3, guard: u32::MAX, complete: u64::MAX };
-        let mut word = Word { stop: true, wish, losses: vec![1.5, -0.0], norms: vec![f64::MAX], ..Word::default() };
+        let (losses, norms) = (vec![1.5, -0.0], vec![f64::MAX]);
+        let mut word = Word { stop: true, wish, pace: 0.25, losses, norms, ..Word::default() };
         assert_eq!(Word::decode(&word.encode()).as_ref(), Some(&word));
         let fault = GradientFault { element: 7, value: f32::INFINITY };
         word.fault(Fault::Gradient { micro_batch: 3, tensor: "lm_head.weight".into(), fault });
@@ -145,7 +151,7 @@ mod tests {
         assert_eq!(Word::decode(&word.encode()).as_ref(), Some(&word));
         assert_eq!(Word::decode(&[]), None);
         assert_eq!(Word::decode(&[0, 255, 255, 255, 255, 255, 255, 255, 255, 1]), None);
-        assert_eq!(Word::decode(&[[0; 1 + 4].as_slice(), &[255; 20], &[1]].concat()), None);
+        assert_eq!(Word::decode(&[[0; 1 + 4].as_slice(), &[255; 24], &[1]].concat()), None);
     }
 
     proptest! {

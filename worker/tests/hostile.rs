@@ -1,9 +1,10 @@
 //! What comes to a worker from its data files and from the ring's port, under attack; see the harness.
 
+#[macro_use]
 #[path = "../../checkpoint-store/tests/hostile/harness.rs"]
 mod harness;
 
-use harness::{Allowance, Counting, withstand};
+use harness::{Allowance, Counting};
 use worker::hostile;
 
 #[global_allocator]
@@ -11,21 +12,8 @@ static ALLOCATOR: Counting = Counting;
 
 const USUAL: Allowance = Allowance { fixed: 64 << 10, each: 64 };
 
-macro_rules! targets {
-    ($($name:ident)*) => {
-        $(
-            #[test]
-            fn $name() {
-                withstand(stringify!($name), hostile::$name, USUAL, 30_000);
-            }
-        )*
-
-        #[test]
-        fn none_is_forgotten() {
-            let tested = [$(stringify!($name)),*];
-            assert_eq!(tested.to_vec(), hostile::TARGETS.map(|(name, _)| name).to_vec());
-        }
-    };
+targets! {
+    dataset: USUAL, 30_000;
+    frame: USUAL, 30_000;
+    greeting: USUAL, 30_000;
 }
-
-targets! { dataset frame greeting }

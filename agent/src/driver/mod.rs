@@ -60,6 +60,8 @@ pub(crate) enum Input {
     SaveFailed(wire::SaveFailed),
     /// Another agent says what it holds, and is told whether that was taken in.
     Peer(wire::GroupState, oneshot::Sender<bool>),
+    /// Data was exchanged with another node, or could not be.
+    Probed(wire::Probed),
     /// Parity is made, or could not be.
     Encoded(Encoded),
     /// A worker's slot is filled, or could not be.
@@ -202,6 +204,8 @@ impl Driver {
                 let _ = taken.send(self.memory.peer(&state));
                 self.keep(JobName::new(state.job).ok());
             }
+            // Without a stream nobody waits for it any more.
+            Input::Probed(probed) => drop(self.send(agent_message::Body::Probed(probed))),
             Input::Encoded(encoded) => {
                 let job = encoded.job.clone();
                 self.memory.encoded(encoded);
@@ -354,6 +358,7 @@ impl Driver {
             report: Some(self.full_report()),
             snapshots: self.snapshots.clone(),
             domain: self.options.domain.clone(),
+            unix_ms: unix_ms(),
         };
         self.welcomed = false;
         self.link = Some(link);
@@ -385,6 +390,7 @@ impl Driver {
                     self.uploads.settled(&key, settled.committed, receipt);
                 }
             }
+            Some(coordinator_message::Body::Probe(probe)) => self.memory.probe(probe),
             Some(coordinator_message::Body::Refused(_)) | None => {} // the link ends the agent
         }
     }
@@ -435,4 +441,10 @@ impl Driver {
             }
         }
     }
+}
+
+/// The time of day, if it is after 1970.
+fn unix_ms() -> Option<u64> {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).ok()?;
+    u64::try_from(since.as_millis()).ok()
 }

@@ -155,6 +155,20 @@ impl Memory {
         Self { times: ParityTimes::default(), node, vault, peers, folder, budget, inputs, jobs: BTreeMap::new() }
     }
 
+    /// Exchanges data with another node, and tells the coordinator how it went.
+    pub(crate) fn probe(&self, probe: wire::Probe) {
+        let (peers, inputs) = (self.peers.clone(), self.inputs.clone());
+        tokio::spawn(async move {
+            let found = peers.exchange(&probe.address, probe.bytes).await;
+            let (bytes_per_second, failure) = match found {
+                Ok(rate) => (Some(rate), String::new()),
+                Err(status) => (None, status.message().to_string()),
+            };
+            // A closed channel is the agent's end.
+            let _ = inputs.send(Input::Probed(wire::Probed { round: probe.round, bytes_per_second, failure })).await;
+        });
+    }
+
     /// Bytes that snapshots and parity may take on this node.
     pub(crate) fn budget(&self) -> u64 {
         self.budget

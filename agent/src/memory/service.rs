@@ -13,8 +13,9 @@ use proto::wire::snapshots_server::{Snapshots, SnapshotsServer};
 use proto::wire::{self, Chunk, GroupReply, GroupState, ReadRequest, StepDescription, StepRequest};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
+use super::peers::MOST_EXCHANGE;
 use super::vault::Vault;
 use crate::driver::Input;
 use crate::{AgentError, Options};
@@ -37,6 +38,7 @@ fn job_name(name: &str) -> Result<JobName, Status> {
 
 #[tonic::async_trait]
 impl Snapshots for Service {
+    type ExchangeStream = Pin<Box<dyn Stream<Item = Result<Chunk, Status>> + Send>>;
     type ReadStream = Pin<Box<dyn Stream<Item = Result<Chunk, Status>> + Send>>;
 
     async fn sync(&self, request: Request<GroupState>) -> Result<Response<GroupReply>, Status> {
@@ -53,6 +55,18 @@ impl Snapshots for Service {
             Ok(false) => Err(Status::failed_precondition("this node is not that far; say it again")),
             Err(_) => Err(ending()),
         }
+    }
+
+    async fn exchange(&self, request: Request<Streaming<Chunk>>) -> Result<Response<Self::ExchangeStream>, Status> {
+        let mut left = MOST_EXCHANGE;
+        let back = request.into_inner().map(move |chunk| {
+            let chunk = chunk?;
+            let length = chunk.data.len() as u64;
+            let rest = left.checked_sub(length);
+            left = rest.ok_or_else(|| Status::out_of_range(format!("more than {MOST_EXCHANGE} bytes")))?;
+            Ok(chunk)
+        });
+        Ok(Response::new(Box::pin(back)))
     }
 
     async fn describe(&self, request: Request<StepRequest>) -> Result<Response<StepDescription>, Status> {

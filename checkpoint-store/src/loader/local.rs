@@ -112,7 +112,7 @@ fn one(
         let began = Instant::now();
         let come = file.read_into(piece.to, job.bytes.start, &mut memory.edges)?;
         report.read.add(began.elapsed(), length);
-        report.bytes_read += length;
+        report.bytes_read += file.asked(piece.to.len(), job.bytes.start);
         whole(loader, &job, come as u64)?;
         let (began, piece) = (Instant::now(), &job.pieces[0]);
         loader.verify(piece.state, &piece.read, piece.to)?;

@@ -8,6 +8,24 @@ use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
+/// A test for each target of a room's `hostile`, and one that none is missing.
+macro_rules! targets {
+    ($($name:ident: $allowance:expr, $rounds:expr;)*) => {
+        $(
+            #[test]
+            fn $name() {
+                $crate::harness::withstand(stringify!($name), hostile::$name, $allowance, $rounds);
+            }
+        )*
+
+        #[test]
+        fn none_is_forgotten() {
+            let tested = [$(stringify!($name)),*];
+            assert_eq!(tested.to_vec(), hostile::TARGETS.map(|(name, _)| name).to_vec());
+        }
+    };
+}
+
 /// The system's allocator, with a count of what the thread holds and the most it ever held.
 pub(crate) struct Counting;
 

@@ -3,34 +3,18 @@
 //! These are the fuzz targets of `fuzz/`, run without a fuzzer so that every change meets them. What holds for each
 //! input: no panic, memory within a bound proportional to the input, and what was accepted keeps the library's rules.
 
+#[macro_use]
 mod harness;
 mod written;
 
 use checkpoint_store::hostile;
-use harness::{Allowance, Counting, withstand};
+use harness::{Allowance, Counting};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
 /// A few kilobytes for messages and tables, and what a parsed byte may become: `{},` is three bytes and a structure.
 const USUAL: Allowance = Allowance { fixed: 64 << 10, each: 64 };
-
-macro_rules! targets {
-    ($($name:ident: $allowance:expr, $rounds:expr;)*) => {
-        $(
-            #[test]
-            fn $name() {
-                withstand(stringify!($name), hostile::$name, $allowance, $rounds);
-            }
-        )*
-
-        #[test]
-        fn none_is_forgotten() {
-            let tested = [$(stringify!($name)),*];
-            assert_eq!(tested.to_vec(), hostile::TARGETS.map(|(name, _)| name).to_vec());
-        }
-    };
-}
 
 targets! {
     capture: USUAL, 100_000;

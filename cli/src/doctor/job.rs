@@ -49,22 +49,23 @@ impl Need {
         let elements = Space::of_model(&spec.model).map_or(0, |space| space.elements());
         let world = spec.resources.workers.max.max(1);
         let ranks = world.div_ceil(nodes.max(1));
-        let shard = elements.div_ceil(u64::from(world)) * STATE;
+        let shard = elements.div_ceil(u64::from(world)).saturating_mul(STATE);
         let group = nodes.min(GROUP);
         let parities = if spec.checkpoint.memory { spec.checkpoint.parity.min(group - 1) } else { 0 };
-        let snapshot = shard * u64::from(ranks);
-        let parity = PARITIES * (snapshot * u64::from(parities)).div_ceil(u64::from(group - parities));
+        let snapshot = shard.saturating_mul(u64::from(ranks));
+        let shares = snapshot.saturating_mul(u64::from(parities)).div_ceil(u64::from(group - parities));
+        let parity = PARITIES.saturating_mul(shares);
         let sums = if spec.training.reduction == Reduction::Exact { 8 } else { 4 };
-        let slots_bytes = shard * SLOTS as u64;
+        let slots_bytes = shard.saturating_mul(SLOTS as u64);
         // An agent shares its budget out by its slots, whether they are used or not.
-        let shares = slots_bytes * u64::from(slots.max(ranks));
-        let budget = shares.max(slots_bytes * u64::from(ranks) + parity);
-        Self { ranks, slots: slots_bytes, parity, private: elements * (4 + 4 + sums), budget }
+        let shares = slots_bytes.saturating_mul(u64::from(slots.max(ranks)));
+        let budget = shares.max(slots_bytes.saturating_mul(u64::from(ranks)).saturating_add(parity));
+        Self { ranks, slots: slots_bytes, parity, private: elements.saturating_mul(4 + 4 + sums), budget }
     }
 
     /// In the memory folder.
     fn held(&self) -> u64 {
-        self.slots * u64::from(self.ranks) + self.parity
+        self.slots.saturating_mul(u64::from(self.ranks)).saturating_add(self.parity)
     }
 }
 
@@ -86,7 +87,7 @@ pub(super) fn memory(need: Option<&Need>) -> Finding {
     let Some(need) = need else {
         return Finding::ok("memory", format!("{free} available")).with(json!({"available": available}));
     };
-    let wanted = need.private * u64::from(need.ranks) + need.held();
+    let wanted = need.private.saturating_mul(u64::from(need.ranks)).saturating_add(need.held());
     let found = format!("{free} available; the job needs {} here, and its activations", size::show(wanted));
     let advice = "run on more nodes, give the machine more memory, or train a smaller model";
     let finding = match wanted {

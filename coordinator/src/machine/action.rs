@@ -10,6 +10,7 @@ use proto::spec::JobSpec;
 use proto::wire::coordinator_message::Body;
 use proto::wire::{IncidentsReply, JobStatus, NodeStatus, StepReport, SubmitMode};
 
+use super::admission::Finding;
 use super::commit::{ReceiptEntry, ReceiptName};
 use super::ledger::{Checkpoint, Entry, Ledger};
 use super::members::{Connection, Home, NodeState};
@@ -64,6 +65,15 @@ pub enum Event {
         node: NodeName,
         /// The stream.
         connection: Connection,
+    },
+    /// A pair of nodes has exchanged data, or could not.
+    Probed {
+        /// The one that began.
+        node: NodeName,
+        /// The pairing.
+        round: u64,
+        /// What came of it.
+        finding: Finding,
     },
     /// A step was finished.
     Stepped {

@@ -2,8 +2,8 @@
 //!
 //! An incident is opened where a generation is given up or told to stop, passes its stages as the job is seen to reach
 //! them, and is closed by the first step of the next generation, by another incident, or by the job's coming to rest.
-//! Only then does it become a record, so it costs the way back nothing; one that is open when the coordinator dies is
-//! not recorded.
+//! Only then does it become a record, so it costs the way back nothing; only one that another interrupts is written on
+//! the way. One that is open when the coordinator dies is not recorded.
 
 use std::collections::BTreeSet;
 use std::time::Duration;

@@ -432,6 +432,7 @@ impl Job {
             tokens_per_second: if report.seconds > 0.0 { tokens_per_step as f64 / report.seconds } else { 0.0 },
         };
         cx.publish(&self.name, event);
+        self.heed_stragglers(cx, report);
         if let Some(loss) = report.validation_loss {
             self.validated(step, loss);
             cx.publish(&self.name, JobEvent::Validation { step: report.step, loss });

@@ -91,6 +91,8 @@ pub(super) struct Live {
     pub source: String,
     /// A member's address became known after the generation was.
     pub readdressed: bool,
+    /// Who holds the others up, and by what ratio.
+    pub slow: BTreeMap<Rank, f64>,
     seen: Vec<Seen>,
     tally: Tally,
     /// What is wrong with which rank, by weight and rank: the first explains best.
@@ -120,6 +122,7 @@ impl Live {
             stop: false,
             source: String::new(),
             readdressed: false,
+            slow: BTreeMap::new(),
             seen,
             tally: Tally { addressed, ..Tally::default() },
             troubles: BTreeMap::new(),
@@ -164,6 +167,11 @@ impl Live {
     /// How many of its members run on a node.
     pub(super) fn members_on(&self, node: &NodeName) -> u32 {
         self.ranks.on(node).len() as u32
+    }
+
+    /// The node of a rank, if there is one.
+    pub(super) fn node_of(&self, rank: Rank) -> Option<&NodeName> {
+        self.membership.members.get(rank.index()).map(|member| &member.node)
     }
 
     /// Its ranks on a node, ascending.

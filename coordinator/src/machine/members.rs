@@ -81,6 +81,8 @@ pub struct Home {
     pub snapshots: String,
     /// What it may fail together with; empty: only itself.
     pub domain: String,
+    /// How far its clock is ahead of the coordinator's, in milliseconds.
+    pub skew_ms: i64,
 }
 
 /// One attached agent.

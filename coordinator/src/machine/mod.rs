@@ -6,6 +6,7 @@
 //! what comes next (level-triggered), so the order of events and lost messages do not matter.
 
 mod action;
+pub mod admission;
 mod budget;
 mod changes;
 mod commit;
@@ -26,6 +27,7 @@ mod operate;
 mod placing;
 mod ranks;
 mod schedule;
+mod slow;
 mod stored;
 #[cfg(test)]
 mod tests;
@@ -40,6 +42,7 @@ use proto::wire::coordinator_message::Body;
 use proto::wire::{JobStatus, Welcome};
 
 pub use action::{Action, Answer, Ask, Changed, Event, Operation, Outcome, Refusal, RequestId};
+use admission::Admission;
 use changes::{Look, NOBODY};
 pub use commit::{ReceiptEntry, ReceiptName};
 use context::Context;
@@ -69,6 +72,8 @@ pub struct Settings {
     pub nonce: String,
     /// What the keys of generations are derived from.
     pub secret: [u8; 32],
+    /// Whether nodes show that they can exchange data before they get work.
+    pub admission: bool,
 }
 
 /// A gap between two events, which come at least every 100 ms, that only a pause of this process explains.
@@ -79,6 +84,7 @@ const PAUSED: Duration = Duration::from_secs(2);
 pub struct Cluster {
     settings: Settings,
     members: Members,
+    admission: Admission,
     jobs: BTreeMap<JobName, Job>,
     /// The jobs in order of submission (those found in the store: of their names).
     order: Vec<JobName>,
@@ -97,6 +103,7 @@ impl Cluster {
     /// A cluster without agents and jobs.
     pub fn new(settings: Settings) -> Self {
         Self {
+            admission: Admission::new(settings.admission),
             settings,
             members: Members::default(),
             jobs: BTreeMap::new(),
@@ -118,9 +125,11 @@ impl Cluster {
         }
         self.handled = now;
         self.take_in(now, event);
-        for (_, reason) in self.members.bury(now, self.suspicion()) {
+        for (node, reason) in self.members.bury(now, self.suspicion()) {
+            self.admission.leave(&node);
             self.out.push(Action::Log { job: None, text: format!("lost: {reason}") });
         }
+        self.admission.advance(now, &self.members, &mut self.out);
         self.notice();
         self.place(now);
         let mut touched = self.advance(now);
@@ -188,7 +197,7 @@ impl Cluster {
                 if self.obeys_another(&node, state.epoch) {
                     return;
                 }
-                self.displace(&node, &incarnation);
+                self.displace(now, &node, &incarnation, &home, &state);
                 self.members.attach(now, &node, incarnation, connection, slots, home);
                 self.members.report(now, &node, connection, state);
                 self.welcome(node, connection);
@@ -200,6 +209,7 @@ impl Cluster {
                 }
             }
             Event::Detached { node, connection } => self.members.detach(now, &node, connection),
+            Event::Probed { node, round, finding } => self.admission.probed(&node, round, finding),
             Event::Stepped { job, report } => {
                 self.with(now, &job, |job, cx| job.stepped(cx, &report));
             }
@@ -234,7 +244,7 @@ impl Cluster {
     }
 
     /// Another life of a node's agent begins: the earlier one, should it still be there, is told to go.
-    fn displace(&mut self, node: &NodeName, incarnation: &str) {
+    fn displace(&mut self, now: Duration, node: &NodeName, incarnation: &str, home: &Home, state: &NodeState) {
         let before = self.members.get(node);
         if before.is_some_and(|agent| agent.incarnation == incarnation) {
             return;
@@ -244,6 +254,8 @@ impl Cluster {
             self.out.push(Action::Send { node: node.clone(), connection, body: Body::Refused(text) });
         }
         self.jobs.values_mut().for_each(|job| job.pardon(node));
+        let at_work = state.workers.iter().any(|worker| worker.place.is_some());
+        self.admission.arrive(now, node, at_work, home.skew_ms);
     }
 
     fn welcome(&mut self, node: NodeName, connection: Connection) {

@@ -2,7 +2,8 @@
 //!
 //! A drained node takes no new work. The scheduler no longer sees it, so jobs on it stop after a checkpoint and form
 //! their next generation elsewhere, or wait. It stays drained until it is undrained, also when its agent is restarted;
-//! no chain holds it, so a new coordinator does not know of it.
+//! no chain holds it, so a new coordinator does not know of it. Undraining also lets a node back that was set aside, by
+//! its admission or by jobs.
 
 use std::collections::BTreeSet;
 
@@ -11,6 +12,7 @@ use proto::wire::{NodeStatus, SetAside};
 
 use super::Cluster;
 use super::action::{Answer, Refusal};
+use super::admission::Standing;
 use super::live::Live;
 use super::members::Agent;
 
@@ -35,6 +37,10 @@ impl Cluster {
             )));
         }
         self.members.drain(node.clone(), empty);
+        if !empty {
+            self.admission.admit(node);
+            self.jobs.values_mut().for_each(|job| job.pardon(node));
+        }
         Ok(self.members.known().get(node).map(|agent| Answer::Node(Box::new(self.node_status(node, *agent)))))
     }
 
@@ -48,11 +54,19 @@ impl Cluster {
             used = used.saturating_add(has);
             jobs.extend((has > 0).then(|| job.name.to_string()));
         }
+        let standing = self.admission.standing(node);
+        let (why, rate) = match standing {
+            Some(Standing::Aside(reason)) => (reason.as_str(), None),
+            Some(Standing::Admitted(rate)) => ("", *rate),
+            Some(Standing::New) | None => ("", None),
+        };
         let drained = self.members.is_drained(node);
         let leaving = agent.is_ok_and(|agent| agent.draining);
         let state = match agent {
             Err(_) => "lost",
             Ok(agent) if agent.connection.is_none() => "detached",
+            Ok(_) if matches!(standing, Some(Standing::Aside(_))) => "aside",
+            Ok(_) if self.admission.bars(node) => "checking",
             Ok(_) if (drained || leaving) && used > 0 => "draining",
             Ok(_) if drained || leaving => "drained",
             Ok(_) => "ready",
@@ -62,7 +76,8 @@ impl Cluster {
         NodeStatus {
             node: node.to_string(),
             state: state.into(),
-            reason: agent.err().unwrap_or_default().into(),
+            reason: agent.err().unwrap_or(why).into(),
+            exchange_bytes_per_second: rate,
             slots: agent.map_or(0, |agent| agent.slots),
             used,
             domain: agent.map(|agent| agent.home.domain.clone()).unwrap_or_default(),
@@ -73,6 +88,7 @@ impl Cluster {
             set_aside: aside
                 .map(|(job, reason)| SetAside { job: job.name.to_string(), reason: reason.clone() })
                 .collect(),
+            stragglers: self.jobs.values().flat_map(|job| job.slow_ranks(Some(node))).collect(),
         }
     }
 }

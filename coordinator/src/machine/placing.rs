@@ -25,7 +25,7 @@ pub(super) struct Placed {
 impl Cluster {
     /// Schedules: gives every job its wanted workers.
     pub(super) fn place(&mut self, now: Duration) {
-        let mut anew = self.members.take_resited();
+        let mut anew = self.members.take_resited() | self.admission.take_changed();
         for job in self.jobs.values_mut() {
             let waits = job.active() && job.led && job.live.is_none() && job.want.is_empty();
             job.queued = waits.then_some(job.queued.unwrap_or(now));
@@ -42,7 +42,8 @@ impl Cluster {
             // Nodes come and go while nobody wants them.
             return;
         }
-        let sites = self.members.sites();
+        let mut sites = self.members.sites();
+        sites.retain(|node, _| !self.admission.bars(node));
         if (&self.placed.sites, &self.placed.requests) != (&sites, &requests) {
             let mut shares = schedule(&sites, &requests);
             for (name, job) in &mut self.jobs {

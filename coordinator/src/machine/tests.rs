@@ -1,5 +1,6 @@
 //! The machine driven by hand-made events in virtual time.
 
+mod admission;
 mod detection;
 mod doubting;
 mod failure;

@@ -81,6 +81,7 @@ impl Job {
             memory_step: self.memory_step(members),
             memory: self.memory_words(),
             rooms: self.rooms(members),
+            stragglers: self.slow_ranks(None),
             memory_skipped: members
                 .iter()
                 .filter_map(|(_, agent)| agent.memory.get(&self.name))

@@ -2,7 +2,7 @@
 //!
 //! Every failure meets a timeout of its own, and each must leave time to those before it, or the wrong thing is blamed:
 //! a stuck exchange noticed before the lost node that caused it would put that node into the next generation as well.
-//! So the keys form one chain, `check_chain` refuses what is out of order, and [`FaultSpec::detection`]
+//! So the keys form one chain, `check_margins` refuses what is too near, and [`FaultSpec::detection`]
 //! says what it comes to. The constants are those the coordinator works by: it takes them from here.
 
 use std::fmt;
@@ -54,29 +54,33 @@ impl FaultSpec {
         }
     }
 
-    /// Refuses timeouts that do not leave time to those before them: the later key, its value, and what would be right.
-    pub(super) fn check_chain(&self) -> Result<(), (&'static str, f64, String)> {
+    /// Refuses timeouts that are out of order: the later key, its value, and what would be right. What is stored must
+    /// be readable for ever, so this rule never becomes stricter; [`FaultSpec::check_margins`] is for what is new.
+    pub(super) fn check_order(&self) -> Result<(), Misfit> {
+        self.check_links([0.0; 4], [""; 4])
+    }
+
+    /// Refuses timeouts that do not leave time to those before them.
+    pub(super) fn check_margins(&self) -> Result<(), Misfit> {
         let (least, attribution) = (least_suspicion(), ATTRIBUTION.as_secs_f64());
-        let links = [
-            (("heartbeat", self.heartbeat), ("suspicion", self.suspicion), self.heartbeat, String::new()),
-            (
-                ("suspicion", self.suspicion),
-                ("collective", self.collective),
-                self.suspicion.max(least),
-                format!(", and than {least} s, in which no agent is lost whatever the job says"),
-            ),
-            (
-                ("collective", self.collective),
-                ("hang", self.hang),
-                self.collective + attribution,
-                format!(" by more than the {attribution} s in which the cause of a broken exchange is looked for"),
-            ),
-            (("hang", self.hang), ("restart", self.restart), self.hang, String::new()),
-        ];
-        for ((low, low_value), (high, high_value), floor, why) in links {
+        let suspicion = format!(", and than {least} s, in which no agent is lost whatever the job says");
+        let collective =
+            format!(" by more than the {attribution} s in which the cause of a broken exchange is looked for");
+        let floors = [0.0, least, self.collective + attribution, 0.0];
+        self.check_links(floors, ["", &suspicion, &collective, ""])
+    }
+
+    /// Each timeout must be above the one before it and above its own floor; `why` says what that one is.
+    fn check_links(&self, floors: [f64; 4], why: [&str; 4]) -> Result<(), Misfit> {
+        let Self { heartbeat, suspicion, collective, hang, restart, .. } = *self;
+        let keys = ["heartbeat", "suspicion", "collective", "hang", "restart"];
+        let values = [heartbeat, suspicion, collective, hang, restart];
+        for (at, (least, why)) in floors.into_iter().zip(why).enumerate() {
+            let (low, low_value, high, high_value) = (keys[at], values[at], keys[at + 1], values[at + 1]);
+            let floor = low_value.max(least);
             if high_value <= floor {
                 // The plain rule explains most mistakes; the margin is told where it is what was violated.
-                let why = if high_value <= low_value { "" } else { &why };
+                let why = if high_value <= low_value { "" } else { why };
                 let wanted = format!(
                     "greater than fault.{low} = {low_value} s{why}: above {floor} s (heartbeat < suspicion < \
                      collective < hang < restart)"
@@ -87,6 +91,9 @@ impl FaultSpec {
         Ok(())
     }
 }
+
+/// A timeout's key, its value in seconds, and what would be right.
+pub(super) type Misfit = (&'static str, f64, String);
 
 /// The shortest silence after which an agent is ever lost, in seconds.
 fn least_suspicion() -> f64 {
@@ -113,18 +120,19 @@ mod tests {
 
     fn chain(values: [f64; 5]) -> FaultSpec {
         let [heartbeat, suspicion, collective, hang, restart] = values;
-        FaultSpec { heartbeat, suspicion, collective, hang, restart, grace: 30.0, restarts_without_progress: 5 }
+        let (grace, restarts_without_progress, straggler) = (30.0, 5, 1.5);
+        FaultSpec { restarts_without_progress, heartbeat, suspicion, collective, hang, restart, grace, straggler }
     }
 
     fn refusal(values: [f64; 5]) -> String {
-        let (key, value, wanted) = chain(values).check_chain().expect_err("out of order");
+        let (key, value, wanted) = chain(values).check_margins().expect_err("out of order");
         format!("fault.{key} is {value} s, but must be {wanted}")
     }
 
     #[test]
     fn the_defaults_come_to_what_is_documented() {
         let fault = chain([1.0, 5.0, 30.0, 120.0, 300.0]);
-        fault.check_chain().unwrap();
+        fault.check_margins().unwrap();
         let Detection { worker_exit, lost_node, broken_exchange, no_progress, not_formed } = fault.detection();
         let near = |found: f64, expected: f64| assert!((found - expected).abs() < 1e-9, "{found} is not {expected}");
         near(worker_exit, 1.1);
@@ -154,6 +162,14 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_is_stored_need_only_be_in_order() {
+        let tight = chain([0.1, 0.2, 0.3, 0.4, 0.5]);
+        tight.check_order().unwrap();
+        tight.check_margins().unwrap_err();
+        chain([0.1, 0.2, 0.2, 0.4, 0.5]).check_order().unwrap_err();
+    }
+
     proptest! {
         #[test]
         fn what_comes_later_in_a_valid_chain_is_noticed_later(values in prop::array::uniform5(0.01f64..400.0)) {
@@ -161,7 +177,7 @@ mod tests {
             let mut values = values;
             values.sort_by(f64::total_cmp);
             let fault = chain(values);
-            if fault.check_chain().is_ok() {
+            if fault.check_margins().is_ok() {
                 let d = fault.detection();
                 let times = [d.worker_exit, d.lost_node, d.broken_exchange, d.no_progress, d.not_formed];
                 prop_assert!(times.windows(2).all(|pair| pair[0] < pair[1]), "{times:?} of {values:?}");

@@ -38,6 +38,8 @@ const PRIORITIES: (i64, i64) = (-1000, 1000);
 const MOST_SPARES: u64 = 4096;
 /// The smallest and largest time of `[fault]`, in seconds.
 const SECONDS: (f64, f64) = (0.01, 86_400.0);
+/// What `fault.straggler` can be.
+const STRAGGLER: (f64, f64) = (1.05, 1e6);
 
 /// Everything that defines a job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -287,6 +289,14 @@ pub struct FaultSpec {
     pub restart: f64,
     /// Time to save and stop after an interrupt.
     pub grace: f64,
+    /// Above so many times the median time for a micro-batch a rank is slow; persistently so, it is named.
+    #[serde(default = "straggler")]
+    pub straggler: f64,
+}
+
+/// The default of [`FaultSpec::straggler`].
+pub(crate) fn straggler() -> f64 {
+    1.5
 }
 
 /// One `--set key=value`: the dotted key and the value's TOML text.

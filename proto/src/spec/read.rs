@@ -9,7 +9,7 @@ use super::reader::{BELOW_ONE, NOT_NEGATIVE, POSITIVE, Reader, SpecError, set_pl
 use super::{
     Architecture, BestOrder, CheckpointSpec, DataSpec, DeviceKind, FaultSpec, JobSpec, MOST_SEED, MOST_SPARES,
     MOST_THREADS, ModelSpec, OptimizerKind, OptimizerSpec, Overrides, PRESETS, PRIORITIES, Reduction, ResourcesSpec,
-    SECONDS, SPEC_FORMAT, ScheduleKind, ScheduleSpec, TrainingSpec, VALIDATION_LOSS, Workers,
+    SECONDS, SPEC_FORMAT, STRAGGLER, ScheduleKind, ScheduleSpec, TrainingSpec, VALIDATION_LOSS, Workers,
 };
 use crate::ids::JobName;
 
@@ -64,7 +64,7 @@ impl JobSpec {
             fault: fault(in_fault)?,
             training,
         };
-        spec.validate(place)?;
+        spec.validate_new(place)?;
         Ok(spec)
     }
 }
@@ -334,8 +334,10 @@ fn resources(mut r: Reader) -> Result<ResourcesSpec, SpecError> {
 }
 
 fn fault(mut r: Reader) -> Result<FaultSpec, SpecError> {
+    let straggler = r.number("straggler", STRAGGLER, super::straggler())?;
     let mut seconds = |key, default| r.number(key, SECONDS, default);
     let spec = FaultSpec {
+        straggler,
         heartbeat: seconds("heartbeat", 1.0)?,
         suspicion: seconds("suspicion", 5.0)?,
         collective: seconds("collective", 30.0)?,

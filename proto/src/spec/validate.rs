@@ -4,12 +4,13 @@
 //! range the reader has is repeated here, and only then come the rules that span several keys: what they divide by is
 //! known not to be zero, and what they multiply is small.
 
+use super::detect::Misfit;
 use super::read::scheme;
 use super::reader::{
     BELOW_ONE, MOST, NOT_NEGATIVE, POSITIVE, SpecError, is_within, number_wanted, signed_wanted, whole_wanted,
 };
 use super::{
-    DataSpec, DeviceKind, JobSpec, MOST_SEED, MOST_SPARES, MOST_THREADS, ModelSpec, PRIORITIES, SECONDS,
+    DataSpec, DeviceKind, JobSpec, MOST_SEED, MOST_SPARES, MOST_THREADS, ModelSpec, PRIORITIES, SECONDS, STRAGGLER,
     VALIDATION_LOSS,
 };
 
@@ -19,7 +20,14 @@ const MOST_MICRO_BATCHES: usize = 1 << 20;
 const MOST_PARITY: u64 = 7;
 
 impl JobSpec {
-    /// Checks a complete spec, whether it came from a job file or from the wire.
+    /// Checks a spec that is asked for now, from a job file or from the wire: what [`JobSpec::validate`] does, and that
+    /// its timeouts leave time to one another.
+    pub fn validate_new(&self, place: &str) -> Result<(), SpecError> {
+        self.validate(place)?;
+        timeouts(place, self.fault.check_margins())
+    }
+
+    /// Checks a complete spec, wherever it came from. A stored one that was taken once must be taken for ever.
     pub fn validate(&self, place: &str) -> Result<(), SpecError> {
         let refuse = |key: &str, found: String, wanted: String| {
             Err(SpecError::Value { place: place.into(), key: key.into(), found, wanted })
@@ -53,7 +61,7 @@ impl JobSpec {
             );
         }
         self.validate_keeping(place)?;
-        self.validate_timeouts(place)
+        timeouts(place, self.fault.check_order())
     }
 
     /// Keeping the best needs something to tell it by.
@@ -125,6 +133,7 @@ impl JobSpec {
             ("fault.hang", f.hang, SECONDS),
             ("fault.restart", f.restart, SECONDS),
             ("fault.grace", f.grace, SECONDS),
+            ("fault.straggler", f.straggler, STRAGGLER),
         ];
         check_numbers(place, &ranges)
     }
@@ -173,15 +182,16 @@ impl JobSpec {
         }
         Ok(())
     }
+}
 
-    fn validate_timeouts(&self, place: &str) -> Result<(), SpecError> {
-        self.fault.check_chain().map_err(|(key, found, wanted)| SpecError::Value {
-            place: place.into(),
-            key: format!("fault.{key}"),
-            found: format!("{found} s"),
-            wanted,
-        })
-    }
+/// The refusal of a timeout that does not fit.
+fn timeouts(place: &str, checked: Result<(), Misfit>) -> Result<(), SpecError> {
+    checked.map_err(|(key, found, wanted)| SpecError::Value {
+        place: place.into(),
+        key: format!("fault.{key}"),
+        found: format!("{found} s"),
+        wanted,
+    })
 }
 
 impl DataSpec {

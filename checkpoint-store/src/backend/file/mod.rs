@@ -196,6 +196,11 @@ impl LargeFile<'_> {
         self.opened.suits(to, offset)
     }
 
+    /// Bytes that a read of `length` from `offset` asks the file for.
+    pub(crate) fn asked(&self, length: usize, offset: u64) -> u64 {
+        self.opened.asked(length, offset)
+    }
+
     /// Fills `to` from `offset` on; fewer bytes if the file ends before. Returns how many. `edges` has [`EDGES`] bytes.
     pub(crate) fn read_into(&self, to: &mut [u8], offset: u64, edges: &mut AlignedBuffer) -> Result<usize, StoreError> {
         let failed = |errno| Failure { what: self.what.clone(), errno: Some(errno), source: None };

@@ -76,6 +76,17 @@ impl<'a> Opened<'a> {
         Ok(done + fill(&self.file, &mut to[done..], offset + done as u64)?)
     }
 
+    /// Bytes that a read of `length` from `offset` asks the file for: whole pages, where it goes past the cache.
+    pub(super) fn asked(&self, length: usize, offset: u64) -> u64 {
+        let (start, end) = (offset, offset.saturating_add(length as u64).min(self.size));
+        let past_cache = self.allowed.load(Ordering::Relaxed) && self.is_cold.load(Ordering::Relaxed);
+        if self.direct.is_none() || !past_cache {
+            return end.saturating_sub(start);
+        }
+        let page = PAGE as u64;
+        end.next_multiple_of(page).saturating_sub(start / page * page)
+    }
+
     /// Whether the page cache holds the first page of a range; it is read into `to`.
     fn is_cached(&self, to: &mut [u8], offset: u64) -> bool {
         let page = to.len().min(PAGE);

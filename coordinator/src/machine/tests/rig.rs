@@ -47,6 +47,7 @@ pub(super) fn settings() -> Settings {
         nonce_path: "leader/nonce".into(),
         nonce: "n".into(),
         secret: [7; 32],
+        admission: false,
     }
 }
 
@@ -166,7 +167,7 @@ impl Rig {
             Body::Settled(settled) => {
                 self.settled.push((settled.generation, settled.step, settled.rank, settled.committed));
             }
-            Body::Welcome(_) | Body::Refused(_) => {}
+            Body::Welcome(_) | Body::Refused(_) | Body::Probe(_) => {}
         }
     }
 
@@ -199,7 +200,7 @@ impl Rig {
         let fake = &self.nodes[&node(name)];
         let (connection, incarnation, slots) = (fake.connection, fake.incarnation.clone(), fake.slots);
         let state = NodeState { workers: fake.workers.clone(), ..NodeState::default() };
-        let home = Home { snapshots: format!("{name}:{port}"), domain: String::new() };
+        let home = Home { snapshots: format!("{name}:{port}"), domain: String::new(), skew_ms: 0 };
         self.handle(Event::Attached { node: node(name), incarnation, connection, slots, home, state });
     }
 
