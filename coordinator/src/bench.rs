@@ -118,7 +118,7 @@ impl Simulation {
                 domain: format!("rack-{:03}", at / 64),
                 unix_ms: None,
             };
-            let hello = check::hello(&hello, 0)?;
+            let hello = check::hello(&hello, None)?;
             let state = check::report(NodeReport::default())?;
             let (connection, slots) = (agent.connection, hello.slots);
             let (node, incarnation, home) = (hello.node, hello.incarnation, hello.home);

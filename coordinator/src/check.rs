@@ -40,8 +40,8 @@ pub(crate) struct Hello {
     pub(crate) home: Home,
 }
 
-/// Checks a hello that came at `now`, in milliseconds of the Unix epoch.
-pub(crate) fn hello(hello: &AgentHello, now: u64) -> Result<Hello, Fault> {
+/// Checks a hello that came at `now`, in milliseconds of the Unix epoch, if that is known.
+pub(crate) fn hello(hello: &AgentHello, now: Option<u64>) -> Result<Hello, Fault> {
     if hello.build != BUILD {
         let theirs: String = hello.build.chars().take(40).collect();
         return Err(format!(
@@ -58,8 +58,8 @@ pub(crate) fn hello(hello: &AgentHello, now: u64) -> Result<Hello, Fault> {
     if snapshots.parse::<std::net::SocketAddr>().is_err() {
         return Err(format!("{:?} is no address where snapshots could be read", text(&snapshots)));
     }
-    let skew_ms =
-        hello.unix_ms.map_or(0, |theirs| i64::try_from(i128::from(theirs) - i128::from(now)).unwrap_or(i64::MAX));
+    let skew = |(theirs, ours)| i64::try_from(i128::from(theirs) - i128::from(ours)).unwrap_or(i64::MAX);
+    let skew_ms = hello.unix_ms.zip(now).map_or(0, skew);
     let home = Home { snapshots, domain: hello.domain.clone(), skew_ms };
     Ok(Hello { node, incarnation: hello.incarnation.clone(), slots: hello.slots, home })
 }
@@ -349,12 +349,13 @@ mod tests {
             snapshots: snapshots.clone(),
             ..Default::default()
         };
-        assert!(super::hello(&AgentHello { snapshots: "x".into(), ..hello(BUILD, 1) }, 0).is_err());
-        assert!(super::hello(&hello(BUILD, 1), 0).is_ok());
-        assert!(super::hello(&hello("0.0.0", 1), 0).unwrap_err().contains("same version"));
-        assert!(super::hello(&hello(BUILD, 0), 0).is_err());
-        let skew =
-            |theirs| super::hello(&AgentHello { unix_ms: theirs, ..hello(BUILD, 1) }, 5_000).unwrap().home.skew_ms;
+        assert!(super::hello(&AgentHello { snapshots: "x".into(), ..hello(BUILD, 1) }, None).is_err());
+        assert!(super::hello(&hello(BUILD, 1), None).is_ok());
+        assert!(super::hello(&hello("0.0.0", 1), None).unwrap_err().contains("same version"));
+        assert!(super::hello(&hello(BUILD, 0), None).is_err());
+        let skew = |theirs| {
+            super::hello(&AgentHello { unix_ms: theirs, ..hello(BUILD, 1) }, Some(5_000)).unwrap().home.skew_ms
+        };
         assert_eq!((skew(Some(3_000)), skew(None), skew(Some(u64::MAX))), (-2_000, 0, i64::MAX));
     }
 }

@@ -68,7 +68,8 @@ impl Cluster for Edge {
             return Err(Status::invalid_argument("the first message must be hello"));
         };
         let (sender, receiver) = mpsc::channel(WAITING);
-        let hello = match check::hello(&message, unix_ms()).and_then(|hello| check::identity(hello, identity.as_ref()))
+        let hello = match check::hello(&message, proto::date::unix_ms())
+            .and_then(|hello| check::identity(hello, identity.as_ref()))
         {
             Ok(hello) => hello,
             Err(fault) => {
@@ -95,12 +96,6 @@ impl Cluster for Edge {
         tokio::spawn(listen(self.inputs.clone(), node, connection, stream, outbox, closed));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
-}
-
-/// The time of day; zero on a machine whose clock is before 1970.
-fn unix_ms() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Feeds one agent's messages to the driver until its stream ends or breaks the rules.

@@ -6,6 +6,7 @@
 //! connections, and `wire` the generated gRPC messages.
 
 pub mod auth;
+pub mod date;
 pub mod event;
 pub mod ids;
 pub mod incident;

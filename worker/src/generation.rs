@@ -172,6 +172,22 @@ impl<D: HostDevice> Member<D> {
     }
 }
 
+/// A stretch of work, for measuring how fast a rank is.
+#[derive(Debug, Clone, Copy)]
+pub struct Lap(Instant);
+
+impl Lap {
+    /// It begins now.
+    pub fn begin() -> Self {
+        Self(Instant::now())
+    }
+
+    /// Seconds that each of so many units of it took.
+    pub fn per(self, units: usize) -> f32 {
+        self.0.elapsed().as_secs_f32() / units.max(1) as f32
+    }
+}
+
 /// A finished step, for whoever watches.
 #[derive(Debug, Clone, Copy)]
 pub struct Finished {

@@ -6,14 +6,13 @@
 //! is computed from the same gathered values in the same order.
 
 use std::ops::Range;
-use std::time::Instant;
 
 use proto::spec::JobSpec;
 
 use crate::collective::CollectiveError;
 use crate::device::DeviceError;
 use crate::feed::FeedError;
-use crate::generation::{HostDevice, Member, Trainer};
+use crate::generation::{HostDevice, Lap, Member, Trainer};
 use crate::machine::cadence::Decision;
 use crate::model::ModelError;
 use crate::optimizer::{ShardUpdate, clip_scale};
@@ -75,7 +74,7 @@ pub fn take<D: HostDevice>(
 ) -> Result<Taken, StepError> {
     let mut word = Word::default();
     trainer.gradient_sum.restart();
-    let (began, own) = (Instant::now(), member.own(trainer.spec.training.micro_batches()));
+    let (lap, own) = (Lap::begin(), member.own(trainer.spec.training.micro_batches()));
     let count = own.len();
     for m in own {
         if control.is_aborted() {
@@ -92,7 +91,7 @@ pub fn take<D: HostDevice>(
             word.fault(Fault::Gradient { micro_batch: m, tensor, fault });
         }
     }
-    word.pace = began.elapsed().as_secs_f32() / count.max(1) as f32;
+    word.pace = lap.per(count);
     trainer.gradient_sum.reduce_scatter(&trainer.device, member)?;
     let block = trainer.space.block_elements() as usize;
     word.norms = vec![0.0; member.shard.len().div_ceil(block)];

@@ -358,7 +358,7 @@ impl Driver {
             report: Some(self.full_report()),
             snapshots: self.snapshots.clone(),
             domain: self.options.domain.clone(),
-            unix_ms: unix_ms(),
+            unix_ms: proto::date::unix_ms(),
         };
         self.welcomed = false;
         self.link = Some(link);
@@ -441,10 +441,4 @@ impl Driver {
             }
         }
     }
-}
-
-/// The time of day, if it is after 1970.
-fn unix_ms() -> Option<u64> {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).ok()?;
-    u64::try_from(since.as_millis()).ok()
 }
