@@ -6,6 +6,7 @@
 use serde_json::Value;
 use tests::job::Job;
 use tests::nodes::nodes;
+use tests::process;
 use tests::run::{Outcome, Run};
 
 /// Long enough to be killed in the middle, and a snapshot at every step.
@@ -129,4 +130,24 @@ fn what_may_be_lost_and_what_it_takes_is_shown() {
         rooms.iter().all(|room| room["used"].as_u64() > Some(0) && room["used"].as_u64() < room["budget"].as_u64())
     );
     watch.finish().digest();
+}
+
+#[test]
+fn what_an_agent_takes_over_makes_up_for_a_node_lost_with_it() {
+    let expected = expected();
+    let job = job(&[UNSTORED]);
+    let (mut nodes, mut watch) = nodes(&job, 2, &[]);
+    watch.wait_for("generation", |event| event["world_size"] == 2);
+    watch.wait_for_step(KILL_AT);
+    let (first, second) = (nodes.agents.remove(0), nodes.agents.remove(0));
+    process::signal(first.id(), "KILL");
+    second.kill();
+    first.kill();
+    // It finds its own snapshots, the other's parity, and what the other has said of both.
+    nodes.agents.push(nodes.cluster.agent_with("n0", 1));
+    let outcome = watch.finish();
+    assert_eq!(outcome.digest(), expected);
+    let (step, source) = recovered(&outcome);
+    assert_eq!(source, "parity", "{:?}", outcome.events);
+    assert!(step >= AT_LEAST, "went on from {step}");
 }

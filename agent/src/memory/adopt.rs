@@ -1,6 +1,7 @@
 //! What an earlier life of this agent left in its folder: snapshots and parity that may be all a job has of a step.
 //!
-//! Beside each snapshot's slot lies its capture, beside each parity its group, written when they were whole. An agent
+//! Beside each snapshot's slot lies its capture, beside each parity its group and what the group's other members have
+//! said of the step, written when they were whole. An agent
 //! that starts takes the folder of a dead one of its own node, proves each snapshot by its hashes, and holds it as if
 //! it had captured it itself. What does not prove is dropped: a slot may have been written to again.
 
@@ -13,6 +14,7 @@ use bytes::Bytes;
 use checkpoint_store::parity::MAX_GROUP;
 use checkpoint_store::{Capture, Dtype, hash_blocks};
 use memmap2::Mmap;
+use prost::Message;
 use proto::ids::{JobName, NodeName, WorkerId};
 use proto::wire;
 use serde::{Deserialize, Serialize};
@@ -46,17 +48,21 @@ pub(crate) fn unnote(slots: &Path, slot: u32) {
     let _ = std::fs::remove_file(slots.join(format!("slot-{slot}.json")));
 }
 
-/// Notes the group of a step's parity beside its files.
+/// Notes the group of a step's parity beside its files, and the captures of its other members, by which a shard
+/// restored from the parity is proved.
 pub(super) fn note_parity(
     folder: &Path,
     job: &JobName,
     key: StepKey,
     group: &wire::ParityGroup,
+    captures: Vec<Vec<u8>>,
 ) -> std::io::Result<()> {
     let member = |member: &wire::GroupMember| (member.node.clone(), member.snapshots.clone(), member.ranks.clone());
     let members = group.members.iter().map(member).collect();
     let note = ParityNote { job: job.clone(), generation: key.0, step: key.1, parities: group.parities, members };
     let json = serde_json::to_vec(&note).map_err(std::io::Error::other)?;
+    // The note comes last: whoever finds it finds all.
+    std::fs::write(encode::descriptions(folder, job, key), wire::StepDescription { captures }.encode_to_vec())?;
     std::fs::write(encode::note(folder, job, key), json)
 }
 
@@ -73,6 +79,18 @@ pub(super) fn parity_note(bytes: &[u8]) -> Option<(JobName, StepKey, wire::Parit
         return None;
     }
     Some((note.job, (note.generation, note.step), wire::ParityGroup { members, parities: note.parities }))
+}
+
+/// Reads the captures of a step's members back; those that are none of this step's are left out.
+pub(super) fn descriptions(bytes: &[u8], job: &JobName, key: StepKey) -> Vec<(u32, Described)> {
+    let captures = wire::StepDescription::decode(bytes).map(|of| of.captures).unwrap_or_default();
+    let of_step = |json: Vec<u8>| {
+        let capture = Capture::from_json(&json).ok()?;
+        let named = (&capture.job, (capture.generation.get(), capture.scalar.step.get()));
+        let rank = capture.rank.get();
+        (named == (job, key)).then(|| (rank, Described { capture: Arc::new(capture), json: json.into() }))
+    };
+    captures.into_iter().filter_map(of_step).collect()
 }
 
 fn read_note(path: &Path) -> Option<Vec<u8>> {
@@ -153,6 +171,11 @@ impl Memory {
                 let _ = std::fs::rename(&from, encode::file(&self.folder, &job, key, stripe));
             }
         }
+        let said = encode::descriptions(folder, &job, key);
+        for (rank, described) in descriptions(&read_note(&said).unwrap_or_default(), &job, key) {
+            self.vault.describe(&job, key, rank, described);
+        }
+        let _ = std::fs::rename(said, encode::descriptions(&self.folder, &job, key));
         let _ = std::fs::rename(path, encode::note(&self.folder, &job, key));
         of.parity_groups.insert(key, group);
         Some(())

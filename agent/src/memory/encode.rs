@@ -115,10 +115,16 @@ pub(super) fn note(folder: &Path, job: &JobName, key: StepKey) -> PathBuf {
     folder.join(format!("parity-{job}-{}-{}.json", key.0, key.1))
 }
 
+/// What the other members have said of a step, beside its parity.
+pub(super) fn descriptions(folder: &Path, job: &JobName, key: StepKey) -> PathBuf {
+    note(folder, job, key).with_extension("descriptions")
+}
+
 /// Removes the files of a step's parity; mappings of them keep their bytes.
 pub(super) fn remove(folder: &Path, job: &JobName, key: StepKey) {
     // Those that are not there, this node does not hold.
     let _ = std::fs::remove_file(note(folder, job, key));
+    let _ = std::fs::remove_file(descriptions(folder, job, key));
     for stripe in 0..MAX_GROUP {
         let _ = std::fs::remove_file(file(folder, job, key, stripe));
     }

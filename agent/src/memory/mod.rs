@@ -299,10 +299,12 @@ impl Memory {
         match made {
             Ok((stripes, seconds)) => {
                 let mine = of.group.members.iter().find(|member| member.node == self.node);
-                let ranks = mine.map_or(1, |member| member.ranks.len());
-                of.seconds = seconds / ranks.max(1) as f64;
+                let ranks = mine.map_or(&[][..], |member| &member.ranks);
+                of.seconds = seconds / ranks.len().max(1) as f64;
+                let said = self.vault.captures(&job, key).into_iter().filter(|(rank, _)| !ranks.contains(rank));
+                let said = said.map(|(_, described)| described.json.to_vec()).collect();
                 of.parity_groups.insert(key, of.group.clone());
-                if let Err(error) = adopt::note_parity(&self.folder, &job, key, &of.group) {
+                if let Err(error) = adopt::note_parity(&self.folder, &job, key, &of.group, said) {
                     tracing::warn!(%job, step = key.1, %error, "parity would not survive this agent");
                 }
                 for (stripe, bytes) in stripes {
