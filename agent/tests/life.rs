@@ -111,7 +111,8 @@ impl Coordinator {
 
     async fn desire(&self, spec: &proto::spec::JobSpec, workers: u32, fenced: u64, run: Option<wire::Announcement>) {
         let (job, spec) = (spec.name.to_string(), serde_json::to_vec(spec).unwrap());
-        self.say(coordinator_message::Body::Desired(wire::Desired { job, spec, workers, fenced, run })).await;
+        self.say(coordinator_message::Body::Desired(wire::Desired { job, spec, workers, fenced, run, keep: false }))
+            .await;
     }
 }
 

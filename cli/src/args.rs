@@ -173,7 +173,8 @@ pub(crate) struct CoordinatorArgs {
     /// Give nodes work at once, without having them exchange data with one another first.
     #[arg(long)]
     pub(crate) no_admission: bool,
-    /// Answer Prometheus scrapers at this address, under /metrics: HTTP on loopback, else HTTPS for certificates of --tls.
+    /// Answer Prometheus scrapers at this address, under /metrics: HTTP on loopback, else HTTPS for holders of a
+    /// certificate of the cluster.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) metrics: Option<SocketAddr>,
     /// Lead this one job of the store and leave others as they are.

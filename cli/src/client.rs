@@ -91,7 +91,7 @@ pub(crate) fn explain(status: Status, address: &str) -> Failure {
         Some(Refused::Unreachable(_)) | None => {}
     }
     // What HTTP/2 makes of an answer in TLS.
-    if status.code() == Code::Internal && std::error::Error::source(&status).is_some() {
+    if matches!(status.code(), Code::Internal | Code::Cancelled) && std::error::Error::source(&status).is_some() {
         let cause = status.message();
         return Failure::job(format!(
             "the coordinator at {address} does not answer as it should ({cause}): if it was started with --tls, use \

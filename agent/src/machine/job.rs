@@ -102,9 +102,9 @@ impl Job {
         Duration::try_from_secs_f64(seconds).ok()
     }
 
-    /// Nothing is wanted and nothing is left.
+    /// Nothing is wanted, nothing is left, and what is held may go.
     pub(super) fn is_over(&self) -> bool {
-        self.desired.workers == 0 && self.live.is_empty()
+        self.desired.workers == 0 && !self.desired.keep && self.live.is_empty()
     }
 
     /// Takes the coordinator's desire, or says why not.

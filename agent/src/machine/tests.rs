@@ -58,7 +58,7 @@ fn desired(workers: u32, fenced: u64, run: Option<(u64, &[u128])>) -> wire::Desi
             .collect(),
         ..Default::default()
     });
-    wire::Desired { job: "tiny".into(), spec: b"{}".to_vec(), workers, fenced, run }
+    wire::Desired { job: "tiny".into(), spec: b"{}".to_vec(), workers, fenced, run, keep: false }
 }
 
 fn spawned(actions: &[Action]) -> Vec<WorkerId> {
@@ -72,6 +72,17 @@ fn sent(actions: &[Action]) -> Vec<(WorkerId, Command)> {
         _ => None,
     };
     actions.iter().filter_map(send).collect()
+}
+
+#[test]
+fn what_is_held_of_a_job_is_forgotten_only_when_it_may_go() {
+    let mut bench = Bench::new();
+    let forgets = |actions: &[Action]| actions.iter().any(|action| matches!(action, Action::Forget(_)));
+    bench.desire(1, desired(1, 0, None));
+    bench.desire(1, wire::Desired { keep: true, ..desired(0, 1, None) });
+    assert!(!forgets(&bench.exit(1)));
+    assert!(!forgets(&bench.event(Event::Tick)));
+    assert!(forgets(&bench.desire(1, desired(0, 1, None))));
 }
 
 #[test]

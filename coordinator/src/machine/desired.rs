@@ -34,6 +34,7 @@ impl Job {
             workers: 0,
             fenced: self.ledger.generation.get(),
             run: None,
+            keep: false,
         };
         if self.ledger.end.is_some() {
             return knows.then_some(desired);
@@ -48,6 +49,7 @@ impl Job {
         if desired.workers == 0 && !knows {
             return None;
         }
+        desired.keep = desired.workers == 0 && self.needs_memory();
         if desired.workers > 0 {
             desired.spec.clone_from(&self.spec_json);
         }
@@ -55,6 +57,13 @@ impl Job {
             desired.run = Some(self.announcement(live, node, members, settings)?);
         }
         Some(desired)
+    }
+
+    /// Whether a next generation may have to start from what earlier ones left in memory: until the live one has stored
+    /// a checkpoint. Nodes without workers keep what they hold until then.
+    fn needs_memory(&self) -> bool {
+        let stored = self.ledger.newest().map(|newest| newest.generation);
+        self.live.as_ref().is_none_or(|live| stored.is_none_or(|stored| stored < live.generation()))
     }
 
     /// `None` while a member's address is not known, which only a new coordinator can meet.

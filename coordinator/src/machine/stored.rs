@@ -88,6 +88,8 @@ impl Job {
     }
 
     fn committed(&mut self, cx: &mut Context<'_>, step: Step, checkpoint: Checkpoint) {
+        // Whoever holds what nobody needs any more is told to forget it.
+        self.stale.tell = true;
         let set = self.gathering.receipts(step);
         let longest = |values: &mut dyn Iterator<Item = f64>| values.fold(0.0, f64::max);
         let seconds = longest(&mut set.iter().map(|e| e.seconds + cx.now.saturating_sub(e.arrived).as_secs_f64()));

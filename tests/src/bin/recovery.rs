@@ -1,8 +1,8 @@
 //! What losing a worker, and losing a node, costs: `cargo run --release -p tests --bin recovery [-- --peer PYTHON]`.
 //!
 //! Three nodes of one worker each run `examples/recovery.toml` on this machine. Again and again a worker is killed with
-//! SIGKILL, and later a node, that is an agent and its worker at once; the time counts from the signal to the event that
-//! all ranks of the next generation hold their state, which is the start of its first step. With `--peer` torchrun
+//! SIGKILL, and later a node, that is an agent and its worker at once; the time counts from the signal to the event
+//! that all ranks of the next generation hold their state, which is the start of its first step. With `--peer` torchrun
 //! restarts a job of the same size, on three agents of one worker each, from a checkpoint in memory.
 
 use std::path::Path;

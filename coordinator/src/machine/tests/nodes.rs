@@ -93,3 +93,21 @@ fn a_node_nobody_knows_cannot_be_drained() {
     let Err(Refusal::NotFound(text)) = drain(&mut rig, "z", true) else { panic!() };
     assert!(text.contains("known are a") && text.contains("cairn nodes"), "{text}");
 }
+
+#[test]
+fn what_a_node_holds_is_kept_until_it_cannot_be_needed() {
+    let mut rig = Rig::running("2", 2);
+    rig.attach("b", 2);
+    rig.train(5);
+    rig.snapshot(7);
+    let keeps =
+        |rig: &Rig| rig.nodes[&node("a")].desired.get(&job_name()).map(|desired| (desired.workers, desired.keep));
+    assert_eq!(keeps(&rig), Some((2, false)));
+    drain(&mut rig, "a", true).unwrap();
+    rig.pass(Duration::from_millis(300));
+    rig.train(8);
+    rig.pass(Duration::from_secs(1));
+    assert_eq!((rig.live(), keeps(&rig)), (Some((2, 2)), Some((0, true))), "it moved, and has stored nothing yet");
+    rig.train(10);
+    assert_eq!(keeps(&rig), Some((0, false)));
+}
