@@ -12,10 +12,11 @@ use checkpoint_store::error::{Kind, StoreError};
 use checkpoint_store::{
     Chain, ChainError, Change, CheckpointRef, Digest, Encoded, Event, History, Keeper, Manifest,
     Member as StoredMember, MemoryPoint as StoredPoint, Open, Policy, Reached, Receipt, Record, Space, Status, Store,
-    commit_encoded, list_jobs, note, read_spec, write_spec,
+    aside, commit_encoded, list_jobs, note, read_spec, write_spec,
 };
 use proto::ids::{Epoch, Generation, JobName, Rank, Step, WorldSize};
-use proto::spec::{JobSpec, SPEC_FORMAT, VALIDATION_LOSS};
+use proto::invariant::same_content;
+use proto::spec::{JobSpec, Reduction, SPEC_FORMAT, VALIDATION_LOSS};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
@@ -202,7 +203,11 @@ impl Journal {
             return Err(StoreError::Bug("a commit to a job without a chain".into()).into());
         };
         // Hashing the block hashes of a large model takes a while.
-        let assembled = tokio::task::spawn_blocking(move || assemble(&spec, &receipts)).await;
+        let assembled = aside({
+            let spec = spec.clone();
+            move || assemble(&spec, &receipts)
+        })
+        .await;
         let (manifest, encoded) = match assembled {
             Ok(Ok(assembled)) => assembled,
             Ok(Err(reason)) => return Ok(Outcome::Impossible(reason)),
@@ -211,7 +216,16 @@ impl Journal {
         if let Some(reason) = late(chain.history(), manifest.step, manifest.generation) {
             return Ok(Outcome::Impossible(reason));
         }
-        let id = uuid::Uuid::new_v4();
+        // One that is committed already, of any generation, has the same content: the weights are a function of the job.
+        let stands = chain.history().checkpoints.iter().filter(|saved| saved.is_good()).map(|saved| &saved.checkpoint);
+        let stands = stands.map(|saved| (saved.step, saved.digest));
+        if spec.training.reduction == Reduction::Exact
+            && let Err(violation) = same_content(stands, manifest.step, &manifest.digest)
+        {
+            tracing::error!(job = %chain.job(), %violation, "a defect: an invariant would be broken");
+            return Ok(Outcome::Impossible(violation.to_string()));
+        }
+        let id = proto::chance::uuid();
         let checkpoint = commit_encoded(chain, &manifest, encoded, self.epoch, id, &mut page.reached).await?;
         self.metrics.saved(chain.job(), &manifest.timeline);
         if let Some(loss) = validation_loss.filter(|loss| loss.is_finite()) {
