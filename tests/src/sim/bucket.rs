@@ -22,6 +22,9 @@ use tokio::sync::oneshot;
 use super::plant::Plant;
 use super::world::{Host, State, World};
 
+/// The bucket's URL, as the job and the coordinators know it.
+pub(crate) const URL: &str = "s3://simulated";
+
 /// The trait's methods return these.
 type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
 
@@ -43,8 +46,15 @@ fn failure(why: &'static str) -> Error {
 }
 
 impl Disk {
-    pub(crate) fn new(overwrites: bool) -> Self {
-        Self { memory: InMemory::new(), overwrites }
+    /// An empty bucket; `probed`: one whose atomic create was tried before.
+    pub(crate) fn new(overwrites: bool, probed: bool) -> Self {
+        let mut disk = Self { memory: InMemory::new(), overwrites };
+        if probed {
+            let passed = Bytes::from(format!("{{\"format\":1,\"atomic_create\":{URL:?}}}"));
+            let put = disk.put(&Path::from("probe/passed.json"), &passed, PutOptions::default());
+            put.expect("the memory store takes it");
+        }
+        disk
     }
 
     /// Puts an object; also says what of that name was there before.

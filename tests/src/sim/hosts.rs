@@ -21,7 +21,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep, timeout};
 use tonic::transport::Endpoint;
 
-use super::bucket::Way;
+use super::bucket::{URL, Way};
 use super::network::{COORDINATOR, Net, PORT};
 use super::oracle::job;
 use super::plant::Plant;
@@ -77,7 +77,7 @@ impl Site {
     /// A coordinator, for as long as it leads or waits to.
     pub(crate) async fn coordinator(self) {
         let options = coordinator::Options {
-            store_url: "s3://simulated".into(),
+            store_url: URL.into(),
             listen: (turmoil::lookup(self.host), PORT).into(),
             token: self.token.clone(),
             security: self.security(),

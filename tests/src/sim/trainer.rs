@@ -10,7 +10,7 @@ use proto::ids::{Generation, Rank, WorldSize};
 use proto::wire::{self, FailureKind, worker_message};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
-use worker::load::scalar_state;
+use worker::load::{Start as Load, scalar_state};
 use worker::machine::cadence::{Cadence, Measured, Tier};
 use worker::machine::session::Input;
 
@@ -82,7 +82,7 @@ pub(crate) async fn run(
     member.tell(Input::Joined { generation, step, source: source.clone(), load: vec![] }).await;
     let end = announced.stop_at.min(prepared.spec.training.steps);
     let stopped = member.train(&mut ring, step, end).await?;
-    if stopped.step == step && source == "initialised" {
+    if stopped.step == step && source != Load::STORED {
         member.capture(step, member.truth.number(step), Tier::Store).await?;
     }
     Ok(stopped)
@@ -130,7 +130,7 @@ impl Member<'_> {
             return Ok((memory.step, source));
         }
         if announced.start.is_empty() {
-            return Ok((0, "initialised".into()));
+            return Ok((0, Load::INITIALISED.into()));
         }
         let reference: CheckpointRef = serde_json::from_slice(&announced.start).map_err(transient)?;
         let store = self.start.stores.open_existing(&self.prepared.spec.checkpoint.store).map_err(of_store)?;
@@ -144,7 +144,7 @@ impl Member<'_> {
         }
         let step = reference.step.get();
         self.loaded(step, &loaded);
-        Ok((step, "store".into()))
+        Ok((step, Load::STORED.into()))
     }
 
     fn loaded(&self, step: u64, bytes: &[u8]) {
