@@ -96,7 +96,13 @@ pub(crate) struct Plan {
 impl Plan {
     pub(crate) fn new(seed: u64, cluster: Cluster) -> Self {
         let mut random = Random::new(seed, 2);
-        let count = random.below(9);
+        let focus = match random.below(4) {
+            0 => Focus::Coordinators,
+            1 => Focus::Nodes,
+            2 => Focus::Store,
+            _ => Focus::Anything,
+        };
+        let count = random.below(15);
         let calm = random.within(12_000, 26_000);
         let mut coming: Vec<Fault> = (0..count)
             .map(|_| {
@@ -104,7 +110,7 @@ impl Plan {
                 // Mostly short; some outlast every deadline.
                 let most = if random.chance(250) { 14_000 } else { 4_000 };
                 let until = (at + random.within(100, most)).min(calm);
-                let kind = draw(&mut random, &cluster);
+                let kind = draw(&mut random, &cluster, focus);
                 Fault { at: Duration::from_millis(at), until: Duration::from_millis(until), kind }
             })
             .collect();
@@ -236,26 +242,45 @@ pub(crate) fn start(sim: &mut Sim<'_>, host: Host) {
     }
 }
 
-fn draw(random: &mut Random, cluster: &Cluster) -> Kind {
+/// What a run's faults hit most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Focus {
+    Anything,
+    Coordinators,
+    Nodes,
+    Store,
+}
+
+fn draw(random: &mut Random, cluster: &Cluster, focus: Focus) -> Kind {
     fn one_of(random: &mut Random, hosts: &[Host]) -> Host {
         hosts[random.below(hosts.len() as u64) as usize]
     }
     let all: Vec<Host> = cluster.all().collect();
-    let host = one_of(random, &all);
+    let (coordinator, node) = (one_of(random, &cluster.coordinators), one_of(random, &cluster.nodes));
+    let aimed = random.chance(700);
+    let host = match focus {
+        Focus::Coordinators if aimed => coordinator,
+        Focus::Nodes if aimed => node,
+        _ => one_of(random, &all),
+    };
     let others: Vec<Host> = all.iter().copied().filter(|other| *other != host).collect();
     let other = one_of(random, &others);
-    let node = one_of(random, &cluster.nodes);
-    let coordinator = one_of(random, &cluster.coordinators);
+    if focus == Focus::Store && aimed {
+        return match random.below(4) {
+            0 => Kind::Outage(host),
+            1 => Kind::OutageForAll,
+            _ => Kind::RoughStore,
+        };
+    }
     match random.below(16) {
-        0 => Kind::Crash(coordinator),
-        1 | 2 => Kind::Crash(node),
+        0..=2 => Kind::Crash(host),
         3 => Kind::Lose(host),
         4 | 5 => Kind::CrashWorker(node),
         6 => Kind::Cut(host, other),
         7 => Kind::CutOneWay(host, other),
-        8 => Kind::Hold(host, other),
-        9 => Kind::Isolate(host),
-        10 => Kind::Isolate(coordinator),
+        8 => Kind::CutOneWay(other, host),
+        9 => Kind::Hold(host, other),
+        10 => Kind::Isolate(host),
         11 => Kind::Slow(host, other),
         12 => Kind::Jump(host),
         13 => Kind::Outage(host),

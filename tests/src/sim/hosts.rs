@@ -1,4 +1,4 @@
-//! What runs on each host: the product's coordinator, the product's agent with simulated workers, and an operator.
+//! What runs on each host: the product's coordinator, and the product's agent with simulated workers.
 //!
 //! A host's software ends when the product's process would; it is then started anew, as an init system does.
 
@@ -13,25 +13,18 @@ use coordinator::{CoordinatorError, Scope};
 use futures::FutureExt;
 use proto::auth::Token;
 use proto::ids::{JobName, NodeName, WorkerId};
-use proto::tls::{Role, Security};
+use proto::tls::Security;
 use proto::wire::coordinator_message::Body;
-use proto::wire::jobs_client::JobsClient;
 use proto::wire::{self, FailureKind};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{sleep, timeout};
-use tonic::transport::Endpoint;
+use tokio::time::sleep;
 
 use super::bucket::{URL, Way};
 use super::network::{COORDINATOR, Net, PORT};
-use super::oracle::job;
 use super::plant::Plant;
 use super::worker::{self, Start, short};
 use super::world::{Host, World};
 
-/// Between two looks of the operator at the job.
-const LOOK: Duration = Duration::from_millis(1_500);
-/// For the operator's calls.
-const CALL: Duration = Duration::from_secs(4);
 /// Starting a worker's process.
 const SPAWN: Duration = Duration::from_millis(200);
 
@@ -48,7 +41,7 @@ pub(crate) struct Site {
 }
 
 impl Site {
-    fn security(&self) -> Security {
+    pub(crate) fn security(&self) -> Security {
         Security::Within(Arc::new(Net { world: self.world.clone(), host: self.host }))
     }
 
@@ -123,51 +116,6 @@ impl Site {
         let never = || std::future::pending();
         let software = agent::run_in(options, surroundings, never(), never());
         self.live(software.map(|ended| ended.map_or_else(|error| error.to_string(), |()| "told to".into()))).await;
-    }
-
-    /// Submits the job and looks at it until it is finished.
-    pub(crate) async fn operator(self) {
-        let spec = serde_json::to_vec(&super::truth::job(self.memory)).expect("a spec is JSON");
-        let mut submitted = false;
-        loop {
-            let told = timeout(CALL, self.ask(&spec, submitted)).await;
-            match told {
-                Ok(Ok(None)) => submitted = true,
-                Ok(Ok(Some(status))) => self.told(&status),
-                // Nobody is there, or the job is not: then it is submitted again.
-                Ok(Err(status)) if status.code() == tonic::Code::NotFound => submitted = false,
-                Ok(Err(status)) if status.code() == tonic::Code::FailedPrecondition && !submitted => submitted = true,
-                Ok(Err(_)) | Err(_) => {}
-            }
-            if self.world.lock().finished {
-                return std::future::pending().await;
-            }
-            sleep(LOOK).await;
-        }
-    }
-
-    fn told(&self, status: &wire::JobStatus) {
-        let mut state = self.world.lock();
-        let told = format!("{} generation {} of {}", status.state, status.generation, status.world_size);
-        if state.told != told {
-            state.note(self.host, "status", &told);
-            state.told = told;
-        }
-        state.finished |= status.state == "finished";
-    }
-
-    async fn ask(&self, spec: &[u8], submitted: bool) -> Result<Option<wire::JobStatus>, tonic::Status> {
-        let endpoint = Endpoint::from_shared(format!("http://{COORDINATOR}:{PORT}")).expect("an address");
-        let channel = self.security().connect(&endpoint, &[Role::Coordinator]).await;
-        let channel = channel.map_err(|error| tonic::Status::unavailable(error.to_string()))?;
-        let token = self.token.clone();
-        let mut client = JobsClient::with_interceptor(channel, move |request| token.sign(request));
-        if submitted {
-            let request = wire::JobRequest { job: job().to_string() };
-            return client.status(request).await.map(|answer| Some(answer.into_inner()));
-        }
-        let request = wire::SubmitRequest { spec: spec.to_vec(), ..Default::default() };
-        client.submit(request).await.map(|_| None)
     }
 }
 
@@ -244,13 +192,15 @@ impl Witness for Watch {
         heard.epoch = message.epoch;
         self.world.count("order");
         if let Some(Body::Desired(desired)) = &mut message.body {
-            if let Some((epoch, newest)) = heard.newest.take().filter(|(epoch, _)| *epoch < message.epoch) {
-                heard.old = Some((epoch, newest));
+            let before = heard.newest.take().filter(|(epoch, _)| *epoch < message.epoch);
+            // The first order of an epoch is let through, so that the successor is known.
+            let fresh = before.is_some();
+            if fresh {
+                heard.old = before;
             }
             heard.newest = Some((message.epoch, desired.clone()));
-            if self.world.has(Plant::OldOrders)
-                && let Some((epoch, old)) = heard.old.clone()
-            {
+            let plants = self.world.has(Plant::OldOrders) && !fresh;
+            if let Some((epoch, old)) = heard.old.clone().filter(|_| plants) {
                 heard.epoch = epoch;
                 *desired = old;
             }

@@ -1,7 +1,7 @@
 //! The deterministic simulation of the control plane: the product's coordinators and agents, with simulated workers, in
 //! virtual time, on a network and a store on which everything goes wrong.
 //!
-//! `hosts` is what runs where, over turmoil's network (`network`) and the simulation's bucket (`bucket`); `worker` and
+//! `hosts` is what runs where (and `operator` who asks), over turmoil's network (`network`) and the simulation's bucket (`bucket`); `worker` and
 //! `trainer` are workers that compute what `truth` knows in advance, in a `ring`; `faults` plans what goes wrong,
 //! `oracle` holds what happens against the invariants, and `plant` has the mistakes that must be noticed. Everything
 //! runs on one thread and follows from one seed: the same seed gives the same trace, byte for byte.
@@ -10,6 +10,7 @@ mod bucket;
 mod faults;
 mod hosts;
 mod network;
+mod operator;
 mod oracle;
 mod panics;
 mod plant;
@@ -124,10 +125,11 @@ pub fn run(options: Options) -> Outcome {
             }
         });
     }
+    let nodes = cluster.nodes.clone();
     sim.host(OPERATOR, move || {
-        let site = site.clone();
+        let (site, nodes) = (site.clone(), nodes.clone());
         async move {
-            site.operator().await;
+            operator::work(site, options.seed, nodes).await;
             Ok(())
         }
     });

@@ -15,7 +15,7 @@ use worker::load::scalar_state;
 use super::random::mix;
 
 /// Updates of the whole job.
-pub(crate) const STEPS: u64 = 24;
+pub(crate) const STEPS: u64 = 30;
 /// Micro-batches of an update.
 pub(crate) const MICRO_BATCHES: u64 = 12;
 /// The states of the optimizer.
@@ -36,7 +36,7 @@ tie_word_embeddings = true
 [data]
 train = "/data/corpus"
 [training]
-steps = 24
+steps = 30
 sequence_length = 8
 global_batch = 12
 micro_batch = 1
