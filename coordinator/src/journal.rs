@@ -31,6 +31,8 @@ pub(crate) struct Journal {
     epoch: Epoch,
     /// Who leads, for the records.
     leader: String,
+    /// All the store's jobs are this leader's, those too that it finds only when it would make them.
+    all: bool,
     metrics: Metrics,
     /// The start of the monotonic time by which leases are counted.
     began: Instant,
@@ -55,8 +57,8 @@ struct Page {
 pub(crate) type Found = (JobName, Result<Ledger, String>);
 
 impl Journal {
-    pub(crate) fn new(store: Store, epoch: Epoch, leader: String, metrics: Metrics) -> Self {
-        Self { store, epoch, leader, metrics, began: Instant::now(), pages: Arc::default() }
+    pub(crate) fn new(store: Store, epoch: Epoch, (leader, all): (String, bool), metrics: Metrics) -> Self {
+        Self { store, epoch, leader, all, metrics, began: Instant::now(), pages: Arc::default() }
     }
 
     fn now(&self) -> Duration {
@@ -118,6 +120,7 @@ impl Journal {
     pub(crate) async fn perform(self, job: JobName, operation: Operation) -> Outcome {
         let page = self.page(&job);
         let mut page = page.lock().await;
+        let creates = matches!(operation, Operation::Append(Entry::Submitted { .. }));
         let done = match operation {
             Operation::Append(entry) => self.append(&mut page, &job, entry).await,
             Operation::Commit { receipts, validation_loss, .. } => {
@@ -129,11 +132,18 @@ impl Journal {
                 done => done,
             },
         };
-        done.unwrap_or_else(|error| match error.kind() {
-            Kind::Fenced => Outcome::Lost(error.to_string()),
-            Kind::Retry | Kind::Input => Outcome::Failed(error.to_string()),
-            Kind::Corrupt | Kind::Bug => Outcome::Impossible(error.to_string()),
-        })
+        drop(page);
+        match done {
+            Ok(outcome) => outcome,
+            // Nothing else leads here, so it was there all along: a leader before this one had asked for it, and the
+            // record landed when this one had read the store.
+            Err(error) if error.kind() == Kind::Fenced && creates && self.all => match self.load_job(&job).await {
+                Ok(Some(ledger)) => Outcome::Found(Box::new(ledger)),
+                Ok(None) => Outcome::Lost(error.to_string()),
+                Err(error) => sorted(error.kind(), &error),
+            },
+            Err(error) => sorted(error.kind(), &error),
+        }
     }
 
     async fn append(&self, page: &mut Page, job: &JobName, entry: Entry) -> Result<Outcome, ChainError> {
@@ -264,6 +274,15 @@ impl Journal {
         let quarantined = report.quarantined.as_ref().map(|(checkpoint, why)| (checkpoint.step, why.clone()));
         let json = serde_json::to_vec(&report).map_err(|error| StoreError::Bug(format!("a report: {error}")))?;
         Ok(Outcome::Changed(Changed { report: json, gone: gone(&before, chain.history()), quarantined }))
+    }
+}
+
+/// What a failed operation means to the machine.
+fn sorted(kind: Kind, error: &impl std::fmt::Display) -> Outcome {
+    match kind {
+        Kind::Fenced => Outcome::Lost(error.to_string()),
+        Kind::Retry | Kind::Input => Outcome::Failed(error.to_string()),
+        Kind::Corrupt | Kind::Bug => Outcome::Impossible(error.to_string()),
     }
 }
 

@@ -179,7 +179,8 @@ fn parts(
         secret: secret(&options.token),
     };
     let hub = Hub::new(epoch.get());
-    let journal = Journal::new(store.clone(), epoch, format!("{address} on {}", options.host), seen.clone());
+    let leader = (format!("{address} on {}", options.host), options.scope == Scope::All);
+    let journal = Journal::new(store.clone(), epoch, leader, seen.clone());
     let watchers = (hub.clone(), seen.clone());
     let driver = Driver::new(Cluster::new(settings), epoch.get(), journal, watchers, options.scope.clone());
     let (sender, inputs) = mpsc::channel(WAITING);
