@@ -13,7 +13,7 @@ impl Driver {
     /// Orders of this epoch were obeyed.
     pub(super) fn obeyed(&mut self, epoch: Epoch) {
         let kept = self.conduct.obeys(epoch);
-        self.account(kept);
+        account(kept);
         if let Some(witness) = &self.witness {
             witness.obeyed();
         }
@@ -28,7 +28,7 @@ impl Driver {
                 let generation = run.announcement.as_ref().map_or(0, |announcement| announcement.generation);
                 let (generation, rank) = (Generation::new(generation), Rank::new(run.rank));
                 let kept = self.conduct.acts(job, generation, rank, worker);
-                self.account(kept)
+                account(kept)
             }
             Command::Hold(generation) => {
                 self.conduct.leaves(job, worker, Generation::new(*generation));
@@ -36,12 +36,12 @@ impl Driver {
             }
         }
     }
+}
 
-    /// Logs a broken invariant; whether it holds.
-    fn account(&self, kept: Result<(), Violation>) -> bool {
-        if let Err(violation) = &kept {
-            tracing::error!(%violation, "a defect of this agent: an invariant would be broken");
-        }
-        kept.is_ok()
+/// Logs a broken invariant; whether it holds.
+fn account(kept: Result<(), Violation>) -> bool {
+    if let Err(violation) = &kept {
+        tracing::error!(%violation, "a defect of this agent: an invariant would be broken");
     }
+    kept.is_ok()
 }

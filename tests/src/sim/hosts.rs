@@ -22,6 +22,7 @@ use tokio::time::sleep;
 use super::bucket::{URL, Way};
 use super::network::{COORDINATOR, Net, PORT};
 use super::plant::Plant;
+use super::truth::Shape;
 use super::worker::{self, Start, short};
 use super::world::{Host, World};
 
@@ -36,8 +37,7 @@ pub(crate) struct Site {
     pub(crate) token: Token,
     /// For the agents' memory folders.
     pub(crate) folder: PathBuf,
-    /// Whether the job has its memory tier.
-    pub(crate) memory: bool,
+    pub(crate) shape: Shape,
 }
 
 impl Site {
@@ -108,11 +108,8 @@ impl Site {
         let workers = Workers { world: self.world.clone(), host: self.host, stores: self.stores() };
         let life = format!("{} life {}", self.host, self.world.lives(self.host) + 1);
         let witness = Watch { world: self.world.clone(), host: self.host, life, heard: Mutex::default() };
-        let surroundings = Surroundings {
-            stores: self.stores(),
-            workers: Some(Box::new(workers)),
-            witness: Some(Arc::new(witness)),
-        };
+        let surroundings =
+            Surroundings { stores: self.stores(), workers: Some(Box::new(workers)), witness: Some(Arc::new(witness)) };
         let never = || std::future::pending();
         let software = agent::run_in(options, surroundings, never(), never());
         self.live(software.map(|ended| ended.map_or_else(|error| error.to_string(), |()| "told to".into()))).await;

@@ -111,7 +111,7 @@ pub fn run(options: Options) -> Outcome {
         host: OPERATOR,
         token,
         folder: folder.path().to_path_buf(),
-        memory: random.chance(500),
+        shape: truth::Shape::draw(&mut random),
     };
     let mut sim = build(options.seed);
     let slots = random.within(1, 2) as u32;
@@ -120,7 +120,11 @@ pub fn run(options: Options) -> Outcome {
         sim.host(host, move || {
             let site = site.clone();
             async move {
-                if is_node { site.agent(slots).await } else { site.coordinator().await }
+                if is_node {
+                    site.agent(slots).await
+                } else {
+                    site.coordinator().await
+                }
                 Ok(())
             }
         });
@@ -168,9 +172,9 @@ fn drive(sim: &mut Sim<'_>, world: &World, mut plan: Plan, cluster: &Cluster, fo
         let now = sim.elapsed();
         world.lock().now = now;
         let quiet = now >= plan.calm;
-        if quiet && !world.lock().quiet {
+        if quiet && world.lock().quiet.is_none() {
             plan.calm(sim, world);
-            world.lock().quiet = true;
+            world.lock().quiet = Some(now);
         }
         plan.advance(sim, world, folder);
         for host in cluster.all().filter(|host| !plan.keeps_down(host)) {

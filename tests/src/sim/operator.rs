@@ -47,7 +47,7 @@ pub(crate) async fn work(site: Site, seed: u64, nodes: Vec<&'static str>) {
             if state.finished {
                 break;
             }
-            state.quiet
+            state.quiet.is_some()
         };
         let paused = site.world.lock().told.starts_with("paused");
         ask = match (ask, told) {
@@ -115,11 +115,13 @@ impl Site {
         let request = wire::JobRequest { job: job().to_string() };
         let status = match ask {
             Ask::Submit => {
-                let spec = serde_json::to_vec(&truth::job(self.memory)).expect("a spec is JSON");
+                let spec = serde_json::to_vec(&truth::job(self.shape)).expect("a spec is JSON");
                 client.submit(wire::SubmitRequest { spec, ..Default::default() }).await?;
                 return Ok(None);
             }
-            Ask::Drain(node, true) => return client.drain(wire::NodeRequest { node: node.clone() }).await.map(|_| None),
+            Ask::Drain(node, true) => {
+                return client.drain(wire::NodeRequest { node: node.clone() }).await.map(|_| None);
+            }
             Ask::Drain(node, false) => {
                 return client.undrain(wire::NodeRequest { node: node.clone() }).await.map(|_| None);
             }

@@ -9,15 +9,21 @@
 //!   a generation has one worker, ever; and no worker finishes a step of a generation it was told to leave;
 //! * *one content*: a step that is committed has the digest of an undisturbed run, however often it is committed, and no
 //!   object or record is ever replaced;
-//! * *progress*: when the network is quiet and there are nodes, the job finishes, with the right digest.
+//! * *progress*: when the network is quiet and there are nodes, every checkpoint that is due is stored again after a
+//!   while, and the job finishes, with the right digest.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use checkpoint_store::{Digest, Event, History, Record, layout};
 use proto::ids::{Epoch, Generation, JobName, Rank, Step, WorkerId};
 use proto::invariant::{Conduct, same_content};
+use worker::machine::cadence::Tier;
 
 use super::truth::Truth;
+
+/// Quiet time after which every checkpoint that is due is stored.
+const HEALED: Duration = Duration::from_secs(10);
 
 /// The simulated job.
 pub(crate) fn job() -> JobName {
@@ -131,7 +137,9 @@ impl Oracle {
         let (generation, rank) = (Generation::new(generation), Rank::new(rank));
         match self.members.get(&(generation, rank)) {
             None => {
-                return Err(format!("worker {worker} acts as rank {rank} of generation {generation} before the chain says so"));
+                return Err(format!(
+                    "worker {worker} acts as rank {rank} of generation {generation} before the chain says so"
+                ));
             }
             Some(member) if *member != worker => {
                 return Err(format!(
@@ -151,7 +159,20 @@ impl Oracle {
     /// What a worker has loaded is what an undisturbed run has.
     pub(crate) fn loaded(&mut self, step: u64, right: bool) -> Result<(), String> {
         self.check("one content");
-        if right { Ok(()) } else { Err(format!("what was loaded of step {step} is not the state of an undisturbed run")) }
+        if right {
+            Ok(())
+        } else {
+            Err(format!("what was loaded of step {step} is not the state of an undisturbed run"))
+        }
+    }
+
+    /// A capture found no free slot: long after all is well, one for the store must.
+    pub(crate) fn skipped(&mut self, step: u64, tier: Tier, quiet: Option<Duration>) -> Result<(), String> {
+        self.check("progress");
+        if tier == Tier::Memory || quiet.is_none_or(|quiet| quiet < HEALED) {
+            return Ok(());
+        }
+        Err(format!("no progress: long after all is well no slot is free to store step {step}"))
     }
 
     /// The job has finished, or should have.

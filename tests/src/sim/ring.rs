@@ -86,7 +86,8 @@ impl Ring {
                     before.read_exact(&mut bytes).await?;
                     Ok::<_, io::Error>(bytes)
                 };
-                let bytes = timeout(within, passed).await.map_err(|_| broken("a neighbour was silent for too long"))??;
+                let bytes =
+                    timeout(within, passed).await.map_err(|_| broken("a neighbour was silent for too long"))??;
                 let (from, heard) = unframe(&bytes);
                 if from != (of + world - 1) % world || heard.step != word.step {
                     return Err(broken(format!("a word of rank {from} and step {} came", heard.step)));

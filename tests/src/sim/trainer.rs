@@ -184,7 +184,8 @@ impl Member<'_> {
             step += 1;
             let sum = self.compute(step).await?;
             let complete = self.slots.complete(self.generation);
-            let wish = cadence.wish(self.slots.ready(), complete, Measured { step: 1.0, threads: 1, ..Measured::default() });
+            let wish =
+                cadence.wish(self.slots.ready(), complete, Measured { step: 1.0, threads: 1, ..Measured::default() });
             let stop = self.control.stop.load(Ordering::Relaxed);
             let words = ring.exchange(Word { step, sum, stop, wish }, within).await.map_err(exchange)?;
             number = truth::advance(number, words.iter().fold(0u64, |sum, word| sum.wrapping_add(word.sum)));
@@ -276,7 +277,13 @@ impl Member<'_> {
     }
 
     async fn skipped(&self, step: u64, tier: Tier) {
-        self.start.world.count("capture skipped");
+        {
+            let mut state = self.start.world.lock();
+            state.note(self.start.host, "capture skipped", format_args!("step {step} {tier:?}"));
+            let quiet = state.quiet.map(|since| state.now.saturating_sub(since));
+            let kept = state.oracle.skipped(step, tier, quiet);
+            state.hold(self.start.host, kept);
+        }
         self.say(worker_message::Body::Skipped(wire::SaveSkipped {
             job: job().to_string(),
             generation: self.generation,

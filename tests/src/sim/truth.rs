@@ -12,7 +12,7 @@ use checkpoint_store::{BlockHash, Digest, HashList, Space, StateDecl, state_dige
 use proto::spec::{JobSpec, Overrides};
 use worker::load::scalar_state;
 
-use super::random::mix;
+use super::random::{Random, mix};
 
 /// Updates of the whole job.
 pub(crate) const STEPS: u64 = 30;
@@ -59,9 +59,41 @@ grace = 5.0
 restarts_without_progress = 1000
 "#;
 
-/// The job's specification, with or without the memory tier.
-pub(crate) fn job(memory: bool) -> JobSpec {
-    let settings = [("checkpoint.memory", memory.to_string()), ("checkpoint.memory_every", u64::from(memory).to_string())];
+/// What differs between simulated jobs, none of which may show in what they compute.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shape {
+    /// Steps between snapshots in the nodes' memory; 0: no memory tier.
+    pub(crate) memory_every: u64,
+    /// Steps between stored checkpoints.
+    pub(crate) every_steps: u64,
+    /// Nodes of a parity group that may be lost at once.
+    pub(crate) parity: u64,
+    /// Fewer workers than this and the job waits.
+    pub(crate) least: u64,
+}
+
+impl Shape {
+    /// One of many.
+    pub(crate) fn draw(random: &mut Random) -> Self {
+        Self {
+            memory_every: if random.chance(650) { random.within(1, 3) } else { 0 },
+            every_steps: random.within(3, 8),
+            parity: random.within(1, 2),
+            least: random.within(1, 2),
+        }
+    }
+}
+
+/// The job's specification.
+pub(crate) fn job(shape: Shape) -> JobSpec {
+    let Shape { memory_every, every_steps, parity, least } = shape;
+    let settings = [
+        ("checkpoint.memory", (memory_every > 0).to_string()),
+        ("checkpoint.memory_every", memory_every.to_string()),
+        ("checkpoint.every_steps", every_steps.to_string()),
+        ("checkpoint.parity", parity.to_string()),
+        ("resources.workers", format!("{{ min = {least}, max = 4 }}")),
+    ];
     let overrides: Overrides = settings.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
     JobSpec::parse("the simulated job", JOB, std::path::Path::new("/"), &overrides).expect("the job file is right")
 }
@@ -101,7 +133,7 @@ impl Truth {
     }
 
     fn compute() -> Self {
-        let spec = job(false);
+        let spec = job(Shape { memory_every: 0, every_steps: 1, parity: 1, least: 1 });
         let space = Space::of_model(&spec.model).expect("the model has a space");
         let mut truth = Self { space, numbers: vec![mix(1)], digests: vec![], hashes: Mutex::default() };
         for step in 1..=STEPS {
@@ -110,9 +142,8 @@ impl Truth {
         }
         for step in 0..=STEPS {
             let blocks = 0..truth.space.blocks();
-            let hashes: Vec<_> = (0..STATES.len())
-                .map(|state| truth.hashes(truth.number(step), state, blocks.clone()))
-                .collect();
+            let hashes: Vec<_> =
+                (0..STATES.len()).map(|state| truth.hashes(truth.number(step), state, blocks.clone())).collect();
             let scalar = scalar_state(&spec, step);
             truth.digests.push(state_digest(&scalar, &truth.space, &StateDecl::adamw(), &hashes));
         }

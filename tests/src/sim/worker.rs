@@ -131,7 +131,11 @@ impl Server {
 
     async fn take(&mut self, input: Input) {
         if let Input::Prepared(_) | Input::Joined { .. } | Input::Failed { .. } = &input {
-            self.start.world.note(self.start.host, "worker", format_args!("{} {}", short(self.start.worker), told(&input)));
+            self.start.world.note(
+                self.start.host,
+                "worker",
+                format_args!("{} {}", short(self.start.worker), told(&input)),
+            );
         }
         for action in self.session.handle(input) {
             match action {
@@ -214,7 +218,9 @@ pub(crate) fn short(worker: WorkerId) -> String {
 fn told(input: &Input) -> String {
     match input {
         Input::Prepared(_) => "is ready".into(),
-        Input::Joined { generation, step, source, .. } => format!("joined generation {generation} at {step} ({source})"),
+        Input::Joined { generation, step, source, .. } => {
+            format!("joined generation {generation} at {step} ({source})")
+        }
         Input::Failed { generation, kind, reason } => {
             let generation = generation.unwrap_or(0);
             format!("failed in generation {generation}: {} {reason}", FailureKind::as_str_name(kind))

@@ -68,8 +68,8 @@ pub(crate) struct State {
     /// The job's last state that the operator was told.
     pub(crate) told: String,
     pub(crate) finished: bool,
-    /// Partitions and the like are over, and no more come.
-    pub(crate) quiet: bool,
+    /// Since when nothing is wrong, and no more faults come.
+    pub(crate) quiet: Option<Duration>,
 }
 
 impl World {
@@ -95,7 +95,7 @@ impl World {
             violation: None,
             told: String::new(),
             finished: false,
-            quiet: false,
+            quiet: None,
         })))
     }
 
