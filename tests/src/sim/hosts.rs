@@ -105,7 +105,8 @@ impl Site {
             executable: PathBuf::new(),
             ring_host,
         };
-        let workers = Workers { world: self.world.clone(), host: self.host, stores: self.stores() };
+        let pace = Duration::from_millis(self.shape.pace);
+        let workers = Workers { world: self.world.clone(), host: self.host, stores: self.stores(), pace };
         let life = format!("{} life {}", self.host, self.world.lives(self.host) + 1);
         let witness = Watch { world: self.world.clone(), host: self.host, life, heard: Mutex::default() };
         let surroundings =
@@ -128,6 +129,7 @@ struct Workers {
     world: World,
     host: Host,
     stores: Opener,
+    pace: Duration,
 }
 
 impl Launch for Workers {
@@ -138,7 +140,8 @@ impl Launch for Workers {
         state.note(self.host, "worker", format_args!("{} starts", short(worker)));
         let life = state.hosts.entry(self.host).or_default();
         life.workers.insert(worker.to_string(), crash);
-        let start = Start { world: self.world.clone(), host: self.host, worker, stores: self.stores.clone() };
+        let (world, stores) = (self.world.clone(), self.stores.clone());
+        let start = Start { world, host: self.host, worker, stores, pace: self.pace };
         let ended = async move {
             let (world, host) = (start.world.clone(), start.host);
             sleep(SPAWN).await;

@@ -23,8 +23,6 @@ use super::worker::{Control, News, Prepared, Start, short};
 
 /// The share of `fault.hang` that a restore may take.
 const PATIENCE: f64 = 0.8;
-/// Computing a micro-batch.
-const MICRO_BATCH: Duration = Duration::from_millis(40);
 
 /// How a generation ended that was told to stop, or is done.
 pub(crate) struct Stopped {
@@ -226,7 +224,7 @@ impl Member<'_> {
     async fn compute(&self, step: u64) -> Result<u64, Failure> {
         let cut = |rank: u64| truth::MICRO_BATCHES * rank / u64::from(self.world.get());
         let mine = cut(u64::from(self.rank.get()))..cut(u64::from(self.rank.get()) + 1);
-        sleep(MICRO_BATCH * (mine.end - mine.start) as u32).await;
+        sleep(self.start.pace * (mine.end - mine.start) as u32).await;
         if self.start.world.has(Plant::NeverThere) && step > 2 {
             return Err((FailureKind::Exchange, "planted".into()));
         }

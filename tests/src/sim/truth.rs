@@ -70,6 +70,8 @@ pub(crate) struct Shape {
     pub(crate) parity: u64,
     /// Fewer workers than this and the job waits.
     pub(crate) least: u64,
+    /// Milliseconds of a micro-batch.
+    pub(crate) pace: u64,
 }
 
 impl Shape {
@@ -80,13 +82,15 @@ impl Shape {
             every_steps: random.within(3, 8),
             parity: random.within(1, 2),
             least: random.within(1, 2),
+            // A few jobs go on for long after all is well.
+            pace: if random.chance(125) { 250 } else { 40 },
         }
     }
 }
 
 /// The job's specification.
 pub(crate) fn job(shape: Shape) -> JobSpec {
-    let Shape { memory_every, every_steps, parity, least } = shape;
+    let Shape { memory_every, every_steps, parity, least, .. } = shape;
     let settings = [
         ("checkpoint.memory", (memory_every > 0).to_string()),
         ("checkpoint.memory_every", memory_every.to_string()),
@@ -133,7 +137,7 @@ impl Truth {
     }
 
     fn compute() -> Self {
-        let spec = job(Shape { memory_every: 0, every_steps: 1, parity: 1, least: 1 });
+        let spec = job(Shape { memory_every: 0, every_steps: 1, parity: 1, least: 1, pace: 0 });
         let space = Space::of_model(&spec.model).expect("the model has a space");
         let mut truth = Self { space, numbers: vec![mix(1)], digests: vec![], hashes: Mutex::default() };
         for step in 1..=STEPS {

@@ -42,6 +42,8 @@ pub(crate) struct Start {
     pub(crate) host: Host,
     pub(crate) worker: WorkerId,
     pub(crate) stores: Opener,
+    /// Time of a micro-batch.
+    pub(crate) pace: Duration,
 }
 
 /// Shared by the session and the trainer for the length of one generation.
