@@ -14,11 +14,12 @@ use futures::{FutureExt, StreamExt};
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt,
-    PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
+    CopyOptions, Error, Extensions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    ObjectStoreExt, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
 use tokio::sync::oneshot;
 
+use super::oracle::Oracle;
 use super::plant::Plant;
 use super::world::{Host, State, World};
 
@@ -95,12 +96,15 @@ enum Heard {
     Nothing,
 }
 
+/// Takes effect, if it is to, and answers.
+type Act = Box<dyn FnOnce(&mut State, Fate) + Send>;
+
 /// A request under way.
 pub(crate) struct Request {
     host: Host,
     kind: &'static str,
     label: String,
-    act: Box<dyn FnOnce(&mut State, Fate) + Send>,
+    act: Act,
 }
 
 /// One host's way to the bucket.
@@ -209,7 +213,8 @@ impl ObjectStore for Way {
             let act = move |state: &mut State, _: Fate| drop(state.land(host, &path, &bytes, opts));
             let request = Request { host, kind: "late", label: String::new(), act: Box::new(act) };
             state.send(request, Duration::from_secs(2));
-            return Box::pin(async { Ok(PutResult { e_tag: None, version: None, extensions: Default::default() }) });
+            let extensions = Extensions::default();
+            return Box::pin(async { Ok(PutResult { e_tag: None, version: None, extensions }) });
         }
         let label = path.to_string();
         Box::pin(self.call("put", label, move |state| state.land(host, &path, &bytes, opts)))
@@ -318,7 +323,7 @@ impl State {
     /// A delete takes effect.
     fn remove(&mut self, host: Host, path: &Path) -> Result<()> {
         now(self.disk.memory.delete(path))?;
-        let kept = self.oracle.removed(path.as_ref());
+        let kept = Oracle::removed(path.as_ref());
         self.hold(host, kept);
         Ok(())
     }

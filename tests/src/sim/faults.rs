@@ -68,6 +68,12 @@ struct Fault {
     kind: Kind,
 }
 
+impl Fault {
+    fn lasts(&self) -> Duration {
+        self.until.saturating_sub(self.at)
+    }
+}
+
 /// The hosts that faults may hit.
 #[derive(Debug, Clone)]
 pub(crate) struct Cluster {
@@ -138,7 +144,7 @@ impl Plan {
         {
             let mut state = world.lock();
             *state.faults.entry(name).or_default() += 1;
-            let milliseconds = (fault.until - fault.at).as_millis();
+            let milliseconds = fault.lasts().as_millis();
             state.note("fault", "begins", format_args!("{:?} for {milliseconds} ms", fault.kind));
         }
         match fault.kind {
@@ -156,7 +162,7 @@ impl Plan {
                 world.lock().outages.insert(host, fault.until);
             }
             Kind::Slow(one, other) => sim.set_link_max_message_latency(one, other, Duration::from_millis(1_500)),
-            Kind::Jump(host) => world.jump(host, fault.until - fault.at),
+            Kind::Jump(host) => world.jump(host, fault.lasts()),
             Kind::Outage(host) => drop(world.lock().outages.insert(host, fault.until)),
             Kind::OutageForAll => {
                 let outages = self.cluster.all().map(|host| (host, fault.until));

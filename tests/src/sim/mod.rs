@@ -121,9 +121,9 @@ pub fn run(options: Options) -> Outcome {
             let site = site.clone();
             async move {
                 if is_node {
-                    site.agent(slots).await
+                    site.agent(slots).await;
                 } else {
-                    site.coordinator().await
+                    site.coordinator().await;
                 }
                 Ok(())
             }

@@ -68,7 +68,7 @@ pub(crate) async fn work(site: Site, seed: u64, nodes: Vec<&'static str>) {
         };
         sleep(LOOK).await;
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 /// What the operator wants while things go wrong: mostly to know.

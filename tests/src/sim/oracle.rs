@@ -64,11 +64,11 @@ impl Oracle {
         if let Some(number) = layout::record_number(&job(), path) {
             return self.record(path, number, bytes).map(Some);
         }
-        let leads = path.starts_with("leader/") && path.ends_with(".json");
-        if leads {
+        let epoch = path.strip_prefix("leader/").and_then(|name| name.strip_suffix(".json"));
+        if epoch.is_some() {
             self.check("one coordinator");
         }
-        Ok(leads.then(|| path.trim_start_matches("leader/0").trim_start_matches('0').to_string()))
+        Ok(epoch.map(|epoch| format!("epoch {} is taken", epoch.trim_start_matches('0'))))
     }
 
     fn record(&mut self, path: &str, number: u64, bytes: &[u8]) -> Result<String, String> {
@@ -117,7 +117,7 @@ impl Oracle {
     }
 
     /// An object is gone.
-    pub(crate) fn removed(&mut self, path: &str) -> Result<(), String> {
+    pub(crate) fn removed(path: &str) -> Result<(), String> {
         match layout::record_number(&job(), path) {
             Some(number) => Err(format!("record {number} was deleted")),
             None => Ok(()),

@@ -3,9 +3,16 @@
 use std::cell::RefCell;
 use std::sync::Once;
 
+/// What a thread knows of its panics.
+#[derive(Default)]
+struct Seen {
+    /// It simulates: they are the simulated processes'.
+    watched: bool,
+    first: Option<String>,
+}
+
 thread_local! {
-    /// Whether this thread simulates, and the first panic on it.
-    static SEEN: RefCell<Option<Option<String>>> = const { RefCell::new(None) };
+    static SEEN: RefCell<Seen> = RefCell::default();
 }
 
 /// Notes this thread's panics from now on instead of printing them.
@@ -16,24 +23,25 @@ pub(crate) fn watch() {
         std::panic::set_hook(Box::new(move |panic| {
             let simulates = SEEN.try_with(|seen| {
                 let Ok(mut seen) = seen.try_borrow_mut() else { return false };
-                let Some(first) = seen.as_mut() else { return false };
-                first.get_or_insert_with(|| panic.to_string());
-                true
+                if seen.watched {
+                    seen.first.get_or_insert_with(|| panic.to_string());
+                }
+                seen.watched
             });
             if !simulates.unwrap_or(false) {
                 before(panic);
             }
         }));
     });
-    SEEN.set(Some(None));
+    SEEN.set(Seen { watched: true, first: None });
 }
 
 /// The first panic since this was last asked.
 pub(crate) fn take() -> Option<String> {
-    SEEN.with_borrow_mut(|seen| seen.as_mut().and_then(Option::take))
+    SEEN.with_borrow_mut(|seen| seen.first.take())
 }
 
 /// Panics of this thread are its own again.
 pub(crate) fn ignore() {
-    SEEN.set(None);
+    SEEN.take();
 }
