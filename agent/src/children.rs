@@ -1,8 +1,8 @@
 //! The worker processes.
 //!
-//! Each is a child that a future of its own watches, ends when told, and of which it says how it ended. Output of a worker is passed on
-//! to the agent's log line by line. A child never outlives the agent's runtime (`kill_on_drop`), and should the agent
-//! be killed outright, the worker sees its socket close and exits.
+//! Each is a child that a future of its own watches and ends when told; when it has ended, that future says how. Output
+//! of a worker is passed on to the agent's log line by line. A child never outlives the agent's runtime
+//! (`kill_on_drop`), and should the agent be killed outright, the worker sees its socket close and exits.
 
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;

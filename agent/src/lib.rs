@@ -2,11 +2,11 @@
 //!
 //! It launches the node's workers, keeps their snapshots in a memory file system, uploads them to the store, and
 //! speaks for the node to the coordinator. `machine` decides (pure), `driver` performs; `launch` is how workers are
-//! started, `children` those that are processes, `socket` the Unix socket they attach to, `link` the stream to the coordinator, `uploads` the way of a
-//! snapshot into the store, `memory` what is held and shared with other agents, `folder` the place in memory,
-//! `hostile` what comes from outside. Losing
-//! the coordinator stops nothing here: workers go on, receipts and step reports wait, and the link is tried again for
-//! ever (P4). Losing the agent ends its workers: their socket closes.
+//! started, `children` those that are processes, `socket` the Unix socket they attach to, `link` the stream to the
+//! coordinator, `uploads` the way of a snapshot into the store, `memory` what is held and shared with other agents,
+//! `folder` the place in memory, `hostile` what comes from outside. Losing the coordinator stops nothing here: workers
+//! go on, receipts and step reports wait, and the link is tried again for ever (P4). Losing the agent ends its workers:
+//! their socket closes.
 
 mod children;
 mod driver;

@@ -4,7 +4,8 @@
 //!
 //! * [`space`]: a model's parameters laid end to end, cut into blocks, shared out to ranks;
 //! * [`digest`], [`scalar`]: what makes two states equal;
-//! * [`backend`], [`url`], [`opener`], [`probe`]: a place to keep bytes, with one primitive that matters, atomic put-if-absent;
+//! * [`backend`], [`url`], [`opener`], [`probe`]: a place to keep bytes, with one primitive that matters, atomic
+//!   put-if-absent;
 //! * [`record`], [`history`], [`chain`]: a job's history as a chain of such puts, and [`leader`] epochs;
 //! * [`object`], [`receipt`], [`manifest`], [`save`]: shard → object → receipt → manifest → commit record;
 //! * [`known`], [`references`]: blocks that have not changed stay where they lie; [`timeline`]: where the time went;

@@ -226,7 +226,7 @@ impl Journal {
         if let Some(reason) = late(chain.history(), manifest.step, manifest.generation) {
             return Ok(Outcome::Impossible(reason));
         }
-        // One that is committed already, of any generation, has the same content: the weights are a function of the job.
+        // One that is committed already, by any generation, has the same content: weights are a function of the job.
         let stands = chain.history().checkpoints.iter().filter(|saved| saved.is_good()).map(|saved| &saved.checkpoint);
         let stands = stands.map(|saved| (saved.step, saved.digest));
         if spec.training.reduction == Reduction::Exact

@@ -1,4 +1,4 @@
-//! The driver's part that watches the agent itself: what its machine decides is held against the invariants all the same.
+//! The driver's part that watches the agent itself: what its machine decides is held against the invariants anyway.
 //!
 //! None of this ever speaks up unless the machine has a defect. Then what would break an invariant is not done, and the
 //! log says so: a worker that misses an order is healed by time, two workers in one place are not.

@@ -1,10 +1,10 @@
 //! The deterministic simulation of the control plane: the product's coordinators and agents, with simulated workers, in
 //! virtual time, on a network and a store on which everything goes wrong.
 //!
-//! `hosts` is what runs where (and `operator` who asks), over turmoil's network (`network`) and the simulation's bucket (`bucket`); `worker` and
-//! `trainer` are workers that compute what `truth` knows in advance, in a `ring`; `faults` plans what goes wrong,
-//! `oracle` holds what happens against the invariants, and `plant` has the mistakes that must be noticed. Everything
-//! runs on one thread and follows from one seed: the same seed gives the same trace, byte for byte.
+//! `hosts` is what runs where (and `operator` who asks), over turmoil's network (`network`) and the simulation's bucket
+//! (`bucket`); `worker` and `trainer` are workers that compute what `truth` knows in advance, in a `ring`; `faults`
+//! plans what goes wrong, `oracle` holds what happens against the invariants, and `plant` has the mistakes that must be
+//! noticed. Everything runs on one thread and follows from one seed: the same seed gives the same trace, byte for byte.
 
 mod bucket;
 mod faults;

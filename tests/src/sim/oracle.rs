@@ -5,10 +5,10 @@
 //!
 //! * *one coordinator*: an epoch has one leader, a record lands only in its place and by an author who has not been
 //!   superseded, and no agent obeys an order that was written in a lower epoch than one it has obeyed;
-//! * *one live generation per rank*: a worker acts only in a generation, and as a rank, that the chain gives it; a rank of
-//!   a generation has one worker, ever; and no worker finishes a step of a generation it was told to leave;
-//! * *one content*: a step that is committed has the digest of an undisturbed run, however often it is committed, and no
-//!   object or record is ever replaced;
+//! * *one live generation per rank*: a worker acts only in a generation, and as a rank, that the chain gives it; a rank
+//!   of a generation has one worker, ever; and no worker finishes a step of a generation it was told to leave;
+//! * *one content*: a step that is committed has the digest of an undisturbed run, however often it is committed, and
+//!   no object or record is ever replaced;
 //! * *progress*: when the network is quiet and there are nodes, every checkpoint that is due is stored again after a
 //!   while, and the job finishes, with the right digest.
 
@@ -135,17 +135,10 @@ impl Oracle {
     pub(crate) fn acts(&mut self, generation: u64, rank: u32, worker: WorkerId) -> Result<(), String> {
         self.check("one live generation");
         let (generation, rank) = (Generation::new(generation), Rank::new(rank));
+        let acts = format!("worker {worker} acts as rank {rank} of generation {generation}");
         match self.members.get(&(generation, rank)) {
-            None => {
-                return Err(format!(
-                    "worker {worker} acts as rank {rank} of generation {generation} before the chain says so"
-                ));
-            }
-            Some(member) if *member != worker => {
-                return Err(format!(
-                    "worker {worker} acts as rank {rank} of generation {generation}; the chain gives that rank to {member}"
-                ));
-            }
+            None => return Err(format!("{acts} before the chain says so")),
+            Some(member) if *member != worker => return Err(format!("{acts}; the chain gives that rank to {member}")),
             Some(_) => {}
         }
         self.workers.acts(&job(), generation, rank, worker).map_err(|violation| violation.to_string())
