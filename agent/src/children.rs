@@ -1,8 +1,8 @@
 //! The worker processes.
 //!
-//! Each is a child in a task of its own, which ends it when told and says how it ended. Output of a worker is passed on
-//! to the agent's log line by line. A child never outlives the agent's runtime (`kill_on_drop`), and should the agent
-//! be killed outright, the worker sees its socket close and exits.
+//! Each is a child that a future of its own watches and ends when told; when it has ended, that future says how. Output
+//! of a worker is passed on to the agent's log line by line. A child never outlives the agent's runtime
+//! (`kill_on_drop`), and should the agent be killed outright, the worker sees its socket close and exits.
 
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
@@ -16,30 +16,29 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::driver::Input;
+use crate::launch::{Door, Launch, Launched};
 
 /// Longer output lines are cut.
 const LONGEST_LINE: u64 = 8 << 10;
 
-/// The running worker processes.
+/// Starts workers as processes.
 #[derive(Debug)]
-pub(crate) struct Children {
+pub(crate) struct Processes {
     executable: PathBuf,
-    socket: PathBuf,
-    inputs: mpsc::Sender<Input>,
-    kills: BTreeMap<WorkerId, oneshot::Sender<()>>,
 }
 
-impl Children {
-    pub(crate) fn new(executable: PathBuf, socket: PathBuf, inputs: mpsc::Sender<Input>) -> Self {
-        Self { executable, socket, inputs, kills: BTreeMap::new() }
+impl Processes {
+    pub(crate) fn of(executable: PathBuf) -> Self {
+        Self { executable }
     }
+}
 
-    /// Starts a worker process and returns its process id. Its end is reported as [`Input::Exited`].
-    pub(crate) fn spawn(&mut self, job: &JobName, worker: WorkerId) -> std::io::Result<u32> {
+impl Launch for Processes {
+    fn launch(&mut self, job: &JobName, worker: WorkerId, door: Door) -> std::io::Result<Launched> {
         let mut child = Command::new(&self.executable)
             .arg("worker")
             .arg("--agent")
-            .arg(&self.socket)
+            .arg(door.socket())
             .args(["--id", &worker.to_string(), "--job", job.as_str()])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -56,8 +55,33 @@ impl Children {
             tokio::spawn(pass_on(output, worker));
         }
         let (kill, killed) = oneshot::channel();
+        Ok(Launched { process, kill, ended: Box::pin(watch(child, killed)) })
+    }
+}
+
+/// The running workers.
+pub(crate) struct Children {
+    launch: Box<dyn Launch>,
+    door: Door,
+    inputs: mpsc::Sender<Input>,
+    kills: BTreeMap<WorkerId, oneshot::Sender<()>>,
+}
+
+impl Children {
+    pub(crate) fn new(launch: Box<dyn Launch>, door: Door, inputs: mpsc::Sender<Input>) -> Self {
+        Self { launch, door, inputs, kills: BTreeMap::new() }
+    }
+
+    /// Starts a worker and returns its process id. Its end is reported as [`Input::Exited`].
+    pub(crate) fn spawn(&mut self, job: &JobName, worker: WorkerId) -> std::io::Result<u32> {
+        let Launched { process, kill, ended } = self.launch.launch(job, worker, self.door.clone())?;
         self.kills.insert(worker, kill);
-        tokio::spawn(watch(child, killed, worker, self.inputs.clone()));
+        let inputs = self.inputs.clone();
+        tokio::spawn(async move {
+            let failure = ended.await;
+            // A closed channel means that the agent itself is ending.
+            let _ = inputs.send(Input::Exited { worker, failure }).await;
+        });
         Ok(process)
     }
 
@@ -77,8 +101,8 @@ impl Children {
     }
 }
 
-/// Waits for a child to end; kills it when the sender of `killed` is dropped.
-async fn watch(mut child: Child, killed: oneshot::Receiver<()>, worker: WorkerId, inputs: mpsc::Sender<Input>) {
+/// Waits for a child to end, and says how it did; kills it when the sender of `killed` is dropped.
+async fn watch(mut child: Child, killed: oneshot::Receiver<()>) -> Failure {
     let status = tokio::select! {
         status = child.wait() => status,
         _ = killed => match child.start_kill() {
@@ -91,9 +115,7 @@ async fn watch(mut child: Child, killed: oneshot::Receiver<()>, worker: WorkerId
         Ok(status) => describe(status),
         Err(error) => format!("the worker process cannot be watched: {error}"),
     };
-    let failure = Failure { kind: FailureKind::Exit.into(), reason, exit_code, signal };
-    // A closed channel means that the agent itself is ending.
-    let _ = inputs.send(Input::Exited { worker, failure }).await;
+    Failure { kind: FailureKind::Exit.into(), reason, exit_code, signal }
 }
 
 /// How a process ended, in words.

@@ -1,10 +1,10 @@
 //! The node agent: one process per machine.
 //!
 //! It launches the node's workers, keeps their snapshots in a memory file system, uploads them to the store, and
-//! speaks for the node to the coordinator. `machine` decides (pure), `driver` performs; `children` are the worker
-//! processes, `socket` the Unix socket they attach to, `link` the stream to the coordinator, `uploads` the way of a
-//! snapshot into the store, `memory` what is held and shared with other agents, `folder` the place in memory,
-//! `hostile` what comes from outside.
+//! speaks for the node to the coordinator. `machine` decides (pure), `driver` performs; `launch` is how workers are
+//! started, `children` those that are processes, `socket` the Unix socket they attach to, `link` the stream to the
+//! coordinator, `uploads` the way of a snapshot into the store, `memory` what is held and shared with other agents,
+//! `folder` the place in memory, `hostile` what comes from outside.
 //!
 //! Losing the coordinator stops nothing here: workers go on, receipts and step reports wait, and the link is tried
 //! again for ever (P4). Losing the agent ends its workers: their socket closes.
@@ -13,6 +13,7 @@ mod children;
 mod driver;
 mod folder;
 pub mod hostile;
+mod launch;
 mod link;
 pub mod machine;
 mod memory;
@@ -23,10 +24,15 @@ mod uploads;
 use std::future::Future;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use checkpoint_store::Opener;
 use proto::auth::Token;
 use proto::ids::NodeName;
 use proto::tls::{Refused, Security, TlsError};
+use proto::wire;
+
+pub use launch::{Commands, Door, Launch, Launched, Line};
 
 /// What an agent is started with.
 #[derive(Debug, Clone)]
@@ -53,6 +59,26 @@ pub struct Options {
     pub executable: PathBuf,
     /// The interface the workers' ring and this node's snapshots listen on.
     pub ring_host: IpAddr,
+}
+
+/// Watches what an agent is told and what it does of it.
+pub trait Witness: Send + Sync {
+    /// The coordinator spoke; the agent has not heard it yet.
+    fn heard(&self, message: &mut wire::CoordinatorMessage);
+
+    /// The agent obeyed what was heard last.
+    fn obeyed(&self);
+}
+
+/// What lies around an agent. The default is the machine it runs on; a simulation puts its own in the place of each.
+#[derive(Default)]
+pub struct Surroundings {
+    /// How stores are opened.
+    pub stores: Opener,
+    /// How workers are started; `None`: as processes of [`Options::executable`].
+    pub workers: Option<Box<dyn Launch>>,
+    /// Who watches, if anyone does.
+    pub witness: Option<Arc<dyn Witness>>,
 }
 
 /// Why an agent ended on its own.
@@ -130,5 +156,15 @@ pub async fn run(
     drain: impl Future<Output = ()> + Send,
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), AgentError> {
-    driver::run(options, drain, stop).await
+    run_in(options, Surroundings::default(), drain, stop).await
+}
+
+/// As [`run`], with surroundings of one's own.
+pub async fn run_in(
+    options: Options,
+    surroundings: Surroundings,
+    drain: impl Future<Output = ()> + Send,
+    stop: impl Future<Output = ()> + Send,
+) -> Result<(), AgentError> {
+    driver::run(options, surroundings, drain, stop).await
 }

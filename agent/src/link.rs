@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use checkpoint_store::Store;
+use checkpoint_store::Opener;
 use proto::auth::Token;
 use proto::tls::{Refused, Role, Security};
 use proto::wire::cluster_client::ClusterClient;
@@ -70,13 +70,13 @@ pub(crate) fn way(address: &str, token: Token, security: Security) -> Result<Way
 }
 
 /// Keeps the stream up until the driver is gone or a fatal error was passed to it.
-pub(crate) async fn run(way: Way, inputs: mpsc::Sender<Input>) {
+pub(crate) async fn run(way: Way, stores: Opener, inputs: mpsc::Sender<Input>) {
     let mut wait = WAITS.0;
     let mut welcomed = false;
     let mut last = String::new();
     loop {
         let mut taken_in = false;
-        let ended = attempt(&way, &inputs, welcomed, &mut taken_in).await;
+        let ended = attempt(&way, &stores, &inputs, welcomed, &mut taken_in).await;
         welcomed |= taken_in;
         if inputs.send(Input::LinkDown).await.is_err() {
             return;
@@ -102,7 +102,13 @@ pub(crate) async fn run(way: Way, inputs: mpsc::Sender<Input>) {
     }
 }
 
-async fn attempt(way: &Way, inputs: &mpsc::Sender<Input>, welcomed: bool, taken_in: &mut bool) -> Ended {
+async fn attempt(
+    way: &Way,
+    stores: &Opener,
+    inputs: &mpsc::Sender<Input>,
+    welcomed: bool,
+    taken_in: &mut bool,
+) -> Ended {
     let lost = |error: String| Ended::Lost(error);
     let channel: Channel = match way.security.connect(&way.endpoint, &[Role::Coordinator]).await {
         Ok(channel) => channel,
@@ -129,7 +135,7 @@ async fn attempt(way: &Way, inputs: &mpsc::Sender<Input>, welcomed: bool, taken_
         match message.body {
             Some(coordinator_message::Body::Refused(reason)) => return Ended::Fatal(AgentError::Refused(reason)),
             Some(coordinator_message::Body::Welcome(ref welcome)) => {
-                if let Err(ended) = prove(welcome).await {
+                if let Err(ended) = prove(stores, welcome).await {
                     return ended;
                 }
                 *taken_in = true;
@@ -172,8 +178,8 @@ fn refusal(status: &tonic::Status, welcomed: bool, hint: &str) -> Ended {
 }
 
 /// Reads the coordinator's nonce from the store as this node sees it.
-async fn prove(welcome: &wire::Welcome) -> Result<(), Ended> {
-    let found = tokio::time::timeout(PROOF, read_nonce(welcome)).await;
+async fn prove(stores: &Opener, welcome: &wire::Welcome) -> Result<(), Ended> {
+    let found = tokio::time::timeout(PROOF, read_nonce(stores, welcome)).await;
     let url = &welcome.store;
     match found {
         Err(_) => Err(Ended::Lost(format!("the store {url} did not answer within {} s", PROOF.as_secs()))),
@@ -192,8 +198,8 @@ fn foreign(url: &str, what: &str) -> Ended {
 }
 
 /// The object that holds the nonce, as text.
-async fn read_nonce(welcome: &wire::Welcome) -> Result<String, checkpoint_store::StoreError> {
-    let store = Store::open_existing(&welcome.store)?;
+async fn read_nonce(stores: &Opener, welcome: &wire::Welcome) -> Result<String, checkpoint_store::StoreError> {
+    let store = stores.open_existing(&welcome.store)?;
     let bytes = store.get(&welcome.nonce_path, MOST_NONCE).await?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }

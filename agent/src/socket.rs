@@ -4,8 +4,6 @@
 //! it, and only workers the agent has started itself are let in. Reading waits for the driver: a worker that reports
 //! faster than the agent can read is slowed down, not buffered without bound.
 
-use std::path::Path;
-
 use futures::Stream;
 use proto::ids::WorkerId;
 use proto::wire::node_server::{Node, NodeServer};
@@ -17,15 +15,10 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::AgentError;
 use crate::driver::Input;
-
-/// Commands waiting for one worker at most; they are few and read at once.
-const COMMANDS: usize = 64;
-
-/// The way to one worker.
-pub(crate) type Commands = mpsc::Sender<Result<wire::AgentCommand, Status>>;
+use crate::launch::Door;
 
 struct Service {
-    inputs: mpsc::Sender<Input>,
+    door: Door,
 }
 
 #[tonic::async_trait]
@@ -42,28 +35,27 @@ impl Node for Service {
             return Err(Status::invalid_argument("the first message must be the worker's id"));
         };
         let worker: WorkerId = name.parse().map_err(|_| Status::invalid_argument("the worker's id is no UUID"))?;
-        let (commands, outgoing) = mpsc::channel(COMMANDS);
-        let inputs = self.inputs.clone();
-        let ending = || Status::unavailable("the agent is ending");
-        inputs.send(Input::Attached { worker, commands }).await.map_err(|_| ending())?;
+        let attached = self.door.attach(worker).await;
+        let (outgoing, line) = attached.ok_or_else(|| Status::unavailable("the agent is ending"))?;
         tokio::spawn(async move {
             while let Ok(Some(message)) = messages.message().await {
                 let Some(body) = message.body else { continue };
-                if inputs.send(Input::Worker { worker, body }).await.is_err() {
+                if !line.say(body).await {
                     return;
                 }
             }
-            let _ = inputs.send(Input::Detached { worker }).await;
+            line.end().await;
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
     }
 }
 
 /// Binds the socket and serves it in the background; its failure is reported as [`Input::SocketFailed`].
-pub(crate) fn serve(path: &Path, inputs: mpsc::Sender<Input>) -> Result<(), AgentError> {
+pub(crate) fn serve(door: Door, inputs: mpsc::Sender<Input>) -> Result<(), AgentError> {
+    let path = door.socket();
     let listener =
         UnixListener::bind(path).map_err(|source| AgentError::Folder { path: path.to_path_buf(), source })?;
-    let service = NodeServer::new(Service { inputs: inputs.clone() })
+    let service = NodeServer::new(Service { door })
         .max_decoding_message_size(wire::MOST_MESSAGE_BYTES)
         .max_encoding_message_size(wire::MOST_MESSAGE_BYTES);
     tokio::spawn(async move {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use checkpoint_store::{
-    Kind, KnownBlocks, Receipt, ShardSource, Space, Stage, Store, StoreError, UploadOptions, upload_changed,
+    Kind, KnownBlocks, Opener, Receipt, ShardSource, Space, Stage, StoreError, UploadOptions, upload_changed,
 };
 use proto::ids::JobName;
 use proto::wire;
@@ -52,6 +52,7 @@ pub(crate) struct Uploads {
     newest: BTreeMap<JobName, u64>,
     stores: BTreeMap<JobName, String>,
     known: BTreeMap<JobName, Known>,
+    opener: Opener,
     times: ParityTimes,
 }
 
@@ -63,13 +64,14 @@ struct Known {
 }
 
 impl Uploads {
-    pub(crate) fn new(inputs: mpsc::Sender<Input>, times: ParityTimes) -> Self {
+    pub(crate) fn new(inputs: mpsc::Sender<Input>, opener: Opener, times: ParityTimes) -> Self {
         Self {
             inputs,
             running: BTreeMap::new(),
             newest: BTreeMap::new(),
             stores: BTreeMap::new(),
             known: BTreeMap::new(),
+            opener,
             times,
         }
     }
@@ -98,12 +100,14 @@ impl Uploads {
         self.running.insert(key.clone(), cancel);
         let (inputs, key, stall) = (self.inputs.clone(), key.clone(), captured.stall_seconds);
         let (known, times) = (self.known_of(&key.job, &source.space), self.times.clone());
+        let opener = self.opener.clone();
         tokio::spawn(async move {
             let began = Instant::now();
-            let save = Save { url, source, known, stages, times };
+            let save = Save { opener, url, source, known, stages, times };
             let work = tokio::spawn(persist(save, key.clone(), inputs.clone()));
             let stop = work.abort_handle();
             let ended = tokio::select! {
+                biased;
                 ended = work => ended.unwrap_or_else(|error| Err(format!("a defect in uploading: {error}"))).map(Some),
                 _ = cancelled => {
                     stop.abort();
@@ -178,6 +182,7 @@ impl Uploads {
 
 /// A shard to be stored.
 struct Save {
+    opener: Opener,
     url: String,
     source: Arc<ShardSource>,
     /// Blocks that are stored already.
@@ -222,10 +227,10 @@ async fn persist(save: Save, key: SaveKey, inputs: mpsc::Sender<Input>) -> Resul
 async fn attempt(save: &Save) -> Result<Vec<u8>, StoreError> {
     // The store was proved to be the coordinator's when this agent was taken in; one that has vanished since is not
     // made.
-    let store = Store::open_existing(&save.url)?;
+    let store = save.opener.open_existing(&save.url)?;
     let options = UploadOptions { known: Some(&save.known), stages: &save.stages };
     let source = &save.source;
-    let mut receipt = upload_changed(&store, source, uuid::Uuid::new_v4(), options).await?;
+    let mut receipt = upload_changed(&store, source, proto::chance::uuid(), options).await?;
     let key = (source.generation.get(), source.scalar.step.get());
     receipt.stages.extend(save.times.of(&source.job, key));
     receipt.to_bytes()

@@ -126,6 +126,7 @@ impl Leadership {
         tokio::pin!(stop);
         loop {
             tokio::select! {
+                biased;
                 _ = ticks.tick() => {}
                 () = &mut stop => {
                     leader::release(&self.store, self.epoch, number + 1).await?;
@@ -154,6 +155,7 @@ impl Leadership {
         });
         tokio::pin!(holding);
         let outcome = tokio::select! {
+            biased;
             held = &mut holding => {
                 held?;
                 return Err(LeadError::Fenced("the leadership ended early".into()));

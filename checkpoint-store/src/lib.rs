@@ -4,7 +4,8 @@
 //!
 //! * [`space`]: a model's parameters laid end to end, cut into blocks, shared out to ranks;
 //! * [`digest`], [`scalar`]: what makes two states equal;
-//! * [`backend`], [`url`], [`probe`]: a place to keep bytes, with one primitive that matters, atomic put-if-absent;
+//! * [`backend`], [`url`], [`opener`], [`probe`]: a place to keep bytes, with one primitive that matters, atomic
+//!   put-if-absent;
 //! * [`record`], [`history`], [`chain`]: a job's history as a chain of such puts, and [`leader`] epochs;
 //! * [`object`], [`receipt`], [`manifest`], [`save`]: shard → object → receipt → manifest → commit record;
 //! * [`known`], [`references`]: blocks that have not changed stay where they lie; [`timeline`]: where the time went;
@@ -12,7 +13,7 @@
 //! * [`tensors`]: boxes of any framework's tensors, written at one sharding and read at another;
 //! * [`trust`], [`leases`]: what is known of a checkpoint, and who needs it; [`mod@diff`]: how two differ;
 //! * [`policy`], [`retention`]: what may go, and how; [`change`]: what people ask for; [`leadership`]: who may do it;
-//! * [`spec_file`]: what was asked; [`layout`]: where everything lies;
+//! * [`spec_file`]: what was asked; [`layout`]: where everything lies; [`mod@aside`]: work off the async threads;
 //! * [`hostile`]: each kind of input as an attacker's, for fuzzers and tests.
 //!
 //! A checkpoint exists exactly when a record of the chain names its manifest with its hash.
@@ -67,6 +68,7 @@
 //! ```
 
 pub mod aligned;
+pub mod aside;
 pub mod backend;
 pub mod capture;
 pub mod chain;
@@ -88,6 +90,7 @@ pub mod load;
 pub mod loader;
 pub mod manifest;
 pub mod object;
+pub mod opener;
 pub mod parity;
 pub mod plan;
 pub mod policy;
@@ -108,6 +111,7 @@ pub mod url;
 pub mod verify;
 
 pub use aligned::AlignedBuffer;
+pub use aside::{aside, in_place};
 pub use backend::{Create, DiskOp, Limits, Listed, Store, Witness};
 pub use capture::{CAPTURE_FORMAT, Capture};
 pub use chain::{Chain, ChainError, Refreshed, list_jobs};
@@ -123,6 +127,7 @@ pub use load::{open_checkpoint, read_range};
 pub use loader::{LoadReport, Loader};
 pub use manifest::{AssembleError, Encoded, Manifest};
 pub use object::{Extent, ObjectEntry, Run, ShardSource, ShardState, lay_out};
+pub use opener::Opener;
 pub use plan::plan;
 pub use policy::{Keep, Policy, Why};
 pub use probe::probe_atomic_create;

@@ -8,6 +8,7 @@ use std::ops::Range;
 use bytes::Bytes;
 use proto::ids::JobName;
 
+use crate::aside::aside;
 use crate::backend::Store;
 use crate::digest::BlockHash;
 use crate::error::StoreError;
@@ -74,9 +75,7 @@ pub(crate) async fn fetch(store: &Store, manifest: &Manifest, state: usize, read
     let checked = bytes.clone();
     let hashes = manifest.hashes[state].0[read.blocks.start as usize..read.blocks.end as usize].to_vec();
     let block_bytes = manifest.block_elements * manifest.states[state].dtype.size();
-    let good = tokio::task::spawn_blocking(move || {
-        checked.chunks(block_bytes as usize).map(BlockHash::of).eq(hashes.iter().copied())
-    });
+    let good = aside(move || checked.chunks(block_bytes as usize).map(BlockHash::of).eq(hashes.iter().copied()));
     let good = good.await.map_err(|e| StoreError::unavailable(format!("verifying {path}"), e))?;
     // A second look names the block.
     if good { Ok(bytes) } else { verify_blocks(manifest, state, read, &bytes).map(|()| bytes) }

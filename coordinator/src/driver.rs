@@ -100,15 +100,17 @@ impl Driver {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
-                input = inputs.recv() => match input {
-                    Some(input) => self.take(input)?,
-                    None => return Err(CoordinatorError::broken("the services", "all of them ended")),
-                },
+                // In this order, for there are few ticks and few operations: no flood of messages holds them up.
+                biased;
+                _ = ticks.tick() => self.handle(Event::Tick)?,
                 Some(done) = self.operations.join_next() => {
                     let (job, outcome) = done.map_err(|error| CoordinatorError::broken("a store operation", error))?;
                     self.handle(Event::Stored { job, outcome })?;
                 }
-                _ = ticks.tick() => self.handle(Event::Tick)?,
+                input = inputs.recv() => match input {
+                    Some(input) => self.take(input)?,
+                    None => return Err(CoordinatorError::broken("the services", "all of them ended")),
+                },
             }
         }
     }

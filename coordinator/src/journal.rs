@@ -12,10 +12,11 @@ use checkpoint_store::error::{Kind, StoreError};
 use checkpoint_store::{
     Chain, ChainError, Change, CheckpointRef, Digest, Encoded, Event, History, Keeper, Manifest,
     Member as StoredMember, MemoryPoint as StoredPoint, Open, Policy, Reached, Receipt, Record, Space, Status, Store,
-    commit_encoded, list_jobs, note, read_spec, write_spec,
+    aside, commit_encoded, list_jobs, note, read_spec, write_spec,
 };
 use proto::ids::{Epoch, Generation, JobName, Rank, Step, WorldSize};
-use proto::spec::{JobSpec, SPEC_FORMAT, VALIDATION_LOSS};
+use proto::invariant::same_content;
+use proto::spec::{JobSpec, Reduction, SPEC_FORMAT, VALIDATION_LOSS};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
@@ -30,6 +31,8 @@ pub(crate) struct Journal {
     epoch: Epoch,
     /// Who leads, for the records.
     leader: String,
+    /// All the store's jobs are this leader's, those too that it finds only when it would make them.
+    all: bool,
     metrics: Metrics,
     /// The start of the monotonic time by which leases are counted.
     began: Instant,
@@ -54,8 +57,8 @@ struct Page {
 pub(crate) type Found = (JobName, Result<Ledger, String>);
 
 impl Journal {
-    pub(crate) fn new(store: Store, epoch: Epoch, leader: String, metrics: Metrics) -> Self {
-        Self { store, epoch, leader, metrics, began: Instant::now(), pages: Arc::default() }
+    pub(crate) fn new(store: Store, epoch: Epoch, (leader, all): (String, bool), metrics: Metrics) -> Self {
+        Self { store, epoch, leader, all, metrics, began: Instant::now(), pages: Arc::default() }
     }
 
     fn now(&self) -> Duration {
@@ -117,6 +120,7 @@ impl Journal {
     pub(crate) async fn perform(self, job: JobName, operation: Operation) -> Outcome {
         let page = self.page(&job);
         let mut page = page.lock().await;
+        let creates = matches!(operation, Operation::Append(Entry::Submitted { .. }));
         let done = match operation {
             Operation::Append(entry) => self.append(&mut page, &job, entry).await,
             Operation::Commit { receipts, validation_loss, .. } => {
@@ -128,11 +132,18 @@ impl Journal {
                 done => done,
             },
         };
-        done.unwrap_or_else(|error| match error.kind() {
-            Kind::Fenced => Outcome::Lost(error.to_string()),
-            Kind::Retry | Kind::Input => Outcome::Failed(error.to_string()),
-            Kind::Corrupt | Kind::Bug => Outcome::Impossible(error.to_string()),
-        })
+        drop(page);
+        match done {
+            Ok(outcome) => outcome,
+            // Nothing else leads here, so it was there all along: a leader before this one had asked for it, and the
+            // record landed when this one had read the store.
+            Err(error) if error.kind() == Kind::Fenced && creates && self.all => match self.load_job(&job).await {
+                Ok(Some(ledger)) => Outcome::Found(Box::new(ledger)),
+                Ok(None) => Outcome::Lost(error.to_string()),
+                Err(error) => sorted(error.kind(), &error),
+            },
+            Err(error) => sorted(error.kind(), &error),
+        }
     }
 
     async fn append(&self, page: &mut Page, job: &JobName, entry: Entry) -> Result<Outcome, ChainError> {
@@ -202,7 +213,11 @@ impl Journal {
             return Err(StoreError::Bug("a commit to a job without a chain".into()).into());
         };
         // Hashing the block hashes of a large model takes a while.
-        let assembled = tokio::task::spawn_blocking(move || assemble(&spec, &receipts)).await;
+        let assembled = aside({
+            let spec = spec.clone();
+            move || assemble(&spec, &receipts)
+        })
+        .await;
         let (manifest, encoded) = match assembled {
             Ok(Ok(assembled)) => assembled,
             Ok(Err(reason)) => return Ok(Outcome::Impossible(reason)),
@@ -211,7 +226,16 @@ impl Journal {
         if let Some(reason) = late(chain.history(), manifest.step, manifest.generation) {
             return Ok(Outcome::Impossible(reason));
         }
-        let id = uuid::Uuid::new_v4();
+        // One that is committed already, by any generation, has the same content: weights are a function of the job.
+        let stands = chain.history().checkpoints.iter().filter(|saved| saved.is_good()).map(|saved| &saved.checkpoint);
+        let stands = stands.map(|saved| (saved.step, saved.digest));
+        if spec.training.reduction == Reduction::Exact
+            && let Err(violation) = same_content(stands, manifest.step, &manifest.digest)
+        {
+            tracing::error!(job = %chain.job(), %violation, "a defect: an invariant would be broken");
+            return Ok(Outcome::Impossible(violation.to_string()));
+        }
+        let id = proto::chance::uuid();
         let checkpoint = commit_encoded(chain, &manifest, encoded, self.epoch, id, &mut page.reached).await?;
         self.metrics.saved(chain.job(), &manifest.timeline);
         if let Some(loss) = validation_loss.filter(|loss| loss.is_finite()) {
@@ -250,6 +274,15 @@ impl Journal {
         let quarantined = report.quarantined.as_ref().map(|(checkpoint, why)| (checkpoint.step, why.clone()));
         let json = serde_json::to_vec(&report).map_err(|error| StoreError::Bug(format!("a report: {error}")))?;
         Ok(Outcome::Changed(Changed { report: json, gone: gone(&before, chain.history()), quarantined }))
+    }
+}
+
+/// What a failed operation means to the machine.
+fn sorted(kind: Kind, error: &impl std::fmt::Display) -> Outcome {
+    match kind {
+        Kind::Fenced => Outcome::Lost(error.to_string()),
+        Kind::Retry | Kind::Input => Outcome::Failed(error.to_string()),
+        Kind::Corrupt | Kind::Bug => Outcome::Impossible(error.to_string()),
     }
 }
 

@@ -22,14 +22,14 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use checkpoint_store::error::{Kind, StoreError};
-use checkpoint_store::{Create, Leadership, Store, layout, probe_atomic_create};
+use checkpoint_store::{Create, Leadership, Opener, Store, layout, probe_atomic_create};
 use proto::auth::Token;
 use proto::ids::JobName;
+use proto::net::Listener;
 use proto::tls::{Gate, Role, Security};
 use proto::wire::MOST_MESSAGE_BYTES;
 use proto::wire::cluster_server::ClusterServer;
 use proto::wire::jobs_server::JobsServer;
-use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -100,14 +100,23 @@ pub struct Options {
 
 /// Coordinates until `shutdown` completes; then gives the leadership back. Jobs at work go on without it.
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), CoordinatorError> {
+    run_with(options, Opener::default(), shutdown).await
+}
+
+/// As [`run`], with stores opened in a way of one's own.
+pub async fn run_with(
+    options: Options,
+    stores: Opener,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), CoordinatorError> {
     check_security(&options)?;
     let listen = |source| CoordinatorError::Listen { address: options.listen, source };
-    let listener = TcpListener::bind(options.listen).await.map_err(listen)?;
+    let listener = options.security.bind(options.listen).await.map_err(listen)?;
     let scraped = match options.metrics {
         Some(address) => Some(metrics::listen(address, &options.security).await?),
         None => None,
     };
-    let store = Store::open(&options.store_url)?;
+    let store = stores.open(&options.store_url)?;
     tokio::pin!(shutdown);
     let address = listener.local_addr().map_err(listen)?.to_string();
     let start = async {
@@ -115,6 +124,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         acquire(&store, &address, &options.host, options.standby).await
     };
     let leadership = tokio::select! {
+        biased;
         leadership = start => leadership?,
         () = &mut shutdown => return Ok(()),
     };
@@ -127,12 +137,14 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let seen = Metrics::default();
     let (mut driver, edge, inputs) = parts(&options, &store, &leadership, &address, &seen);
     tokio::select! {
+        biased;
         loaded = driver.load() => loaded?,
         outcome = &mut holding.0 => return flatten("the leadership", outcome),
     }
     let mut server = Task(tokio::spawn(server(listener, edge, options.token.clone(), options.security.clone())));
     let mut scraping = Task(tokio::spawn(metrics::serve(scraped, seen)));
     let outcome = tokio::select! {
+        biased;
         outcome = driver.run(inputs) => outcome,
         outcome = &mut scraping.0 => flatten("the metrics endpoint", outcome),
         outcome = &mut holding.0 => flatten("the leadership", outcome),
@@ -170,7 +182,8 @@ fn parts(
         admission: options.admission,
     };
     let hub = Hub::new(epoch.get());
-    let journal = Journal::new(store.clone(), epoch, format!("{address} on {}", options.host), seen.clone());
+    let leader = (format!("{address} on {}", options.host), options.scope == Scope::All);
+    let journal = Journal::new(store.clone(), epoch, leader, seen.clone());
     let watchers = (hub.clone(), seen.clone());
     let driver = Driver::new(Cluster::new(settings), epoch.get(), journal, watchers, options.scope.clone());
     let (sender, inputs) = mpsc::channel(WAITING);
@@ -215,7 +228,7 @@ async fn trust(store: &Store, allow_single: bool) -> Result<(), StoreError> {
     }
 }
 
-async fn server(listener: TcpListener, edge: Edge, token: Token, security: Security) -> Result<(), CoordinatorError> {
+async fn server(listener: Listener, edge: Edge, token: Token, security: Security) -> Result<(), CoordinatorError> {
     let for_cluster = Gate::new(token.clone(), &security, &[Role::Coordinator, Role::Agent], "attach a node");
     let for_jobs = Gate::new(token, &security, &[Role::Coordinator, Role::Operator], "command jobs");
     let cluster = ClusterServer::new(edge.clone())

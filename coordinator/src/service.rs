@@ -109,10 +109,11 @@ async fn listen(
 ) {
     loop {
         let message = tokio::select! {
-            message = stream.next() => message,
+            biased;
             () = outbox.closed() => break,
             // The driver has let go of this stream.
             _ = &mut closed => break,
+            message = stream.next() => message,
         };
         let Some(Ok(message)) = message else { break };
         match event(&node, connection, message) {
@@ -304,8 +305,9 @@ impl Jobs for Edge {
                     Next::End => return,
                     Next::Wait => {
                         tokio::select! {
-                            changed = signal.changed() => if changed.is_err() { return },
+                            biased;
                             () = sender.closed() => return,
+                            changed = signal.changed() => if changed.is_err() { return },
                         }
                     }
                 }

@@ -1,7 +1,7 @@
 //! The harness of the workspace tests: real `cairn` processes, their events, and the means to kill them.
 //!
 //! Every test trains a small real model on the shipped corpus in a folder of its own. The oracle of all of them is the
-//! digest: it must equal that of an undisturbed run.
+//! digest: it must equal that of an undisturbed run. `sim` simulates a whole cluster instead, in virtual time.
 
 pub mod certs;
 pub mod cluster;
@@ -10,6 +10,7 @@ pub mod nodes;
 pub mod process;
 pub mod relay;
 pub mod run;
+pub mod sim;
 pub mod source;
 
 use std::path::{Path, PathBuf};

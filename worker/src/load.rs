@@ -53,6 +53,8 @@ pub struct Start {
 impl Start {
     /// The state before the first step.
     pub const INITIALISED: &'static str = "initialised";
+    /// A stored checkpoint.
+    pub const STORED: &'static str = "store";
 }
 
 /// The scalar state after `step` updates of a job: nothing in it depends on how the job was run.
@@ -91,7 +93,7 @@ pub fn load_shard<D: HostDevice>(
         let report = Loader::new(&store, &manifest).listed(list).load(range, &mut targets).await?;
         let stages = report.stages().into_iter();
         let stages = stages.map(|(name, s)| LoadStage { name: name.into(), seconds: s.seconds, bytes: s.bytes });
-        Ok(Start { step: reference.step.get(), source: "store".into(), stages: stages.collect() })
+        Ok(Start { step: reference.step.get(), source: Start::STORED.into(), stages: stages.collect() })
     };
     handle.block_on(async {
         tokio::select! {

@@ -163,8 +163,9 @@ impl Prepared {
         let mut saver = Saver { place: &place, capturer, tell, told: Instant::now(), complete: 0, first: false };
         saver.first = member.is_first();
         let (step, loss) = train(trainer, &mut member, start.step, place.stop_at, control, &mut saver)?;
-        if step == start.step && start.source == Start::INITIALISED {
-            // No step was taken that would have written the parameters into the slot.
+        if step == start.step && start.source != Start::STORED {
+            // No step was taken that would have captured the state, and the coordinator waits for its checkpoint: the
+            // one that made the snapshot may have been lost before it could store it.
             let shard = member.shard.clone();
             member.state.fill()[0].copy_from_slice(&trainer.parameters[shard]);
             saver.capture(trainer, &mut member, step, Tier::Store)?;

@@ -76,6 +76,22 @@ async fn a_lost_peer_is_an_exchange_failure_and_the_survivor_goes_on() {
     assert_eq!(outcome.checkpoint.digest, reference.checkpoint.digest);
 }
 
+/// The last step's snapshot was in memory, and its upload was lost with the agent that made it: there is no step left
+/// to take, and the checkpoint is made all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_last_step_that_is_in_memory_only_is_stored_by_the_next_generation() {
+    let mut agent = Agent::new(|_| {}).await;
+    agent.start(2, 1).await;
+    agent.announce(1, None, 10, false).await;
+    let first = agent.finish(1, None).await.unwrap().checkpoint;
+    agent.memory = Some(proto::wire::MemoryStart { generation: 1, step: 10, world_size: 2, groups: vec![] });
+    agent.announce(2, None, 10, false).await;
+    let second = agent.finish(2, None).await.unwrap();
+    assert_eq!((second.checkpoint.step.get(), second.losses), (10, vec![]), "no step was taken");
+    assert_eq!(second.checkpoint.generation.get(), 2);
+    assert_eq!(second.checkpoint.digest, first.digest);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stop_asked_of_one_rank_stops_all_after_the_same_step() {
     let mut agent = Agent::new(|spec| spec.training.steps = 100_000).await;

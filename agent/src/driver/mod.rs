@@ -4,25 +4,32 @@
 //! orders of the coordinator, finished uploads, the clock. The machine says what to do, and it is done at once; nothing
 //! in the loop waits for storage or for a peer.
 
+mod conduct;
 mod holding;
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use proto::ids::{Epoch, JobName, WorkerId};
+use proto::invariant::Conduct;
 use proto::wire::{self, agent_command, agent_message, coordinator_message, worker_message};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tonic::Status;
 
-use crate::children::Children;
+use crate::children::{Children, Processes};
 use crate::folder::Folder;
+use crate::launch::Door;
 use crate::link::{self, Outgoing};
 use crate::machine::{Action, Command, Event, Machine};
 use crate::memory::{self, Encoded, Memory, Peers};
 use crate::receipts::{SaveKey, Waiting};
-use crate::socket::{self, Commands};
+use crate::socket;
 use crate::uploads::{Finished, Uploads};
-use crate::{AgentError, Options};
+use crate::{AgentError, Options, Surroundings, Witness};
 
 /// Inputs waiting for the loop at most; senders wait beyond it.
 const INPUTS: usize = 1024;
@@ -34,6 +41,9 @@ const RESEND: Duration = Duration::from_secs(5);
 const HEARTBEAT: Duration = proto::spec::detect::IDLE_HEARTBEAT;
 /// For killed workers to be gone at the end.
 const ENDING: Duration = Duration::from_secs(5);
+
+/// The way to one worker.
+pub(crate) type Commands = mpsc::Sender<Result<wire::AgentCommand, Status>>;
 
 /// Something happened on the node.
 #[derive(Debug)]
@@ -88,6 +98,9 @@ struct Driver {
     link: Option<Outgoing>,
     welcomed: bool,
     waiting: Waiting,
+    witness: Option<Arc<dyn Witness>>,
+    /// What this life has done, held against what an agent may do.
+    conduct: Conduct,
     uploads: Uploads,
     memory: Memory,
     /// Where other agents read this node's snapshots.
@@ -97,29 +110,37 @@ struct Driver {
     resent: Instant,
 }
 
-/// Runs the agent; see [`crate::run`].
-pub(crate) async fn run(
+/// Makes the node's folder, takes over what an earlier life left, and opens the ways to coordinator, peers and workers.
+async fn begin(
     options: Options,
-    drain: impl Future<Output = ()> + Send,
-    stop: impl Future<Output = ()> + Send,
-) -> Result<(), AgentError> {
+    surroundings: Surroundings,
+    sender: mpsc::Sender<Input>,
+) -> Result<(Driver, JoinHandle<()>), AgentError> {
     let way = link::way(&options.coordinator, options.token.clone(), options.security.clone())?;
     memory::check_security(&options)?;
-    let incarnation = uuid::Uuid::new_v4().to_string();
+    let Surroundings { stores, workers, witness } = surroundings;
+    let incarnation = proto::chance::uuid().to_string();
     let (folder, left) = Folder::create(&options.memory_dir, &incarnation, &options.node)?;
-    let (sender, mut inputs) = mpsc::channel(INPUTS);
-    socket::serve(&folder.socket(), sender.clone())?;
+    let door = Door::new(folder.socket(), sender.clone());
+    let workers = match workers {
+        Some(workers) => workers,
+        None => {
+            socket::serve(door.clone(), sender.clone())?;
+            Box::new(Processes::of(options.executable.clone()))
+        }
+    };
     let budget = folder.budget(options.memory_budget);
     let peers = Peers::new(options.token.clone(), options.security.clone());
-    let mut memory = Memory::new(options.node.to_string(), peers, folder.path().into(), budget, sender.clone());
+    let node = options.node.to_string();
+    let mut memory = Memory::new(node, peers, stores.clone(), folder.path().into(), budget, sender.clone());
     let adopted = memory.adopt(&left);
     let snapshots = memory::serve(&options, memory.vault.clone(), sender.clone()).await?.to_string();
-    let link = tokio::spawn(link::run(way, sender.clone()));
+    let link = tokio::spawn(link::run(way, stores.clone(), sender.clone()));
     let now = Instant::now();
-    let mut driver = Driver {
+    let driver = Driver {
         machine: Machine::new(options.cores),
-        children: Children::new(options.executable.clone(), folder.socket(), sender.clone()),
-        uploads: Uploads::new(sender, memory.times.clone()),
+        children: Children::new(workers, door, sender.clone()),
+        uploads: Uploads::new(sender, stores, memory.times.clone()),
         memory,
         snapshots,
         options,
@@ -130,10 +151,24 @@ pub(crate) async fn run(
         link: None,
         welcomed: false,
         waiting: Waiting::default(),
+        witness,
+        conduct: Conduct::default(),
         heartbeat: HEARTBEAT,
         reported: now,
         resent: now,
     };
+    Ok((driver, link))
+}
+
+/// Runs the agent; see [`crate::run`].
+pub(crate) async fn run(
+    options: Options,
+    surroundings: Surroundings,
+    drain: impl Future<Output = ()> + Send,
+    stop: impl Future<Output = ()> + Send,
+) -> Result<(), AgentError> {
+    let (sender, mut inputs) = mpsc::channel(INPUTS);
+    let (mut driver, link) = begin(options, surroundings, sender).await?;
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let (mut drain, mut stop) = (std::pin::pin!(drain), std::pin::pin!(stop));
@@ -141,6 +176,8 @@ pub(crate) async fn run(
     let mut leaving: Option<Instant> = None;
     let result = loop {
         tokio::select! {
+            // Ticks before inputs: a node under load reports all the same.
+            biased;
             () = &mut stop => break Ok(()),
             () = &mut drain, if leaving.is_none() => leaving = Some(driver.drain()),
             _ = tick.tick() => {
@@ -229,12 +266,16 @@ impl Driver {
         self.flush();
     }
 
-    fn event(&mut self, event: Event) {
-        let mut fresh = || WorkerId::from_uuid(uuid::Uuid::new_v4());
+    /// Takes an event and does what follows; `false`: it was refused.
+    fn event(&mut self, event: Event) -> bool {
+        let mut fresh = || WorkerId::from_uuid(proto::chance::uuid());
         let actions = self.machine.handle(self.began.elapsed(), event, &mut fresh);
+        let mut taken = true;
         for action in actions {
+            taken &= !matches!(action, Action::Refused(_));
             self.perform(action);
         }
+        taken
     }
 
     fn perform(&mut self, action: Action) {
@@ -259,10 +300,15 @@ impl Driver {
                 tracing::info!(%worker, reason, "ending a worker");
                 self.children.kill(worker);
             }
-            Action::Send { worker, command } => self.command(worker, command),
+            Action::Send { worker, command } => {
+                if self.may(worker, &command) {
+                    self.command(worker, command);
+                }
+            }
             Action::Report => self.report(),
             Action::Fence { job, fenced, live } => self.uploads.fence(&job, fenced, live),
             Action::Forget(job) => {
+                self.conduct.forgets(&job);
                 self.uploads.forget(&job);
                 self.waiting.forget(&job);
                 let effects = self.memory.forget(&job);
@@ -346,6 +392,7 @@ impl Driver {
         let failure = self.present.remove(&worker).and_then(|presence| presence.exited).unwrap_or_default();
         tracing::info!(%worker, reason = failure.reason, "a worker is gone");
         self.clear(worker);
+        self.conduct.ended(worker);
         self.event(Event::Exited { worker, failure });
     }
 
@@ -365,7 +412,10 @@ impl Driver {
         self.send(agent_message::Body::Hello(hello));
     }
 
-    fn order(&mut self, message: wire::CoordinatorMessage) {
+    fn order(&mut self, mut message: wire::CoordinatorMessage) {
+        if let Some(witness) = &self.witness {
+            witness.heard(&mut message);
+        }
         let epoch = Epoch::new(message.epoch);
         match message.body {
             Some(coordinator_message::Body::Welcome(welcome)) => {
@@ -381,7 +431,9 @@ impl Driver {
             }
             Some(coordinator_message::Body::Desired(desired)) => {
                 self.learn(epoch, &desired);
-                self.event(Event::Desired { epoch, desired });
+                if self.event(Event::Desired { epoch, desired }) {
+                    self.obeyed(epoch);
+                }
             }
             Some(coordinator_message::Body::Settled(settled)) => {
                 // One of a coordinator that has been superseded says nothing.
@@ -432,7 +484,7 @@ impl Driver {
     /// Ends all workers and waits until they are gone.
     async fn end(mut self, inputs: &mut mpsc::Receiver<Input>) {
         let mut left = self.children.kill_all();
-        let deadline = tokio::time::Instant::now() + ENDING;
+        let deadline = Instant::now() + ENDING;
         while left > 0 {
             match tokio::time::timeout_at(deadline, inputs.recv()).await {
                 Ok(Some(Input::Exited { .. })) => left -= 1,

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use bytes::Bytes;
+use checkpoint_store::aside;
 use checkpoint_store::parity::{Layout, MAX_GROUP, Shard};
 use futures::{StreamExt, TryStreamExt};
 use memmap2::MmapMut;
@@ -91,7 +92,7 @@ async fn encode_stripe(
         .buffered(AHEAD);
     let mut seconds = 0.0;
     while let Some((range, shards)) = fetched.try_next().await? {
-        let encoding = tokio::task::spawn_blocking(move || {
+        let encoding = aside(move || {
             let began = Instant::now();
             let parts: Vec<&[u8]> = shards.iter().map(Vec::as_slice).collect();
             let out = &mut map[range.start as usize..range.end as usize];

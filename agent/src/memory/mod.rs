@@ -24,15 +24,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use checkpoint_store::{BlockHash, Capture, CheckpointRef, ShardSource, Space, Stage, StoreError};
+use checkpoint_store::{BlockHash, Capture, CheckpointRef, Opener, ShardSource, Space, Stage, StoreError};
 use memmap2::Mmap;
 use proto::ids::{JobName, WorkerId, WorldSize};
 use proto::spec::JobSpec;
 use proto::wire;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 
 use self::encode::{Encode, Stripe};
 use self::heard::Heard;
+use self::sync::Telling;
 use self::vault::{Described, Held, Vault};
 use crate::driver::Input;
 use crate::machine::keeper::{Keep, Keeper, Membership, StepKey};
@@ -74,8 +75,8 @@ struct OfJob {
     world: Option<WorldSize>,
     /// The group each parity was made in.
     parity_groups: BTreeMap<StepKey, wire::ParityGroup>,
-    /// What peers are told; dropping it ends the telling.
-    state: Option<watch::Sender<wire::GroupState>>,
+    /// What peers are told.
+    telling: Option<Telling>,
     /// The step captured last, when it was heard of, and how long after its capture that was, in seconds.
     captured: (StepKey, Instant, f64),
     /// Processor seconds of the last parity, for each of this node's ranks.
@@ -100,7 +101,7 @@ impl Default for OfJob {
             group: wire::ParityGroup::default(),
             world: None,
             parity_groups: BTreeMap::new(),
-            state: None,
+            telling: None,
             captured: ((0, 0), Instant::now(), 0.0),
             seconds: 0.0,
             heard: Heard::default(),
@@ -143,6 +144,7 @@ pub(crate) struct Memory {
     node: String,
     pub(crate) vault: Vault,
     peers: Peers,
+    stores: Opener,
     folder: PathBuf,
     budget: u64,
     inputs: mpsc::Sender<Input>,
@@ -150,9 +152,16 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    pub(crate) fn new(node: String, peers: Peers, folder: PathBuf, budget: u64, inputs: mpsc::Sender<Input>) -> Self {
-        let vault = Vault::default();
-        Self { times: ParityTimes::default(), node, vault, peers, folder, budget, inputs, jobs: BTreeMap::new() }
+    pub(crate) fn new(
+        node: String,
+        peers: Peers,
+        stores: Opener,
+        folder: PathBuf,
+        budget: u64,
+        inputs: mpsc::Sender<Input>,
+    ) -> Self {
+        let (times, vault, jobs) = (ParityTimes::default(), Vault::default(), BTreeMap::new());
+        Self { times, node, vault, peers, stores, folder, budget, inputs, jobs }
     }
 
     /// Exchanges data with another node, and tells the coordinator how it went.
@@ -209,11 +218,10 @@ impl Memory {
             of.start.clone_from(&run.memory);
             of.reference.clone_from(&run.start);
             let state = wire::GroupState { job: job.to_string(), generation: run.generation, ..Default::default() };
-            let (sender, receiver) = watch::channel(wire::GroupState { node: self.node.clone(), ..state });
-            of.state = Some(sender);
-            for member in group.members.iter().filter(|member| member.node != self.node) {
-                tokio::spawn(sync::tell(self.peers.clone(), member.snapshots.clone(), receiver.clone()));
-            }
+            let others = group.members.iter().filter(|member| member.node != self.node);
+            let addresses = others.map(|member| member.snapshots.clone());
+            let state = wire::GroupState { node: self.node.clone(), ..state };
+            of.telling = Some(Telling::start(&self.peers, addresses, state));
             of.group = group;
             of.heard.clear();
         }
@@ -272,7 +280,7 @@ impl Memory {
     pub(crate) fn peer(&mut self, state: &wire::GroupState) -> bool {
         let Ok(job) = JobName::new(state.job.as_str()) else { return true };
         let Some(of) = self.jobs.get_mut(&job) else { return false };
-        let current = of.state.as_ref().map_or(0, |sender| sender.borrow().generation);
+        let current = of.telling.as_ref().map_or(0, Telling::generation);
         if state.generation != current {
             // One of a generation that is over has nothing more to say.
             return state.generation < current;
@@ -356,8 +364,8 @@ impl Memory {
         let step = start.step;
         let checkpoint = serde_json::from_slice::<CheckpointRef>(&of.reference).ok();
         let checkpoint = checkpoint.map(|reference| (of.store.clone(), reference));
-        let node = self.node.clone();
-        let task = restore::Restore { job: job.clone(), space, rank, world, start, slot, checkpoint, node };
+        let (node, stores) = (self.node.clone(), self.stores.clone());
+        let task = restore::Restore { job: job.clone(), space, rank, world, start, slot, checkpoint, node, stores };
         let (vault, peers) = (self.vault.clone(), self.peers.clone());
         tokio::spawn(async move {
             let work = tokio::spawn(async move { restore::restore(&vault, &peers, &task).await });
@@ -429,8 +437,8 @@ impl Memory {
 
     fn publish(&mut self, job: &JobName) {
         let Some(of) = self.jobs.get_mut(job) else { return };
-        let Some(sender) = &of.state else { return };
-        let generation = sender.borrow().generation;
+        let Some(telling) = &mut of.telling else { return };
+        let generation = telling.generation();
         let ranks = of.group.members.iter().find(|member| member.node == self.node).map(|member| &member.ranks);
         let mine = |rank: &u32| ranks.is_some_and(|ranks| ranks.contains(rank));
         let steps = of.keeper.holds().map(|held| {
@@ -439,7 +447,7 @@ impl Memory {
             wire::HeldStep { step: held.step, captures: captures.collect(), encoded: held.encoded }
         });
         let steps = steps.collect();
-        sender.send_modify(|state| state.steps = steps);
+        telling.say(steps);
     }
 
     fn encode(&mut self, job: &JobName, key: StepKey) {

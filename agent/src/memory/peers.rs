@@ -20,6 +20,10 @@ use tonic::transport::{Channel, Endpoint};
 
 /// To open a connection, and for a short call.
 const CALL: Duration = Duration::from_secs(5);
+/// Silence on a connection in use after which it is probed, and again after which it is given up: well within a call,
+/// so that after one that failed the next one has a connection that works. The network may drop what it carries without
+/// a word, and a group whose members do not hear of each other keeps its slots for ever.
+const PROBE: Duration = Duration::from_secs(2);
 /// Without a byte arriving, a read is given up.
 const STALL: Duration = Duration::from_secs(5);
 /// For an exchange; what came until then tells the rate.
@@ -54,7 +58,11 @@ impl Peers {
             None => {
                 let endpoint = Endpoint::from_shared(format!("http://{address}"))
                     .map_err(|error| Status::invalid_argument(format!("peer address {address:?}: {error}")))?;
-                let endpoint = endpoint.connect_timeout(CALL).tcp_nodelay(true);
+                let endpoint = endpoint
+                    .connect_timeout(CALL)
+                    .tcp_nodelay(true)
+                    .http2_keep_alive_interval(PROBE)
+                    .keep_alive_timeout(PROBE);
                 let channel = self.security.connect_lazy(&endpoint, &[Role::Agent, Role::Coordinator]);
                 channels.insert(address.to_string(), channel.clone());
                 channel

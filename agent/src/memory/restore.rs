@@ -12,7 +12,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use checkpoint_store::parity::{COLUMN, Layout, Shard};
 use checkpoint_store::{
-    Capture, CheckpointRef, Dtype, Manifest, Space, Store, hash_blocks, open_checkpoint, read_range,
+    Capture, CheckpointRef, Dtype, Manifest, Opener, Space, Store, hash_blocks, in_place, open_checkpoint, read_range,
 };
 use futures::{StreamExt, TryStreamExt};
 use memmap2::MmapMut;
@@ -45,6 +45,8 @@ pub(crate) struct Restore {
     pub(crate) checkpoint: Option<(String, CheckpointRef)>,
     /// This node's name.
     pub(crate) node: String,
+    /// How stores are opened.
+    pub(crate) stores: Opener,
 }
 
 /// How far away a source is; the most distant one that was needed is reported.
@@ -252,7 +254,7 @@ impl Reader<'_> {
         let list = &capture.hashes[piece.state as usize].0;
         let (start, end) = ((piece.blocks.start - first) as usize, (piece.blocks.end - first) as usize);
         let block = self.task.space.block_elements();
-        let found = tokio::task::block_in_place(|| hash_blocks(bytes, block, Dtype::F32));
+        let found = in_place(|| hash_blocks(bytes, block, Dtype::F32));
         list.get(start..end).is_some_and(|right| right == found)
     }
 
@@ -371,7 +373,7 @@ impl Reader<'_> {
         }
         let shards: Vec<(Shard, &[u8])> = have.iter().map(|(shard, bytes)| (*shard, bytes.as_slice())).collect();
         let mut out = vec![0; length];
-        let restored = tokio::task::block_in_place(|| layout.restore(part, &shards, &mut out));
+        let restored = in_place(|| layout.restore(part, &shards, &mut out));
         restored.map(|()| out).map_err(|error| error.to_string())
     }
 
@@ -382,7 +384,7 @@ impl Reader<'_> {
         }
         let read = async {
             let open = || async {
-                let store = Store::open_existing(url)?;
+                let store = self.task.stores.open_existing(url)?;
                 let manifest = open_checkpoint(&store, &self.task.job, reference).await?;
                 Ok::<_, checkpoint_store::StoreError>((store, manifest))
             };

@@ -11,7 +11,6 @@ use proto::ids::JobName;
 use proto::tls::{Gate, Role};
 use proto::wire::snapshots_server::{Snapshots, SnapshotsServer};
 use proto::wire::{self, Chunk, GroupReply, GroupState, ReadRequest, StepDescription, StepRequest};
-use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -121,7 +120,7 @@ pub(crate) async fn serve(
 ) -> Result<SocketAddr, AgentError> {
     let (host, security) = (options.ring_host, options.security.clone());
     let failed = |source| AgentError::Listen { address: SocketAddr::new(host, 0), source };
-    let listener = TcpListener::bind((host, 0)).await.map_err(failed)?;
+    let listener = security.bind(SocketAddr::new(host, 0)).await.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     let service = SnapshotsServer::new(Service { vault, inputs: inputs.clone() })
         .max_decoding_message_size(wire::MOST_MESSAGE_BYTES)

@@ -1,8 +1,8 @@
-//! Telling one peer what this node holds: the newest state, until it is taken.
+//! Telling peers what this node holds: the newest state, until each has taken it.
 
 use std::time::Duration;
 
-use proto::wire::GroupState;
+use proto::wire::{GroupState, HeldStep};
 use tokio::sync::watch;
 
 use super::peers::Peers;
@@ -10,8 +10,42 @@ use super::peers::Peers;
 /// Between two tries.
 const AGAIN: Duration = Duration::from_millis(100);
 
+/// What the members of a job's group are told; dropping it ends the telling.
+#[derive(Debug)]
+pub(super) struct Telling {
+    state: GroupState,
+    /// One channel for each peer: of several that wait at one, which is woken first would be a matter of chance.
+    peers: Vec<watch::Sender<GroupState>>,
+}
+
+impl Telling {
+    /// Tells the peers at these addresses.
+    pub(super) fn start(peers: &Peers, addresses: impl Iterator<Item = String>, state: GroupState) -> Self {
+        let start = |address| {
+            let (sender, receiver) = watch::channel(state.clone());
+            tokio::spawn(tell(peers.clone(), address, receiver));
+            sender
+        };
+        let peers = addresses.map(start).collect();
+        Self { state, peers }
+    }
+
+    /// The generation it is about.
+    pub(super) fn generation(&self) -> u64 {
+        self.state.generation
+    }
+
+    /// This node holds these steps now.
+    pub(super) fn say(&mut self, steps: Vec<HeldStep>) {
+        self.state.steps = steps;
+        for peer in &self.peers {
+            peer.send_replace(self.state.clone());
+        }
+    }
+}
+
 /// Tells the peer at `address` every change of `state`; ends when nobody can change it any more.
-pub(super) async fn tell(peers: Peers, address: String, mut state: watch::Receiver<GroupState>) {
+async fn tell(peers: Peers, address: String, mut state: watch::Receiver<GroupState>) {
     loop {
         let newest = state.borrow_and_update().clone();
         let taken = newest.steps.is_empty() || peers.sync(&address, newest).await.is_ok();
@@ -22,8 +56,9 @@ pub(super) async fn tell(peers: Peers, address: String, mut state: watch::Receiv
         } else {
             // A newer state is as good a reason to try as time.
             tokio::select! {
-                () = tokio::time::sleep(AGAIN) => {}
+                biased;
                 changed = state.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(AGAIN) => {}
             }
         }
         if state.has_changed().is_err() {

@@ -280,5 +280,5 @@ impl Store {
 
 /// The one place of this library that draws a random number: it tells one opener's writes from all others'.
 fn draw_writer() -> Uuid {
-    Uuid::new_v4()
+    proto::chance::uuid()
 }

@@ -9,10 +9,9 @@ use std::sync::PoisonError;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use tokio::runtime::{Handle, RuntimeFlavor};
-
 use super::{Job, LoadReport, Loader, THREADS};
 use crate::aligned::{AlignedBuffer, PAGE};
+use crate::aside::in_place;
 use crate::backend::file::{EDGES, FileBackend, LargeFile};
 use crate::error::StoreError;
 
@@ -37,13 +36,7 @@ pub(super) async fn load(
     let work = Work { jobs: Mutex::new(jobs), is_cold: AtomicBool::new(false) };
     let mut done = LoadReport::default();
     while !lock(&work.jobs).is_empty() {
-        let step = || step(loader, disk, &work);
-        // Tells the runtime, where there is one that can do something about it, that this thread is taken.
-        let worked = match Handle::try_current() {
-            Ok(handle) if handle.runtime_flavor() == RuntimeFlavor::MultiThread => tokio::task::block_in_place(step),
-            _ => step(),
-        };
-        done.add_work(&worked?);
+        done.add_work(&in_place(|| step(loader, disk, &work))?);
         tokio::task::yield_now().await;
     }
     report.add_work(&done);

@@ -5,6 +5,7 @@ use std::time::Instant;
 use futures::stream::{FuturesUnordered, StreamExt};
 
 use super::{Job, LoadReport, Loader, REQUESTS};
+use crate::aside::aside;
 use crate::digest::BlockHash;
 use crate::error::StoreError;
 
@@ -43,7 +44,7 @@ async fn one(loader: &Loader<'_>, job: Job<'_>) -> Result<LoadReport, StoreError
         expected.extend(starts.zip(hashes).map(|(at, hash)| (at as usize..(at + block).min(run.end) as usize, *hash)));
     }
     let checked = bytes.clone();
-    let good = tokio::task::spawn_blocking(move || {
+    let good = aside(move || {
         expected.iter().all(|(range, hash)| checked.get(range.clone()).is_some_and(|b| BlockHash::of(b) == *hash))
     });
     let good = good.await.map_err(|e| StoreError::unavailable(format!("verifying {path}"), e))?;

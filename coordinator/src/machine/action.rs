@@ -142,6 +142,8 @@ pub enum Outcome {
     Failed(String),
     /// It can never work: these receipts make no checkpoint.
     Impossible(String),
+    /// The job that was to be new is in the store already, as a record that landed late may have left it: its ledger.
+    Found(Box<Ledger>),
     /// Someone else wrote to the chain: this coordinator no longer leads.
     Lost(String),
 }

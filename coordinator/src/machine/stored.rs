@@ -38,6 +38,16 @@ impl Job {
                 self.refuse_all(cx, flight.waiting, &Refusal::Precondition(text));
                 return false;
             }
+            (Operation::Append(Entry::Submitted { .. }), Outcome::Found(ledger)) => {
+                let text = format!(
+                    "the store already holds job {}: it is taken up; go on with it with --resume, or start over with \
+                     --fresh",
+                    self.name
+                );
+                self.refuse_all(cx, flight.waiting, &Refusal::Precondition(text));
+                *self = Self::new(self.name.clone(), *ledger, &cx.settings.store);
+                self.adopt(cx);
+            }
             (_, Outcome::Lost(reason)) => cx.out.push(Action::StepDown { reason }),
             (Operation::Append(entry), Outcome::Done) => {
                 self.unsettle();

@@ -18,9 +18,12 @@ mod server;
 mod tests;
 mod words;
 
-use std::net::IpAddr;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
+use std::sync::Arc;
 
+use tokio::net::TcpListener;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tonic::transport::{Channel, Endpoint};
 
@@ -31,6 +34,8 @@ pub use error::TlsError;
 pub use identity::{Identity, Role};
 pub use server::{Gate, Peer, Socket, incoming, peer};
 
+use crate::net::{Dial, Listener, Network};
+
 /// How a process's connections are kept closed to others.
 #[derive(Debug, Clone)]
 pub enum Security {
@@ -40,6 +45,8 @@ pub enum Security {
     Tls(Credentials),
     /// No TLS and any address, which the operator asked for by name.
     Plaintext,
+    /// No TLS and any address, within a network that is not the operating system's, such as a simulated one.
+    Within(Arc<dyn Network>),
 }
 
 impl Security {
@@ -80,7 +87,15 @@ impl Security {
     pub fn credentials(&self) -> Option<&Credentials> {
         match self {
             Self::Tls(credentials) => Some(credentials),
-            Self::Loopback | Self::Plaintext => None,
+            Self::Loopback | Self::Plaintext | Self::Within(_) => None,
+        }
+    }
+
+    /// Listens at an address; port 0 is any free one.
+    pub async fn bind(&self, address: SocketAddr) -> io::Result<Listener> {
+        match self {
+            Self::Within(network) => network.bind(address).await.map(Listener::Other),
+            _ => TcpListener::bind(address).await.map(Listener::System),
         }
     }
 
@@ -90,17 +105,19 @@ impl Security {
         endpoint: &Endpoint,
         roles: &'static [Role],
     ) -> Result<Channel, tonic::transport::Error> {
-        match self.credentials() {
-            Some(credentials) => endpoint.connect_with_connector(credentials.connector(roles)).await,
-            None => endpoint.connect().await,
+        match self {
+            Self::Tls(credentials) => endpoint.connect_with_connector(credentials.connector(roles)).await,
+            Self::Within(network) => endpoint.connect_with_connector(Dial(network.clone())).await,
+            Self::Loopback | Self::Plaintext => endpoint.connect().await,
         }
     }
 
     /// The same on first use, and again after a loss.
     pub fn connect_lazy(&self, endpoint: &Endpoint, roles: &'static [Role]) -> Channel {
-        match self.credentials() {
-            Some(credentials) => endpoint.connect_with_connector_lazy(credentials.connector(roles)),
-            None => endpoint.connect_lazy(),
+        match self {
+            Self::Tls(credentials) => endpoint.connect_with_connector_lazy(credentials.connector(roles)),
+            Self::Within(network) => endpoint.connect_with_connector_lazy(Dial(network.clone())),
+            Self::Loopback | Self::Plaintext => endpoint.connect_lazy(),
         }
     }
 
@@ -108,7 +125,7 @@ impl Security {
     /// failures say it themselves.
     pub fn hint(&self) -> &'static str {
         match self {
-            Self::Tls(_) => "",
+            Self::Tls(_) | Self::Within(_) => "",
             Self::Loopback | Self::Plaintext => "; if it was started with --tls, use --tls here as well",
         }
     }

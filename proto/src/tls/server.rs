@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::Error;
@@ -19,6 +19,7 @@ use tonic::{Request, Status};
 use super::words::{of_server, seconds};
 use super::{Credentials, Identity, Role, Security};
 use crate::auth::Token;
+use crate::net::{Accepted, Connection, Listener};
 
 /// A client that has not shown its certificate by then is cut off.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -40,12 +41,14 @@ pub enum Socket {
     Plain(TcpStream),
     /// With a verified client, and whom its certificate names.
     Tls(Box<TlsStream<TcpStream>>, Identity),
+    /// Plain, of a network that is not the operating system's.
+    Other(Box<dyn Connection>),
 }
 
 /// Connections as they come. One that fails its handshake is logged and is none; nothing ends the stream.
-pub fn incoming(listener: TcpListener, security: &Security) -> impl Stream<Item = io::Result<Socket>> + use<> {
+pub fn incoming(listener: Listener, security: &Security) -> impl Stream<Item = io::Result<Socket>> + use<> {
     let credentials = security.credentials().cloned();
-    let accepted = futures::stream::unfold(listener, |listener| async move {
+    let accepted = futures::stream::unfold(listener, |mut listener| async move {
         loop {
             match listener.accept().await {
                 Ok(accepted) => return Some((accepted, listener)),
@@ -60,7 +63,11 @@ pub fn incoming(listener: TcpListener, security: &Security) -> impl Stream<Item 
     taken.buffer_unordered(HANDSHAKES).filter_map(|socket| std::future::ready(socket.map(Ok)))
 }
 
-async fn take_in(stream: TcpStream, address: SocketAddr, credentials: Option<Credentials>) -> Option<Socket> {
+async fn take_in(stream: Accepted, address: SocketAddr, credentials: Option<Credentials>) -> Option<Socket> {
+    let stream = match stream {
+        Accepted::System(stream) => stream,
+        Accepted::Other(stream) => return Some(Socket::Other(stream)),
+    };
     // A connection that is gone already shows that at its first use.
     let _ = stream.set_nodelay(true);
     let Some(credentials) = credentials else { return Some(Socket::Plain(stream)) };
@@ -98,7 +105,7 @@ impl Connected for Socket {
 
     fn connect_info(&self) -> Peer {
         match self {
-            Self::Plain(_) => Peer { identity: None },
+            Self::Plain(_) | Self::Other(_) => Peer { identity: None },
             Self::Tls(_, identity) => Peer { identity: Some(identity.clone()) },
         }
     }
@@ -109,6 +116,7 @@ impl AsyncRead for Socket {
         match self.get_mut() {
             Self::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
             Self::Tls(stream, _) => Pin::new(stream).poll_read(cx, buffer),
+            Self::Other(stream) => Pin::new(stream).poll_read(cx, buffer),
         }
     }
 }
@@ -118,6 +126,7 @@ impl AsyncWrite for Socket {
         match self.get_mut() {
             Self::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
             Self::Tls(stream, _) => Pin::new(stream).poll_write(cx, bytes),
+            Self::Other(stream) => Pin::new(stream).poll_write(cx, bytes),
         }
     }
 
@@ -129,6 +138,7 @@ impl AsyncWrite for Socket {
         match self.get_mut() {
             Self::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, parts),
             Self::Tls(stream, _) => Pin::new(stream).poll_write_vectored(cx, parts),
+            Self::Other(stream) => Pin::new(stream).poll_write_vectored(cx, parts),
         }
     }
 
@@ -136,6 +146,7 @@ impl AsyncWrite for Socket {
         match self {
             Self::Plain(stream) => stream.is_write_vectored(),
             Self::Tls(stream, _) => stream.is_write_vectored(),
+            Self::Other(stream) => stream.is_write_vectored(),
         }
     }
 
@@ -143,6 +154,7 @@ impl AsyncWrite for Socket {
         match self.get_mut() {
             Self::Plain(stream) => Pin::new(stream).poll_flush(cx),
             Self::Tls(stream, _) => Pin::new(stream).poll_flush(cx),
+            Self::Other(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
@@ -150,6 +162,7 @@ impl AsyncWrite for Socket {
         match self.get_mut() {
             Self::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Tls(stream, _) => Pin::new(stream).poll_shutdown(cx),
+            Self::Other(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

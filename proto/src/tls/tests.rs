@@ -179,14 +179,14 @@ async fn connect(server: Security, client: Connector, host: &str) -> (Result<(),
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let serving = tokio::spawn(async move {
-        let mut sockets = std::pin::pin!(incoming(listener, &server));
+        let mut sockets = std::pin::pin!(incoming(listener.into(), &server));
         let mut socket = sockets.next().await.unwrap().unwrap();
         // A gRPC server's settings come unasked, too.
         socket.write_all(b"hello").await.unwrap();
         socket.flush().await.unwrap();
         match socket {
             Socket::Tls(_, ref identity) => Some(identity.clone()),
-            Socket::Plain(_) => None,
+            Socket::Plain(_) | Socket::Other(_) => None,
         }
     });
     let mut client = client;

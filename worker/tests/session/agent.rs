@@ -74,6 +74,10 @@ pub(crate) struct Agent {
     pub(crate) workers: Vec<String>,
     next: u128,
     states: HashMap<String, wire::WorkerState>,
+    /// The newest snapshot of each worker, as it lay in its slot.
+    held: HashMap<String, (u64, Vec<u8>)>,
+    /// The step in memory that the next generation starts from.
+    pub(crate) memory: Option<wire::MemoryStart>,
 }
 
 impl Agent {
@@ -94,7 +98,8 @@ impl Agent {
         let submitted = Event::Submitted { spec_hash: BlockHash::of(b"spec"), stop_at: None };
         let record = Record::new(Epoch::new(1), Generation::ZERO, submitted);
         let chain = Chain::create(&store, &spec.name, record).await.unwrap();
-        Self { folder, spec, heard, commands, chain, workers: vec![], next: 0, states: HashMap::new() }
+        let (states, held) = (HashMap::new(), HashMap::new());
+        Self { folder, spec, heard, commands, chain, workers: vec![], next: 0, states, held, memory: None }
     }
 
     /// Starts workers and waits until each is ready, or has failed.
@@ -174,6 +179,7 @@ impl Agent {
             start: start.map(|start| serde_json::to_vec(start).unwrap()).unwrap_or_default(),
             stop_at,
             stop,
+            memory: self.memory.clone(),
             ..Default::default()
         };
         for (rank, worker) in self.workers.clone().iter().enumerate() {
@@ -212,7 +218,10 @@ impl Agent {
                     losses.push((step.step, step.loss));
                     validation.extend(step.validation_loss.map(|loss| (step.step, loss)));
                 }
+                worker_message::Body::Restore(restore) => self.restore(&worker, restore).await,
                 worker_message::Body::Captured(captured) => {
+                    let slot = std::fs::read(self.slot(&worker, captured.slot)).unwrap();
+                    self.held.insert(worker.clone(), (captured.step, slot));
                     if captured.store {
                         receipts.push(self.store(&worker, &captured).await);
                     } else {
@@ -245,9 +254,24 @@ impl Agent {
         }
     }
 
+    fn slot(&self, worker: &str, slot: u32) -> PathBuf {
+        self.folder.path().join(worker).join(format!("slot-{slot}"))
+    }
+
+    /// Fills a slot with the newest snapshot of the same worker.
+    async fn restore(&self, worker: &str, restore: wire::Restore) {
+        let (step, bytes) = &self.held[worker];
+        // The worker has mapped the file: it is written in place.
+        let mut file = std::fs::OpenOptions::new().write(true).open(self.slot(worker, restore.slot)).unwrap();
+        std::io::Write::write_all(&mut file, bytes).unwrap();
+        let (generation, source) = (restore.generation, "memory".into());
+        let answer = wire::Restored { generation, step: *step, source, ..Default::default() };
+        self.tell(worker, agent_command::Body::Restored(answer)).await;
+    }
+
     /// A snapshot in memory is what its hashes say, whatever training has done since.
     fn check(&self, worker: &str, captured: &wire::Captured) -> ShardSource {
-        let path: PathBuf = self.folder.path().join(worker).join(format!("slot-{}", captured.slot));
+        let path = self.slot(worker, captured.slot);
         let capture = Capture::from_json(&captured.capture).unwrap();
         let block = capture.space.block_elements();
         let source = capture.source(std::fs::read(path).unwrap()).unwrap();

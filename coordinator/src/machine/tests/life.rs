@@ -31,6 +31,24 @@ fn a_job_forms_trains_and_finishes() {
     assert_eq!(rig.replies[&again], Ok(Answer::Submitted { finished: true }));
 }
 
+/// A leader before this one had asked for the record, and it landed when this one had read the store.
+#[test]
+fn a_job_that_was_in_the_store_all_along_is_taken_up() {
+    let mut rig = Rig::new();
+    let request = rig.submit(spec("2"), SubmitMode::New, None);
+    let (job, operation) = rig.pending.pop_front().unwrap();
+    assert!(matches!(operation, Operation::Append(Entry::Submitted { .. })));
+    let ledger = Ledger::new(spec("1"), None);
+    rig.ledger = Some(ledger.clone());
+    rig.handle(Event::Stored { job, outcome: Outcome::Found(Box::new(ledger)) });
+    assert!(matches!(&rig.replies[&request], Err(Refusal::Precondition(why)) if why.contains("--resume")));
+    rig.attach("a", 4);
+    rig.settle();
+    assert_eq!(rig.live(), Some((1, 1)), "as it was submitted first");
+    rig.train(STEPS);
+    assert_eq!(rig.kinds().last(), Some(&"finished"));
+}
+
 #[test]
 fn a_job_is_announced_only_after_its_record() {
     let mut rig = Rig::new();
