@@ -30,7 +30,7 @@ use proto::tls::{Refused, Security, TlsError};
 /// What an agent is started with.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Host and port of the coordinator.
+    /// Host and port of the coordinator; of several, separated by commas, whichever leads.
     pub coordinator: String,
     /// The credential the coordinator asks for.
     pub token: Token,

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use proto::ids::Epoch;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
 use crate::backend::Store;
 use crate::error::{Kind, StoreError};
@@ -21,8 +21,9 @@ const STILL: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(500);
 /// Beats between two checks that no higher epoch exists.
 const CHECK_EVERY: u64 = 5;
-/// A leader that cannot beat this long steps down: another one has long taken its place.
-const MOST_SILENCE: Duration = Duration::from_mins(1);
+/// A leader that cannot beat this long steps down: after [`STILL`] another one may have taken its place, and whoever
+/// still listens to this one is missed there.
+const MOST_SILENCE: Duration = Duration::from_secs(8);
 
 /// Who wants to lead.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -133,15 +134,24 @@ impl Leadership {
                 }
             }
             number += 1;
-            match self.beat(number).await {
-                Ok(()) => beaten = Instant::now(),
-                Err(error) if error.kind() == Kind::Fenced => return Err(LeadError::Fenced(error.to_string())),
-                Err(error) if beaten.elapsed() > MOST_SILENCE => {
-                    let seconds = MOST_SILENCE.as_secs();
-                    return Err(LeadError::Fenced(format!("no beat was stored for {seconds} s: {error}")));
+            // One that was asleep looks first whether it was replaced; even then it is given the time to do so.
+            let silence = beaten.elapsed();
+            let look = silence >= STILL || number.is_multiple_of(CHECK_EVERY);
+            let patience = MOST_SILENCE.saturating_sub(silence).max(2 * BEAT);
+            let error = match timeout(patience, self.beat(number, look)).await {
+                Ok(Ok(())) => {
+                    beaten = Instant::now();
+                    continue;
                 }
-                Err(error) => tracing::warn!("a beat was not stored: {error}"),
+                Ok(Err(error)) if error.kind() == Kind::Fenced => return Err(LeadError::Fenced(error.to_string())),
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => "the store did not answer".to_string(),
+            };
+            if beaten.elapsed() >= MOST_SILENCE {
+                let seconds = beaten.elapsed().as_secs();
+                return Err(LeadError::Fenced(format!("no beat was stored for {seconds} s: {error}")));
             }
+            tracing::warn!("a beat was not stored: {error}");
         }
     }
 
@@ -168,8 +178,9 @@ impl Leadership {
         Ok(outcome)
     }
 
-    async fn beat(&self, number: u64) -> Result<(), StoreError> {
-        if number.is_multiple_of(CHECK_EVERY)
+    /// Writes a beat; if it is to `look`, only when no higher epoch is found.
+    async fn beat(&self, number: u64, look: bool) -> Result<(), StoreError> {
+        if look
             && let Some(next) = self.epoch.next()
             && let Some(other) = leader::read(&self.store, next).await?
         {

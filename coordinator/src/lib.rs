@@ -2,7 +2,7 @@
 //! leads to.
 //!
 //! `machine` decides, purely; `driver` performs; `journal` writes the jobs' chains; `lead` holds the leadership of the
-//! store; `service` is the gRPC edge, `check` its gate, `watch` what watchers see. The coordinator is on no step's
+//! store; `service` is the gRPC edge, `check` its gate, `watch` what watchers see, `standby` what is said before all that. The coordinator is on no step's
 //! path: while it is away training goes on, and its successor learns all it needs from the chains and the reports.
 
 pub mod bench;
@@ -14,6 +14,7 @@ mod lead;
 pub mod machine;
 mod metrics;
 mod service;
+mod standby;
 mod watch;
 
 use std::net::SocketAddr;
@@ -100,7 +101,8 @@ pub struct Options {
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), CoordinatorError> {
     check_security(&options)?;
     let listen = |source| CoordinatorError::Listen { address: options.listen, source };
-    let listener = TcpListener::bind(options.listen).await.map_err(listen)?;
+    let bound = TcpListener::bind(options.listen).await.map_err(listen)?;
+    let (listener, waiting) = standby::share(bound).map_err(listen)?;
     let scraped = match options.metrics {
         Some(address) => Some(metrics::listen(address).await?),
         None => None,
@@ -112,10 +114,13 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         trust(&store, options.allow_single_coordinator).await?;
         acquire(&store, &address, &options.host, options.standby).await
     };
+    let mut turning = Task(tokio::spawn(standby::turn_away(waiting, options.security.clone())));
     let leadership = tokio::select! {
         leadership = start => leadership?,
+        outcome = &mut turning.0 => return flatten("standing by", outcome),
         () = &mut shutdown => return Ok(()),
     };
+    drop(turning);
     tracing::info!(epoch = leadership.epoch().get(), %address, store = store.url(), "this coordinator leads");
     let (stop, stopped) = oneshot::channel::<()>();
     let mut holding = Task(tokio::spawn(hold(leadership.clone(), async {

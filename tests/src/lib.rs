@@ -4,12 +4,14 @@
 //! digest: it must equal that of an undisturbed run.
 
 pub mod certs;
+pub mod chaos;
 pub mod cluster;
 pub mod job;
 pub mod nodes;
 pub mod process;
 pub mod relay;
 pub mod run;
+pub mod s3;
 pub mod source;
 
 use std::path::{Path, PathBuf};
@@ -36,8 +38,10 @@ pub fn cairn() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
         let test = std::env::current_exe().expect("a test knows its own file");
-        // target/<profile>/deps/<test>
-        let folder = test.parent().and_then(Path::parent).expect("tests lie in target/<profile>/deps").to_path_buf();
+        // target/<profile>/deps/<test>, or target/<profile>/<program>
+        let folder = test.parent().expect("a file lies in a folder");
+        let folder = if folder.ends_with("deps") { folder.parent().expect("it is of a profile") } else { folder };
+        let folder = folder.to_path_buf();
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "-p", "cli"]).current_dir(root());
         if folder.ends_with("release") {
