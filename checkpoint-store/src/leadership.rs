@@ -4,9 +4,11 @@
 //! stand still, or it ran on this host at the address this process now holds. A leader beats every second. That gives
 //! liveness only; what keeps a deposed leader from harm is that it loses every append ([`crate::chain`]).
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use proto::ids::Epoch;
+use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
 use crate::backend::Store;
@@ -17,6 +19,8 @@ use crate::leader::{self, LEADER_FORMAT, LeaderRecord, LeaderView, Take};
 const BEAT: Duration = Duration::from_secs(1);
 /// A leader whose beats stand still this long is dead.
 const STILL: Duration = Duration::from_secs(5);
+/// So long after a beat, which is less than [`STILL`], a leader may be sure that nobody has taken its place.
+const TERM: Duration = Duration::from_secs(4);
 /// Between two looks at another leader's beats.
 const LOOK: Duration = Duration::from_millis(500);
 /// Beats between two checks that no higher epoch exists.
@@ -67,6 +71,7 @@ pub struct Leadership {
     store: Store,
     epoch: Epoch,
     token: String,
+    sure: Arc<watch::Sender<Instant>>,
 }
 
 impl Leadership {
@@ -103,7 +108,10 @@ impl Leadership {
                 token: token.clone(),
             };
             match leader::take(store, epoch, &record).await? {
-                Take::Won => return Ok(Self { store: store.clone(), epoch, token }),
+                Take::Won => {
+                    let sure = Arc::new(watch::Sender::new(Instant::now() + TERM));
+                    return Ok(Self { store: store.clone(), epoch, token, sure });
+                }
                 Take::Lost => sleep(LOOK).await,
             }
         }
@@ -117,6 +125,12 @@ impl Leadership {
     /// The token in the leader record, by which others can tell that they see the same store.
     pub fn token(&self) -> &str {
         &self.token
+    }
+
+    /// Until when this leader may be sure that it still is one, which each beat puts off. A leader that was asleep, or is
+    /// cut off from the store, does well to say nothing until it is sure again: it may have been replaced.
+    pub fn sure_until(&self) -> watch::Receiver<Instant> {
+        self.sure.subscribe()
     }
 
     /// Beats until the leadership is lost, and says how; gives it back when `stop` completes.
@@ -135,12 +149,13 @@ impl Leadership {
             }
             number += 1;
             // One that was asleep looks first whether it was replaced; even then it is given the time to do so.
-            let silence = beaten.elapsed();
-            let look = silence >= STILL || number.is_multiple_of(CHECK_EVERY);
+            let (began, silence) = (Instant::now(), beaten.elapsed());
+            let look = silence >= TERM || number.is_multiple_of(CHECK_EVERY);
             let patience = MOST_SILENCE.saturating_sub(silence).max(2 * BEAT);
             let error = match timeout(patience, self.beat(number, look)).await {
                 Ok(Ok(())) => {
-                    beaten = Instant::now();
+                    beaten = began;
+                    self.sure.send_replace(began + TERM);
                     continue;
                 }
                 Ok(Err(error)) if error.kind() == Kind::Fenced => return Err(LeadError::Fenced(error.to_string())),

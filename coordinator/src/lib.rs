@@ -136,7 +136,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let mut server = Task(tokio::spawn(server(listener, edge, options.token.clone(), options.security.clone())));
     let mut scraping = Task(tokio::spawn(metrics::serve(scraped, seen)));
     let outcome = tokio::select! {
-        outcome = driver.run(inputs) => outcome,
+        outcome = driver.run(inputs, leadership.sure_until()) => outcome,
         outcome = &mut scraping.0 => flatten("the metrics endpoint", outcome),
         outcome = &mut holding.0 => flatten("the leadership", outcome),
         outcome = &mut server.0 => flatten("the server", outcome),
