@@ -173,11 +173,10 @@ impl Leadership {
     /// Leads for the length of some work. If the leadership is lost the work is dropped half-way, as by a crash.
     pub async fn during<T>(self, work: impl Future<Output = T>) -> Result<T, LeadError> {
         let (done, ended) = tokio::sync::oneshot::channel::<()>();
-        let holding = self.hold(async {
+        let mut holding = Box::pin(self.hold(async {
             // A dropped sender means the same.
             let _ = ended.await;
-        });
-        tokio::pin!(holding);
+        }));
         let outcome = tokio::select! {
             held = &mut holding => {
                 held?;

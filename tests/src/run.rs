@@ -60,12 +60,8 @@ impl Run {
 
     /// Starts a command that was put together elsewhere.
     pub fn spawn(mut command: Command) -> Self {
-        let mut child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("cairn starts");
+        let mut child =
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("cairn starts");
         let (sender, lines) = channel();
         let stdout = child.stdout.take().expect("stdout is piped");
         thread::spawn(move || {

@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering;
 use tests::chaos::campaign::{self, INTERRUPTED};
 use tests::chaos::fault::{KINDS, Kind};
 use tests::chaos::{lab, price};
+use tokio::signal::unix::{SignalKind, signal};
 
 /// The command line.
 struct Arguments(Vec<String>);
@@ -72,11 +73,14 @@ fn strike(arguments: &Arguments) -> Result<bool, String> {
 #[tokio::main(flavor = "multi_thread", worker_threads = 1)]
 async fn main() -> ExitCode {
     // The campaign looks at the flag and tidies up behind itself.
-    tokio::spawn(async {
-        if tokio::signal::ctrl_c().await.is_ok() {
-            INTERRUPTED.store(true, Ordering::Relaxed);
-        }
-    });
+    for kind in [SignalKind::interrupt(), SignalKind::terminate()] {
+        let mut asked = signal(kind).expect("signals can be listened for");
+        tokio::spawn(async move {
+            if asked.recv().await.is_some() {
+                INTERRUPTED.store(true, Ordering::Relaxed);
+            }
+        });
+    }
     let arguments = Arguments(std::env::args().skip(1).collect());
     if let Err(why) = lab::usable() {
         eprintln!("chaos: {why}");
@@ -85,12 +89,11 @@ async fn main() -> ExitCode {
     let work = move || if arguments.has("--price") { measure(&arguments) } else { strike(&arguments) };
     match tokio::task::spawn_blocking(work).await {
         Ok(Ok(true)) => ExitCode::SUCCESS,
-        Ok(Ok(false)) => ExitCode::FAILURE,
         Ok(Err(why)) => {
             eprintln!("chaos: {why}");
             ExitCode::FAILURE
         }
-        // It has said why, and tidied up.
-        Err(_) => ExitCode::FAILURE,
+        // Of the second it has said why, and tidied up.
+        Ok(Ok(false)) | Err(_) => ExitCode::FAILURE,
     }
 }

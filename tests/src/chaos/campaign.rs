@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::blame;
 use super::fault::{self, Active, Draw, Fault, Kind, LINK};
 use super::lab::{Lab, Shape};
-use super::report::{Line, Report};
+use super::report::{Blamed, Line, Report};
 use crate::job::Job;
 use crate::run::Run;
 
@@ -132,16 +132,8 @@ impl Campaign {
         }
         let watch = lab.operate(&["watch", NAME]);
         let now = Instant::now();
-        let mut campaign = Self {
-            lab,
-            watch,
-            began: now,
-            high: (0, now),
-            gap: Duration::ZERO,
-            world: 0,
-            seen: 0,
-            end: None,
-        };
+        let mut campaign =
+            Self { lab, watch, began: now, high: (0, now), gap: Duration::ZERO, world: 0, seen: 0, end: None };
         campaign.wait("the first steps", BOUND, |campaign| campaign.high.0 > MOVED)?;
         campaign.wait("all nodes", BOUND, |campaign| campaign.world == plan.nodes as u64)?;
         campaign.incidents()?;
@@ -204,7 +196,7 @@ impl Campaign {
             let names: Vec<String> = struck.iter().map(|f| format!("{} ({})", f.kind.name(), f.node)).collect();
             println!("{:>4}: step {:>6}: {}", faults.len() - left.len(), self.high.0, names.join(" and "));
             let line = self.strike(&struck, offset).map_err(|why| format!("{why}, after {}", names.join(" and ")))?;
-            line.blame.iter().filter(|(right, _)| !right).for_each(|(_, told)| println!("      wrong: {told}"));
+            line.blame.iter().filter(|one| !one.rightly).for_each(|one| println!("      wrong: {}", one.told));
             report.add(line);
             if self.end.is_some() {
                 return Err(format!("the job ended before {} faults; give it more --steps", faults.len()));
@@ -248,7 +240,12 @@ impl Campaign {
         }
         let incidents = self.incidents()?;
         let right = |incident: &Value| faults.iter().any(|fault| blame::is_right(fault, incident));
-        let blame = incidents.iter().map(|incident| (right(incident), blame::tell(incident))).collect();
+        let judge = |incident: &Value| Blamed {
+            rightly: right(incident),
+            named: incident["node"].is_string(),
+            told: blame::tell(incident),
+        };
+        let blame = incidents.iter().map(judge).collect();
         let kinds = faults.iter().map(|fault| fault.kind).collect();
         Ok(Line { kinds, missed, gap, blame })
     }

@@ -235,7 +235,9 @@ pub fn begin(fault: &Fault, lab: &mut Lab) -> Option<Active> {
 }
 
 fn unplug(lab: &Lab, host: &str, planes: &[Plane]) -> Vec<Undo> {
-    planes.iter().for_each(|plane| lab.net.plug(host, *plane, false));
+    for plane in planes {
+        lab.net.plug(host, *plane, false);
+    }
     vec![Undo::Plug(host.into(), planes.to_vec())]
 }
 
@@ -252,7 +254,7 @@ fn fill(lab: &Lab, node: &str) -> Undo {
     Undo::Empty(path)
 }
 
-/// Whether ending a fault takes some time between its parts.
+/// Between the parts of ending a fault that has two.
 const BETWEEN: Duration = Duration::from_secs(2);
 
 impl Active {

@@ -87,15 +87,17 @@ impl Lab {
         let folder = net::folder(net.mark());
         std::fs::create_dir_all(&folder).expect("a folder for the run");
         // Known from here on to be removed again, however far it comes.
-        let mut lab =
-            Self { net, folder, shape, certs: None, parts: vec![], server: None, ends: vec![], keep: false };
+        let mut lab = Self { net, folder, shape, certs: None, parts: vec![], server: None, ends: vec![], keep: false };
         let certs = Certs::new(&lab.folder.join("certs"));
         lab.serve();
         for name in &coordinators {
             let host = lab.net.address(name, Plane::Control);
             let tls = certs.issue_for("coordinator", name, &[&host]);
             let listen = format!("{host}:{PORT}");
-            lab.start(name, &["coordinator", "--standby", "--store", "s3://bucket/cairn", "--listen", &listen, "--tls", &tls]);
+            lab.start(
+                name,
+                &["coordinator", "--standby", "--store", "s3://bucket/cairn", "--listen", &listen, "--tls", &tls],
+            );
         }
         let plane = if shape.planes { Plane::Data } else { Plane::Control };
         for name in &nodes {
@@ -121,7 +123,8 @@ impl Lab {
         command.args(["-H", "0.0.0.0", "-p", &STORE.1.to_string()]).stdin(Stdio::null()).stdout(Stdio::null());
         self.server = Some(command.stderr(log).spawn().expect("the S3 server starts"));
         let (host, port) = (self.net.address(STORE.0, Plane::Control), STORE.1);
-        let request = format!("PUT /bucket HTTP/1.1\\r\\nHost: {host}\\r\\nContent-Length: 0\\r\\nConnection: close\\r\\n\\r\\n");
+        let request =
+            format!("PUT /bucket HTTP/1.1\\r\\nHost: {host}\\r\\nContent-Length: 0\\r\\nConnection: close\\r\\n\\r\\n");
         let script = format!("exec 3<>/dev/tcp/{host}/{port} && printf '{request}' >&3 && head -1 <&3");
         let deadline = Instant::now() + LIMIT;
         loop {
@@ -151,7 +154,11 @@ impl Lab {
     /// The coordinators' addresses, as agents and operators are given them.
     fn coordinators(&self) -> String {
         let listed = named('c', self.shape.coordinators);
-        listed.iter().map(|name| format!("{}:{PORT}", self.net.address(name, Plane::Control))).collect::<Vec<_>>().join(",")
+        listed
+            .iter()
+            .map(|name| format!("{}:{PORT}", self.net.address(name, Plane::Control)))
+            .collect::<Vec<_>>()
+            .join(",")
     }
 
     fn environment(&self, command: &mut Command) {
@@ -221,7 +228,7 @@ impl Lab {
     pub fn leader(&self) -> String {
         let epoch = |name: &String| {
             let text = std::fs::read_to_string(self.log(name)).unwrap_or_default();
-            let last = text.lines().filter(|line| line.contains("this coordinator leads")).next_back();
+            let last = text.lines().rfind(|line| line.contains("this coordinator leads"));
             let words = last.into_iter().flat_map(str::split_whitespace);
             words.filter_map(|word| word.strip_prefix("epoch=")).find_map(|number| number.parse::<u64>().ok())
         };

@@ -105,6 +105,11 @@ impl fmt::Display for Price {
         writeln!(f, "{} nodes, one worker of one thread each, data plane {link}", self.plan.nodes)?;
         writeln!(f, "with:    {:.1} ms a step (runs: {})", with * 1e3, runs(&self.with))?;
         writeln!(f, "without: {:.1} ms a step (runs: {})", without * 1e3, runs(&self.without))?;
-        writeln!(f, "price:   {:.1}% of a step; {:.0}% of steps captured", (with / without - 1.0) * 100.0, self.captured * 100.0)
+        writeln!(
+            f,
+            "price:   {:.1}% of a step; {:.0}% of steps captured",
+            (with / without - 1.0) * 100.0,
+            self.captured * 100.0
+        )
     }
 }

@@ -7,6 +7,17 @@ use std::time::Duration;
 use super::blame;
 use super::fault::Kind;
 
+/// An incident, judged.
+#[derive(Debug)]
+pub struct Blamed {
+    /// Whether cause and node are ones that the fault explains.
+    pub rightly: bool,
+    /// Whether a node is named at all.
+    pub named: bool,
+    /// What it says.
+    pub told: String,
+}
+
 /// One fault, or two that overlapped.
 #[derive(Debug)]
 pub struct Line {
@@ -16,8 +27,8 @@ pub struct Line {
     pub missed: usize,
     /// The longest time between two new steps, as an operator sees them.
     pub gap: Duration,
-    /// The incidents that followed: whether each was attributed rightly, and what it says.
-    pub blame: Vec<(bool, String)>,
+    /// The incidents that followed.
+    pub blame: Vec<Blamed>,
 }
 
 /// See the module header.
@@ -41,8 +52,8 @@ impl Report {
     /// One more.
     pub fn add(&mut self, line: Line) {
         let names: Vec<&str> = line.kinds.iter().map(|kind| kind.name()).collect();
-        let wrong = line.blame.iter().filter(|(right, _)| !right);
-        self.wrong.extend(wrong.map(|(_, told)| format!("{}: {told}", names.join(" and "))));
+        let wrong = line.blame.iter().filter(|one| !one.rightly);
+        self.wrong.extend(wrong.map(|one| format!("{}: {}", names.join(" and "), one.told)));
         if let [kind] = line.kinds[..]
             && blame::must_break(kind)
             && line.missed == 0
@@ -55,7 +66,8 @@ impl Report {
 
     /// Parts that ended as only a wrong request or damaged data may end one.
     pub fn unexpected(&mut self, ends: &[(String, String)]) {
-        let bad = |status: &str| status.ends_with("status: 2") || status.ends_with("status: 4") || status.contains("101");
+        let bad =
+            |status: &str| status.ends_with("status: 2") || status.ends_with("status: 4") || status.contains("101");
         let bad = ends.iter().filter(|(_, status)| bad(status));
         self.wrong.extend(bad.map(|(part, status)| format!("{part} ended: {status}")));
     }
@@ -82,6 +94,7 @@ struct Row {
     count: usize,
     incidents: usize,
     right: usize,
+    named: usize,
     gaps: Vec<f64>,
 }
 
@@ -96,17 +109,21 @@ impl fmt::Display for Report {
             let row = rows.entry(key).or_default();
             row.count += line.kinds.len() - line.missed;
             row.incidents += line.blame.len();
-            row.right += line.blame.iter().filter(|(right, _)| *right).count();
+            row.right += line.blame.iter().filter(|one| one.rightly).count();
+            row.named += line.blame.iter().filter(|one| one.rightly && one.named).count();
             row.gaps.push(line.gap.as_secs_f64());
         }
-        writeln!(f, "| Fault | Count | Incidents | Attributed rightly | Without a new step, median | worst |")?;
-        writeln!(f, "|---|---|---|---|---|---|")?;
+        writeln!(
+            f,
+            "| Fault | Count | Incidents | Attributed rightly | a node named | Without a new step, median | worst |"
+        )?;
+        writeln!(f, "|---|---|---|---|---|---|---|")?;
         let (mut incidents, mut right) = (0, 0);
         for ((_, name), mut row) in rows {
             row.gaps.sort_by(f64::total_cmp);
             let (median, worst) = (row.gaps[row.gaps.len() / 2], row.gaps[row.gaps.len() - 1]);
-            let Row { count, incidents: told, right: well, .. } = row;
-            writeln!(f, "| {name} | {count} | {told} | {well} | {median:.1} s | {worst:.1} s |")?;
+            let Row { count, incidents: told, right: well, named, .. } = row;
+            writeln!(f, "| {name} | {count} | {told} | {well} | {named} | {median:.1} s | {worst:.1} s |")?;
             (incidents, right) = (incidents + told, right + well);
         }
         writeln!(
