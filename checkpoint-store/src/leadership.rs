@@ -127,8 +127,8 @@ impl Leadership {
         &self.token
     }
 
-    /// Until when this leader may be sure that it still is one, which each beat puts off. A leader that was asleep, or is
-    /// cut off from the store, does well to say nothing until it is sure again: it may have been replaced.
+    /// Until when this leader may be sure that it still is one, which each beat puts off. A leader that was asleep, or
+    /// is cut off from the store, does well to say nothing until it is sure again: it may have been replaced.
     pub fn sure_until(&self) -> watch::Receiver<Instant> {
         self.sure.subscribe()
     }

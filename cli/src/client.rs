@@ -94,8 +94,8 @@ fn checked(addresses: &str, security: &Security) -> Result<Vec<String>, Failure>
     addresses.split(',').map(|address| allowed(address.trim())).collect()
 }
 
-/// Who of several answers, and that in the highest epoch: one that was replaced may not know it yet. One whose answer is
-/// a refusal is as good as a leader's, if there is none: it tells the caller what is wrong.
+/// Who of several answers, and that in the highest epoch: one that was replaced may not know it yet. One whose answer
+/// is a refusal is as good as a leader's, if there is none: it tells the caller what is wrong.
 async fn leader(clients: &[Client]) -> Option<Client> {
     let mut asked = JoinSet::new();
     for client in clients {

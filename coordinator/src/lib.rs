@@ -2,7 +2,8 @@
 //! leads to.
 //!
 //! `machine` decides, purely; `driver` performs; `journal` writes the jobs' chains; `lead` holds the leadership of the
-//! store; `service` is the gRPC edge, `check` its gate, `watch` what watchers see, `standby` what is said before all that. The coordinator is on no step's
+//! store; `service` is the gRPC edge, `check` its gate, `watch` what watchers see,
+//! `standby` what is said before all that. The coordinator is on no step's
 //! path: while it is away training goes on, and its successor learns all it needs from the chains and the reports.
 
 pub mod bench;

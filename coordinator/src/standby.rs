@@ -1,7 +1,8 @@
 //! What a coordinator says while another one leads: that it stands by.
 //!
-//! Its address is bound from the start, so that a mistake shows at once. Were nothing said there, an agent or an operator
-//! that tries one coordinator after another would wait at this one for its deadline, and find the leader that much later.
+//! Its address is bound from the start, so that a mistake shows at once. Were nothing said there, an agent or an
+//! operator that tries one coordinator after another would wait at this one for its deadline, and find the leader that
+//! much later.
 
 use proto::tls::Security;
 use tokio::net::TcpListener;

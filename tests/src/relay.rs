@@ -1,5 +1,5 @@
-//! A wire that remembers: passes TCP connections on and records every byte of both directions. It can be cut, as a network
-//! is: then nothing passes, and neither end is told.
+//! A wire that remembers: passes TCP connections on and records every byte of both directions. It can be cut, as a
+//! network is: then nothing passes, and neither end is told.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};

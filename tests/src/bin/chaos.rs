@@ -3,8 +3,8 @@
 //! `cargo run --release -p tests --bin chaos -- --seed 7 --faults 100 [--nodes 4] [--steps N] [--only KIND]… [--keep]`
 //! `cargo run --release -p tests --bin chaos -- --price [--nodes 2] [--rounds 5] [--steps 150] [--link MBIT]`
 //!
-//! Needs root, `ip`, `nft`, `tc`, `bash`, `python3` and an S3 server (`./test` installs one). Exit code 0 if the digest is
-//! the undisturbed one, nothing hung, and every incident was attributed rightly.
+//! Needs root, `ip`, `nft`, `tc`, `bash`, `python3` and an S3 server (`./test` installs one). Exit code 0 if the digest
+//! is the undisturbed one, nothing hung, and every incident was attributed rightly.
 
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;

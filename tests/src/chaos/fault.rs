@@ -9,8 +9,8 @@ use super::lab::Lab;
 use super::net::{Filter, Plane};
 use crate::process::signal;
 
-/// What the data plane's links carry while nothing is done to them, in Mbit/s: so a job's steps wait for the network, and
-/// the machine's cores have time to spare for everything else.
+/// What the data plane's links carry while nothing is done to them, in Mbit/s: so a job's steps wait for the network,
+/// and the machine's cores have time to spare for everything else.
 pub const LINK: u32 = 100;
 
 /// The sorts of faults.

@@ -61,11 +61,11 @@ pub struct Lab {
     pub keep: bool,
 }
 
-/// The S3 server's program; `None` where none is installed.
+/// The Python that has the S3 server's package; `None` where it is not installed.
 pub fn server() -> Option<PathBuf> {
     let here = crate::root().join(".venv/bin/moto_server");
     let program = std::env::var_os("CAIRN_MOTO").map_or(here, PathBuf::from);
-    program.exists().then_some(program)
+    program.exists().then(|| program.with_file_name("python"))
 }
 
 /// Why there can be no lab here; `Ok` if there can.
@@ -120,7 +120,11 @@ impl Lab {
         let program = server().expect("an S3 server, which the caller has looked for");
         let log = File::create(self.folder.join("s0.log")).expect("a log file");
         let mut command = self.net.command(STORE.0, &program);
-        command.args(["-H", "0.0.0.0", "-p", &STORE.1.to_string()]).stdin(Stdio::null()).stdout(Stdio::null());
+        command
+            .arg(crate::root().join("tests/peers/s3.py"))
+            .args(["0.0.0.0", &STORE.1.to_string()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
         self.server = Some(command.stderr(log).spawn().expect("the S3 server starts"));
         let (host, port) = (self.net.address(STORE.0, Plane::Control), STORE.1);
         let request =

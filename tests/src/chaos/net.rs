@@ -1,10 +1,10 @@
-//! A network of namespaces: every host of a cluster has one of its own, and nothing of it touches the machine's network.
+//! A network of namespaces: every host has one of its own, and nothing of it touches the machine's network.
 //!
 //! A hub namespace holds two bridges. The control plane's reaches every host; the data plane's reaches the nodes alone.
 //! Links go down at the hub, as when a cable is pulled; packets are dropped where they come in (`nft`), since a drop on
-//! the way out is told to the sender as an error, which no real network does; rates are token buckets (`tc`); delays are
-//! a TUN device's (`tests/peers/delay.py`). Names carry the process id: what a killed run left behind is swept away by
-//! the next one.
+//! the way out is told to the sender as an error, which no real network does; rates are token buckets (`tc`); delays
+//! are a TUN device's (`tests/peers/delay.py`). Names carry the process id: what a killed run left behind is swept away
+//! by the next one.
 
 use std::collections::BTreeMap;
 use std::io::Write;

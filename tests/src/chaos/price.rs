@@ -1,7 +1,7 @@
 //! What fault tolerance costs while nothing fails: the same job with and without it, in turn.
 //!
-//! With: a snapshot at every step, parity between the nodes, heartbeats at their default. Without: no memory tier, and a
-//! heartbeat only every 20 s. Steps of both are timed by the workers themselves.
+//! With: a snapshot at every step, parity between the nodes, heartbeats at their default. Without: no memory tier, and
+//! a heartbeat only every 20 s. Steps of both are timed by the workers themselves.
 
 use std::fmt;
 
