@@ -37,7 +37,7 @@ pub use launch::{Commands, Door, Launch, Launched, Line};
 /// What an agent is started with.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Host and port of the coordinator.
+    /// Host and port of the coordinator; of several, separated by commas, whichever leads.
     pub coordinator: String,
     /// The credential the coordinator asks for.
     pub token: Token,

@@ -4,6 +4,9 @@
 //! back a nonce it wrote there (two hosts with different disks under one path are caught here, before any job), then
 //! pass on orders until the stream ends. What ends the agent is only what trying again cannot mend: a refusal, a
 //! foreign store, an address that is none.
+//!
+//! Several coordinators may be named, of which one leads: those that stand by say so. A stream that broke is made again
+//! where it was, since a coordinator waits for its agents only a moment; then the others are tried in turn.
 
 use std::time::Duration;
 
@@ -23,8 +26,11 @@ use crate::driver::Input;
 const WAITS: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// To open a connection.
 const CONNECT: Duration = Duration::from_secs(5);
-/// Silence on the connection after which it is probed, and again after which it is given up.
-const PROBE: Duration = Duration::from_secs(5);
+/// The same, and for the handshake, while there are other coordinators to try.
+const TURN: Duration = Duration::from_secs(3);
+/// Silence on the connection after which it is probed, and again after which it is given up. Both together are shorter
+/// than what a standby needs to take a silent leader's place: its agents look for it when it begins to lead.
+const PROBE: Duration = Duration::from_secs(2);
 /// To read the nonce from the store.
 const PROOF: Duration = Duration::from_mins(1);
 /// Longer than any nonce.
@@ -44,15 +50,21 @@ enum Ended {
     Fatal(AgentError),
 }
 
-/// The coordinator's address and how it is spoken to.
+/// The coordinators' addresses and how they are spoken to.
 pub(crate) struct Way {
-    endpoint: Endpoint,
+    /// At least one.
+    endpoints: Vec<Endpoint>,
     token: Token,
     security: Security,
 }
 
-/// Checks the coordinator's address before anything is started.
-pub(crate) fn way(address: &str, token: Token, security: Security) -> Result<Way, AgentError> {
+/// Checks the coordinators' addresses, separated by commas, before anything is started.
+pub(crate) fn way(addresses: &str, token: Token, security: Security) -> Result<Way, AgentError> {
+    let endpoints = addresses.split(',').map(|address| endpoint(address.trim(), &security));
+    Ok(Way { endpoints: endpoints.collect::<Result<_, _>>()?, token, security })
+}
+
+fn endpoint(address: &str, security: &Security) -> Result<Endpoint, AgentError> {
     let refuse = |reason: String| AgentError::Address { address: address.into(), reason };
     let (host, port) = address.rsplit_once(':').ok_or_else(|| refuse("there is no port".into()))?;
     if host.is_empty() || port.parse::<u16>().is_err() {
@@ -60,23 +72,25 @@ pub(crate) fn way(address: &str, token: Token, security: Security) -> Result<Way
     }
     security.may_connect("--coordinator", address)?;
     let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| refuse(error.to_string()))?;
-    let endpoint = endpoint
+    Ok(endpoint
         .connect_timeout(CONNECT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(PROBE)
         .keep_alive_timeout(PROBE)
-        .keep_alive_while_idle(true);
-    Ok(Way { endpoint, token, security })
+        .keep_alive_while_idle(true))
 }
 
 /// Keeps the stream up until the driver is gone or a fatal error was passed to it.
 pub(crate) async fn run(way: Way, stores: Opener, inputs: mpsc::Sender<Input>) {
     let mut wait = WAITS.0;
     let mut welcomed = false;
-    let mut last = String::new();
+    // Which one is tried, how many were in vain, and what was last said of each.
+    let (mut at, mut tried) = (0, 0);
+    let mut said = vec![String::new(); way.endpoints.len()];
     loop {
         let mut taken_in = false;
-        let ended = attempt(&way, &stores, &inputs, welcomed, &mut taken_in).await;
+        let ended = attempt(&way, at, &stores, &inputs, welcomed, &mut taken_in).await;
+        let last = &mut said[at];
         welcomed |= taken_in;
         if inputs.send(Input::LinkDown).await.is_err() {
             return;
@@ -86,33 +100,45 @@ pub(crate) async fn run(way: Way, stores: Opener, inputs: mpsc::Sender<Input>) {
                 let _ = inputs.send(Input::LinkFailed(error)).await;
                 return;
             }
-            Ended::Lost(reason) | Ended::Strange(reason) if reason == last => {}
+            Ended::Lost(reason) | Ended::Strange(reason) if reason == *last => {}
             // An agent may well be up before its coordinator; only a loss is worth a warning.
             Ended::Lost(reason) if !welcomed => {
                 tracing::info!(reason, "no coordinator yet, trying again");
-                last = reason;
+                *last = reason;
             }
             Ended::Lost(reason) | Ended::Strange(reason) => {
                 tracing::warn!(reason, "no coordinator; workers go on, trying again");
-                last = reason;
+                *last = reason;
             }
         }
-        wait = if taken_in { WAITS.0 } else { (wait * 2).min(WAITS.1) };
+        if taken_in {
+            (tried, wait) = (0, WAITS.0);
+        } else {
+            (at, tried) = ((at + 1) % way.endpoints.len(), tried + 1);
+            if tried % way.endpoints.len() > 0 {
+                continue;
+            }
+            wait = (wait * 2).min(WAITS.1);
+        }
         tokio::time::sleep(wait).await;
     }
 }
 
 async fn attempt(
     way: &Way,
+    at: usize,
     stores: &Opener,
     inputs: &mpsc::Sender<Input>,
     welcomed: bool,
     taken_in: &mut bool,
 ) -> Ended {
     let lost = |error: String| Ended::Lost(error);
-    let channel: Channel = match way.security.connect(&way.endpoint, &[Role::Coordinator]).await {
-        Ok(channel) => channel,
-        Err(error) => return unconnected(&error, welcomed),
+    let connecting = way.security.connect(&way.endpoints[at], &[Role::Coordinator]);
+    let limit = if way.endpoints.len() > 1 { TURN } else { Duration::MAX };
+    let channel: Channel = match tokio::time::timeout(limit, connecting).await {
+        Ok(Ok(channel)) => channel,
+        Ok(Err(error)) => return unconnected(&error, welcomed),
+        Err(_) => return lost(format!("no connection within {} s", limit.as_secs())),
     };
     let token = way.token.clone();
     let mut client = ClusterClient::with_interceptor(channel, move |request| token.sign(request))

@@ -8,8 +8,9 @@ use std::collections::{BTreeMap, VecDeque};
 use proto::ids::JobName;
 use proto::wire;
 
-/// Reports remembered after they were handed to a stream.
-const MOST_HANDED: usize = 64;
+/// Reports remembered after they were handed to a stream: those of the seconds in which nobody notices that the other
+/// end has fallen silent.
+const MOST_HANDED: usize = 1024;
 /// Step reports kept while there is no coordinator.
 const MOST_STEPS: usize = 4096;
 

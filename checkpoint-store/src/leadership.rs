@@ -4,10 +4,12 @@
 //! stand still, or it ran on this host at the address this process now holds. A leader beats every second. That gives
 //! liveness only; what keeps a deposed leader from harm is that it loses every append ([`crate::chain`]).
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use proto::ids::Epoch;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
 use crate::backend::Store;
 use crate::error::{Kind, StoreError};
@@ -17,12 +19,15 @@ use crate::leader::{self, LEADER_FORMAT, LeaderRecord, LeaderView, Take};
 const BEAT: Duration = Duration::from_secs(1);
 /// A leader whose beats stand still this long is dead.
 const STILL: Duration = Duration::from_secs(5);
+/// So long after a beat, which is less than [`STILL`], a leader may be sure that nobody has taken its place.
+const TERM: Duration = Duration::from_secs(4);
 /// Between two looks at another leader's beats.
 const LOOK: Duration = Duration::from_millis(500);
 /// Beats between two checks that no higher epoch exists.
 const CHECK_EVERY: u64 = 5;
-/// A leader that cannot beat this long steps down: another one has long taken its place.
-const MOST_SILENCE: Duration = Duration::from_mins(1);
+/// A leader that cannot beat this long steps down: after [`STILL`] another one may have taken its place, and whoever
+/// still listens to this one is missed there.
+const MOST_SILENCE: Duration = Duration::from_secs(8);
 
 /// Who wants to lead.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +71,7 @@ pub struct Leadership {
     store: Store,
     epoch: Epoch,
     token: String,
+    sure: Arc<watch::Sender<Instant>>,
 }
 
 impl Leadership {
@@ -102,7 +108,10 @@ impl Leadership {
                 token: token.clone(),
             };
             match leader::take(store, epoch, &record).await? {
-                Take::Won => return Ok(Self { store: store.clone(), epoch, token }),
+                Take::Won => {
+                    let sure = Arc::new(watch::Sender::new(Instant::now() + TERM));
+                    return Ok(Self { store: store.clone(), epoch, token, sure });
+                }
                 Take::Lost => sleep(LOOK).await,
             }
         }
@@ -116,6 +125,12 @@ impl Leadership {
     /// The token in the leader record, by which others can tell that they see the same store.
     pub fn token(&self) -> &str {
         &self.token
+    }
+
+    /// Until when this leader may be sure that it still is one, which each beat puts off. A leader that was asleep, or
+    /// is cut off from the store, does well to say nothing until it is sure again: it may have been replaced.
+    pub fn sure_until(&self) -> watch::Receiver<Instant> {
+        self.sure.subscribe()
     }
 
     /// Beats until the leadership is lost, and says how; gives it back when `stop` completes.
@@ -134,26 +149,35 @@ impl Leadership {
                 }
             }
             number += 1;
-            match self.beat(number).await {
-                Ok(()) => beaten = Instant::now(),
-                Err(error) if error.kind() == Kind::Fenced => return Err(LeadError::Fenced(error.to_string())),
-                Err(error) if beaten.elapsed() > MOST_SILENCE => {
-                    let seconds = MOST_SILENCE.as_secs();
-                    return Err(LeadError::Fenced(format!("no beat was stored for {seconds} s: {error}")));
+            // One that was asleep looks first whether it was replaced; even then it is given the time to do so.
+            let (began, silence) = (Instant::now(), beaten.elapsed());
+            let look = silence >= TERM || number.is_multiple_of(CHECK_EVERY);
+            let patience = MOST_SILENCE.saturating_sub(silence).max(2 * BEAT);
+            let error = match timeout(patience, self.beat(number, look)).await {
+                Ok(Ok(())) => {
+                    beaten = began;
+                    self.sure.send_replace(began + TERM);
+                    continue;
                 }
-                Err(error) => tracing::warn!("a beat was not stored: {error}"),
+                Ok(Err(error)) if error.kind() == Kind::Fenced => return Err(LeadError::Fenced(error.to_string())),
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => "the store did not answer".to_string(),
+            };
+            if beaten.elapsed() >= MOST_SILENCE {
+                let seconds = beaten.elapsed().as_secs();
+                return Err(LeadError::Fenced(format!("no beat was stored for {seconds} s: {error}")));
             }
+            tracing::warn!("a beat was not stored: {error}");
         }
     }
 
     /// Leads for the length of some work. If the leadership is lost the work is dropped half-way, as by a crash.
     pub async fn during<T>(self, work: impl Future<Output = T>) -> Result<T, LeadError> {
         let (done, ended) = tokio::sync::oneshot::channel::<()>();
-        let holding = self.hold(async {
+        let mut holding = Box::pin(self.hold(async {
             // A dropped sender means the same.
             let _ = ended.await;
-        });
-        tokio::pin!(holding);
+        }));
         let outcome = tokio::select! {
             biased;
             held = &mut holding => {
@@ -170,8 +194,9 @@ impl Leadership {
         Ok(outcome)
     }
 
-    async fn beat(&self, number: u64) -> Result<(), StoreError> {
-        if number.is_multiple_of(CHECK_EVERY)
+    /// Writes a beat; if it is to `look`, only when no higher epoch is found.
+    async fn beat(&self, number: u64, look: bool) -> Result<(), StoreError> {
+        if look
             && let Some(next) = self.epoch.next()
             && let Some(other) = leader::read(&self.store, next).await?
         {

@@ -192,10 +192,11 @@ pub(crate) struct CoordinatorArgs {
 #[command(after_help = "\
 Examples:
   cairn agent --coordinator 127.0.0.1:7070 --node a --slots 2
-  cairn agent --coordinator 10.0.0.1:7070 --node a --ring-host 10.0.0.2 --tls certs/agent-a")]
+  cairn agent --coordinator 10.0.0.1:7070,10.0.0.2:7070 --node a --tls certs/agent-a
+  cairn agent --coordinator 10.0.0.1:7070 --node a --ring-host 10.1.0.3 --tls certs/agent-a")]
 pub(crate) struct AgentArgs {
-    /// The coordinator's address.
-    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7070", env = "CAIRN_COORDINATOR")]
+    /// The coordinator's address; of several, with commas between them, the one that leads is found.
+    #[arg(long, value_name = "HOST:PORT,…", default_value = "127.0.0.1:7070", env = "CAIRN_COORDINATOR")]
     pub(crate) coordinator: String,
     /// The coordinator's token file.
     #[arg(long, value_name = "FILE", env = "CAIRN_TOKEN_FILE")]
@@ -217,9 +218,10 @@ pub(crate) struct AgentArgs {
     /// What this node may fail together with, such as its rack: parity is spread over different ones.
     #[arg(long, value_name = "NAME", default_value = "")]
     pub(crate) domain: String,
-    /// Interface the workers' data plane and this node's snapshots listen on; off loopback it takes --tls.
-    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
-    pub(crate) ring_host: IpAddr,
+    /// Interface the workers' data plane and this node's snapshots listen on; off loopback it takes --tls. By default
+    /// the one by which this machine reaches the coordinator.
+    #[arg(long, value_name = "IP")]
+    pub(crate) ring_host: Option<IpAddr>,
     /// Stop when standard input closes.
     #[arg(long, hide = true)]
     pub(crate) supervised: bool,
@@ -252,8 +254,8 @@ pub(crate) struct SecurityArgs {
 /// Where the coordinator is.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct OperatorArgs {
-    /// The coordinator's address.
-    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7070", env = "CAIRN_COORDINATOR")]
+    /// The coordinator's address; of several, with commas between them, the one that leads is asked.
+    #[arg(long, value_name = "HOST:PORT,…", default_value = "127.0.0.1:7070", env = "CAIRN_COORDINATOR")]
     pub(crate) coordinator: String,
     /// The coordinator's token file.
     #[arg(long, value_name = "FILE", env = "CAIRN_TOKEN_FILE")]

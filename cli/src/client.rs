@@ -1,5 +1,5 @@
-//! The way to a coordinator: address, token, certificates, deadlines, and a watch that survives the coordinator's
-//! restart.
+//! The way to the coordinator that leads: addresses, token, certificates, deadlines, and a watch that survives the
+//! coordinator's restart.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -8,9 +8,10 @@ use proto::auth::Token;
 use proto::event::JobEvent;
 use proto::tls::{Refused, Role, Security};
 use proto::wire::jobs_client::JobsClient;
-use proto::wire::{MOST_MESSAGE_BYTES, WatchRequest};
+use proto::wire::{MOST_MESSAGE_BYTES, NodesRequest, WatchRequest};
 use tokio::sync::mpsc;
-use tokio::time::Instant;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
@@ -21,6 +22,14 @@ use crate::parts;
 
 /// A call that takes longer is given up; pausing, which waits for a checkpoint, has its own limit.
 const CALL: Duration = Duration::from_secs(30);
+/// Silence on a connection after which it is probed, and again after which it is given up.
+const PROBE: Duration = Duration::from_secs(5);
+/// Of several coordinators one that leads says so within this.
+const ANSWER: Duration = Duration::from_secs(3);
+/// Of several coordinators one leads within this: a standby may just be taking over.
+const CHANGEOVER: Duration = Duration::from_secs(15);
+/// Between two rounds of asking.
+const AGAIN: Duration = Duration::from_millis(200);
 
 /// Adds the token to each call.
 #[derive(Clone)]
@@ -44,27 +53,90 @@ pub(crate) fn token_path(given: Option<&Path>) -> Result<PathBuf, Failure> {
     Ok(PathBuf::from(home).join(".cairn").join("token"))
 }
 
-/// A client that connects on first use and again after a loss.
+/// The coordinators somebody named, of which one leads.
+#[derive(Debug, Clone)]
+pub(crate) struct Way {
+    addresses: Vec<String>,
+    token: Token,
+    security: Security,
+}
+
+impl Way {
+    /// To those at these addresses, separated by commas.
+    pub(crate) fn new(addresses: &str, token: Token, security: Security) -> Result<Self, Failure> {
+        Ok(Self { addresses: checked(addresses, &security)?, token, security })
+    }
+
+    /// A client of the one that leads. It connects on first use and again after a loss.
+    pub(crate) async fn client(&self) -> Result<Client, Failure> {
+        let clients = self.addresses.iter().map(|address| connect(address, self.token.clone(), &self.security));
+        let mut clients: Vec<Client> = clients.collect::<Result<_, _>>()?;
+        if clients.len() > 1 {
+            let deadline = Instant::now() + CHANGEOVER;
+            while Instant::now() < deadline {
+                if let Some(leader) = leader(&clients).await {
+                    return Ok(leader);
+                }
+                sleep(AGAIN).await;
+            }
+        }
+        // None leads: the call that is made with it finds that out, and why.
+        Ok(clients.swap_remove(0))
+    }
+}
+
+/// Addresses separated by commas, each of which may be spoken to.
+fn checked(addresses: &str, security: &Security) -> Result<Vec<String>, Failure> {
+    let allowed = |address: &str| match security.may_connect("--coordinator", address) {
+        Ok(()) => Ok(address.to_string()),
+        Err(error) => Err(Failure::request(chain(&error))),
+    };
+    addresses.split(',').map(|address| allowed(address.trim())).collect()
+}
+
+/// Who of several answers, and that in the highest epoch: one that was replaced may not know it yet. One whose answer
+/// is a refusal is as good as a leader's, if there is none: it tells the caller what is wrong.
+async fn leader(clients: &[Client]) -> Option<Client> {
+    let mut asked = JoinSet::new();
+    for client in clients {
+        let mut client = client.clone();
+        asked.spawn(async move {
+            let epoch = match client.list_nodes(timed_for(NodesRequest {}, ANSWER)).await {
+                Ok(reply) => Some(reply.get_ref().epoch),
+                Err(status) => (!is_passing(&status)).then_some(0),
+            };
+            epoch.map(|epoch| (epoch, client))
+        });
+    }
+    // A task that broke off answers nothing.
+    let answers = asked.join_all().await;
+    answers.into_iter().flatten().max_by_key(|(epoch, _)| *epoch).map(|(_, client)| client)
+}
+
+/// A client of one coordinator, that connects on first use and again after a loss.
 pub(crate) fn connect(address: &str, token: Token, security: &Security) -> Result<Client, Failure> {
     let endpoint = Endpoint::from_shared(format!("http://{address}"))
         .map_err(|error| Failure::request(format!("--coordinator {address:?} is not HOST:PORT: {error}")))?
         .connect_timeout(Duration::from_secs(5))
         .keep_alive_while_idle(true)
-        .http2_keep_alive_interval(Duration::from_secs(10))
-        .keep_alive_timeout(Duration::from_secs(10));
+        .http2_keep_alive_interval(PROBE)
+        .keep_alive_timeout(PROBE);
     let channel = security.connect_lazy(&endpoint, &[Role::Coordinator]);
     let client = JobsClient::with_interceptor(channel, Sign(token));
     Ok(client.max_decoding_message_size(MOST_MESSAGE_BYTES).max_encoding_message_size(MOST_MESSAGE_BYTES))
 }
 
+/// The way an operator's command asked for.
+pub(crate) async fn way(args: &OperatorArgs) -> Result<Way, Failure> {
+    let security = parts::security(&args.security)?;
+    let addresses = checked(&args.coordinator, &security)?;
+    let path = token_path(args.token_file.as_deref())?;
+    Ok(Way { addresses, token: parts::wait_for_token(&path).await?, security })
+}
+
 /// The client an operator's command asked for.
 pub(crate) async fn operator(args: &OperatorArgs) -> Result<Client, Failure> {
-    let security = parts::security(&args.security)?;
-    let allowed = security.may_connect("--coordinator", &args.coordinator);
-    allowed.map_err(|error| Failure::request(chain(&error)))?;
-    let path = token_path(args.token_file.as_deref())?;
-    let token = parts::wait_for_token(&path).await?;
-    connect(&args.coordinator, token, &security)
+    way(args).await?.client().await
 }
 
 /// A request with the ordinary deadline.
@@ -152,7 +224,7 @@ impl Seen {
 /// Follows a job, reconnecting while the coordinator is away for at most `patience`; ends after the last event.
 ///
 /// Events arrive on the channel; an error is the last thing on it.
-pub(crate) fn follow(mut client: Client, job: String, patience: Duration) -> mpsc::Receiver<Result<JobEvent, Failure>> {
+pub(crate) fn follow(way: Way, job: String, patience: Duration) -> mpsc::Receiver<Result<JobEvent, Failure>> {
     let (sender, receiver) = mpsc::channel(256);
     tokio::spawn(async move {
         let (mut epoch, mut after) = (0, 0);
@@ -160,6 +232,13 @@ pub(crate) fn follow(mut client: Client, job: String, patience: Duration) -> mps
         let mut last_seen = Instant::now();
         loop {
             let request = WatchRequest { job: job.clone(), epoch, after };
+            let mut client = match way.client().await {
+                Ok(client) => client,
+                Err(failure) => {
+                    let _ = sender.send(Err(failure)).await;
+                    return;
+                }
+            };
             let status = match client.watch(Request::new(request)).await {
                 Ok(stream) => {
                     let mut stream = stream.into_inner();
@@ -191,7 +270,7 @@ pub(crate) fn follow(mut client: Client, job: String, patience: Duration) -> mps
                 let _ = sender.send(Err(status.into())).await;
                 return;
             }
-            tokio::time::sleep(Duration::from_millis(200)).await;
+            sleep(AGAIN).await;
         }
     });
     receiver

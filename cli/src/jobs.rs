@@ -8,7 +8,7 @@ use proto::wire::{JobRequest, JobStatus, ListRequest, ScaleRequest, WorkerPhase}
 use serde_json::json;
 
 use crate::args::{JobArgs, OperatorArgs, Output, ScaleArgs, SubmitArgs};
-use crate::client::{self, Client};
+use crate::client::{self, Way};
 use crate::failure::Failure;
 use crate::render::Renderer;
 use crate::size;
@@ -25,11 +25,12 @@ const PATIENCE: Duration = Duration::from_secs(300);
 pub(crate) async fn submit(args: SubmitArgs) -> Result<u8, Failure> {
     let spec = train::read_job(&args.job)?;
     let request = train::submit_request(&args.job, &spec)?;
-    let mut client = client::operator(&args.operator).await?;
+    let way = client::way(&args.operator).await?;
+    let mut client = way.client().await?;
     let address = &args.operator.coordinator;
     let finished = train::submit(&mut client, request, SUBMIT).await.map_err(|s| client::explain(s, address))?;
     if finished {
-        return show_finish(client, &args, &spec).await;
+        return show_finish(way, &args, &spec).await;
     }
     let name = &spec.name;
     match args.operator.output {
@@ -46,10 +47,10 @@ pub(crate) async fn submit(args: SubmitArgs) -> Result<u8, Failure> {
 }
 
 /// Shows the event a finished job ended with, and none of those before it.
-async fn show_finish(client: Client, args: &SubmitArgs, spec: &JobSpec) -> Result<u8, Failure> {
+async fn show_finish(way: Way, args: &SubmitArgs, spec: &JobSpec) -> Result<u8, Failure> {
     let mut renderer = Renderer::new(args.operator.output, spec.training.steps, spec.training.tokens_per_step());
     renderer.note(&format!("job {} had already finished; nothing was started", spec.name));
-    let mut events = client::follow(client, spec.name.to_string(), SUBMIT);
+    let mut events = client::follow(way, spec.name.to_string(), SUBMIT);
     while let Some(event) = events.recv().await {
         let event = event?;
         if matches!(event, JobEvent::Finished { .. }) {
@@ -124,16 +125,18 @@ pub(crate) async fn cancel(args: JobArgs) -> Result<u8, Failure> {
 }
 
 pub(crate) async fn watch(args: JobArgs) -> Result<u8, Failure> {
-    let mut client = client::operator(&args.operator).await?;
+    let way = client::way(&args.operator).await?;
     let address = &args.operator.coordinator;
-    let status = client
+    let status = way
+        .client()
+        .await?
         .status(client::timed(JobRequest { job: args.name.to_string() }))
         .await
         .map_err(|status| client::explain(status, address))?
         .into_inner();
     let mut renderer = Renderer::new(args.operator.output, status.steps, status.tokens_per_step);
     renderer.found(status.checkpoint_step);
-    let mut events = client::follow(client, args.name.to_string(), PATIENCE);
+    let mut events = client::follow(way, args.name.to_string(), PATIENCE);
     while let Some(event) = events.recv().await {
         let event = event?;
         renderer.event(&event);

@@ -1,6 +1,7 @@
 //! The parts of a cluster as commands: `coordinator`, `agent` and `worker`.
 
-use std::io::Read;
+use std::io::{ErrorKind, Read};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use coordinator::Scope;
 use proto::auth::Token;
 use proto::ids::NodeName;
 use proto::tls::Security;
+use tokio::net::UdpSocket;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep};
@@ -56,6 +58,10 @@ pub(crate) async fn agent(args: AgentArgs) -> Result<u8, Failure> {
     };
     let executable = std::env::current_exe()
         .map_err(|error| Failure::job(format!("cannot find this program's own file: {error}")))?;
+    let ring_host = match args.ring_host {
+        Some(host) => host,
+        None => facing(&args.coordinator).await?,
+    };
     let options = agent::Options {
         coordinator: args.coordinator,
         token,
@@ -67,11 +73,38 @@ pub(crate) async fn agent(args: AgentArgs) -> Result<u8, Failure> {
         memory_budget: args.memory_budget.unwrap_or(0),
         domain: args.domain,
         executable,
-        ring_host: args.ring_host,
+        ring_host,
     };
     let (drain, stop) = leave_asked(args.supervised)?;
     let outcome = agent::run(options, drain, stop).await;
     outcome.map(|()| 0).map_err(|error| Failure::new(error.exit_code(), chain(&error)))
+}
+
+/// The address of the interface by which this machine reaches its coordinator: that of the first it has a route to.
+async fn facing(coordinators: &str) -> Result<IpAddr, Failure> {
+    let mut why = String::new();
+    for coordinator in coordinators.split(',').map(str::trim) {
+        match towards(coordinator).await {
+            Ok(host) => return Ok(host),
+            // No address at all: the agent says what is wrong with it.
+            Err(error) if error.kind() == ErrorKind::InvalidInput => return Ok(Ipv4Addr::LOCALHOST.into()),
+            Err(error) => why = format!("{coordinator}: {error}"),
+        }
+    }
+    Err(Failure::job(format!(
+        "there is no way to the coordinator ({why}): correct --coordinator, or name an address of this machine that \
+         other nodes reach with --ring-host"
+    )))
+}
+
+async fn towards(coordinator: &str) -> std::io::Result<IpAddr> {
+    let mut found = tokio::net::lookup_host(coordinator).await?;
+    let to = found.next().ok_or_else(|| std::io::Error::other("the name has no address"))?;
+    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    // Connecting a datagram socket asks the routing table, and sends nothing.
+    let socket = UdpSocket::bind((any, 0)).await?;
+    socket.connect(to).await?;
+    Ok(socket.local_addr()?.ip())
 }
 
 pub(crate) fn worker(args: WorkerArgs) -> Result<u8, Failure> {

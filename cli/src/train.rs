@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tonic::{Code, Status};
 
 use crate::args::{JobFileArgs, Output, TrainArgs};
-use crate::client::{self, Client};
+use crate::client::{self, Client, Way};
 use crate::failure::{Failure, INTERRUPTED, WRONG_REQUEST, chain};
 use crate::render::Renderer;
 use crate::supervise::{Part, Refused};
@@ -184,7 +184,8 @@ impl Local {
 }
 
 async fn follow(args: &TrainArgs, spec: &JobSpec, local: &Local, signals: &mut Signals) -> Result<u8, Failure> {
-    let mut client = client::connect(&local.address, local.token.clone(), &Security::Loopback)?;
+    let way = Way::new(&local.address, local.token.clone(), Security::Loopback)?;
+    let mut client = way.client().await?;
     let last = args.job.steps.unwrap_or(spec.training.steps);
     let mut renderer = Renderer::new(args.output, last, spec.training.tokens_per_step());
     let request = submit_request(&args.job, spec)?;
@@ -206,7 +207,7 @@ async fn follow(args: &TrainArgs, spec: &JobSpec, local: &Local, signals: &mut S
         renderer.detection(&spec.fault.detection());
     }
     renderer.found(newest_checkpoint(&mut client, spec).await);
-    let mut events = client::follow(client.clone(), spec.name.to_string(), PATIENCE);
+    let mut events = client::follow(way, spec.name.to_string(), PATIENCE);
     let mut stopping: Option<Instant> = None;
     loop {
         let deadline = stopping.unwrap_or_else(|| Instant::now() + Duration::from_secs(86_400));

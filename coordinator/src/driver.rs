@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use proto::ids::JobName;
 use proto::wire::CoordinatorMessage;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tonic::Status;
@@ -35,6 +35,13 @@ pub(crate) enum Input {
     Event(Event),
     /// An operator asks.
     Ask { ask: Ask, reply: oneshot::Sender<Result<Answer, Refusal>> },
+}
+
+/// What the loop has waited for.
+enum Happened {
+    Input(Input),
+    Stored(JobName, Outcome),
+    Tick,
 }
 
 /// See the module header.
@@ -95,22 +102,37 @@ impl Driver {
     }
 
     /// Works until the leadership is lost or something breaks.
-    pub(crate) async fn run(mut self, mut inputs: mpsc::Receiver<Input>) -> Result<(), CoordinatorError> {
+    ///
+    /// While it is not `sure` that it still leads, everything waits: whoever was asleep or cut off from the store would
+    /// else break off what a successor goes on with. To the machine that is a pause of the process.
+    pub(crate) async fn run(
+        mut self,
+        mut inputs: mpsc::Receiver<Input>,
+        mut sure: watch::Receiver<Instant>,
+    ) -> Result<(), CoordinatorError> {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            tokio::select! {
+            let happened = tokio::select! {
                 // In this order, for there are few ticks and few operations: no flood of messages holds them up.
                 biased;
-                _ = ticks.tick() => self.handle(Event::Tick)?,
+                _ = ticks.tick() => Happened::Tick,
                 Some(done) = self.operations.join_next() => {
                     let (job, outcome) = done.map_err(|error| CoordinatorError::broken("a store operation", error))?;
-                    self.handle(Event::Stored { job, outcome })?;
+                    Happened::Stored(job, outcome)
                 }
                 input = inputs.recv() => match input {
-                    Some(input) => self.take(input)?,
+                    Some(input) => Happened::Input(input),
                     None => return Err(CoordinatorError::broken("the services", "all of them ended")),
                 },
+            };
+            while Instant::now() >= *sure.borrow_and_update() {
+                sure.changed().await.map_err(|error| CoordinatorError::broken("the leadership", error))?;
+            }
+            match happened {
+                Happened::Input(input) => self.take(input)?,
+                Happened::Stored(job, outcome) => self.handle(Event::Stored { job, outcome })?,
+                Happened::Tick => self.handle(Event::Tick)?,
             }
         }
     }

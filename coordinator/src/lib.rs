@@ -2,7 +2,8 @@
 //! leads to.
 //!
 //! `machine` decides, purely; `driver` performs; `journal` writes the jobs' chains; `lead` holds the leadership of the
-//! store; `service` is the gRPC edge, `check` its gate, `watch` what watchers see. The coordinator is on no step's
+//! store; `service` is the gRPC edge, `check` its gate, `watch` what watchers see,
+//! `standby` what is said before all that. The coordinator is on no step's
 //! path: while it is away training goes on, and its successor learns all it needs from the chains and the reports.
 
 pub mod bench;
@@ -14,6 +15,7 @@ mod lead;
 pub mod machine;
 mod metrics;
 mod service;
+mod standby;
 mod watch;
 
 use std::net::SocketAddr;
@@ -111,7 +113,8 @@ pub async fn run_with(
 ) -> Result<(), CoordinatorError> {
     check_security(&options)?;
     let listen = |source| CoordinatorError::Listen { address: options.listen, source };
-    let listener = options.security.bind(options.listen).await.map_err(listen)?;
+    let bound = options.security.bind(options.listen).await.map_err(listen)?;
+    let (listener, waiting) = standby::share(bound).map_err(listen)?;
     let scraped = match options.metrics {
         Some(address) => Some(metrics::listen(address, &options.security).await?),
         None => None,
@@ -123,11 +126,14 @@ pub async fn run_with(
         trust(&store, options.allow_single_coordinator).await?;
         acquire(&store, &address, &options.host, options.standby).await
     };
+    let mut turning = Task(tokio::spawn(standby::turn_away(waiting, options.security.clone())));
     let leadership = tokio::select! {
         biased;
         leadership = start => leadership?,
+        outcome = &mut turning.0 => return flatten("standing by", outcome),
         () = &mut shutdown => return Ok(()),
     };
+    drop(turning);
     tracing::info!(epoch = leadership.epoch().get(), %address, store = store.url(), "this coordinator leads");
     let (stop, stopped) = oneshot::channel::<()>();
     let mut holding = Task(tokio::spawn(hold(leadership.clone(), async {
@@ -145,7 +151,7 @@ pub async fn run_with(
     let mut scraping = Task(tokio::spawn(metrics::serve(scraped, seen)));
     let outcome = tokio::select! {
         biased;
-        outcome = driver.run(inputs) => outcome,
+        outcome = driver.run(inputs, leadership.sure_until()) => outcome,
         outcome = &mut scraping.0 => flatten("the metrics endpoint", outcome),
         outcome = &mut holding.0 => flatten("the leadership", outcome),
         outcome = &mut server.0 => flatten("the server", outcome),

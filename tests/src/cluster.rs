@@ -14,8 +14,14 @@ pub struct Part(Child);
 impl Part {
     /// Starts a part.
     pub fn start(words: &[&str]) -> Self {
-        let child = Command::new(crate::cairn()).args(words).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
-        Self(child.expect("cairn starts"))
+        Self::start_in(words, &[])
+    }
+
+    /// The same with further environment variables.
+    pub fn start_in(words: &[&str], environment: &[(&str, &str)]) -> Self {
+        let mut command = Command::new(crate::cairn());
+        command.args(words).envs(environment.iter().copied()).stdin(Stdio::null()).stdout(Stdio::null());
+        Self(command.spawn().expect("cairn starts"))
     }
 
     /// Its process id.
@@ -26,6 +32,18 @@ impl Part {
     /// Waits for it to end by itself.
     pub fn wait(&mut self) -> ExitStatus {
         self.0.wait().expect("a child can be waited for")
+    }
+
+    /// Waits for it to end by itself, but no longer than any wait of a test; how it ended.
+    pub fn end(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            if let Some(status) = self.0.try_wait().expect("a child can be waited for") {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "process {} did not end within {LIMIT:?}", self.id());
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Kills it with SIGKILL and waits until it is gone.
@@ -44,7 +62,8 @@ impl Drop for Part {
 
 /// The parts of one job's cluster, all on this machine.
 pub struct Cluster {
-    /// Where the coordinator is reached: where it listens, unless a test puts something in between.
+    /// Where the coordinator is reached: where it listens, unless a test puts something in between. Of several, with
+    /// commas between them.
     pub address: String,
     listen: String,
     certs: Option<Certs>,
@@ -52,20 +71,23 @@ pub struct Cluster {
     pub token: String,
     /// The store, as a path.
     pub store: String,
+    /// What its processes find in their environment.
+    pub environment: Vec<(String, String)>,
     memory: String,
 }
 
 impl Cluster {
     /// A cluster whose store and memory lie in the job's folder.
     pub fn new(job: &Job) -> Self {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
+        let listen = Self::free_address();
         let path = |name: &str| job.folder().join(name).display().to_string();
         Self {
-            address: format!("127.0.0.1:{port}"),
-            listen: format!("127.0.0.1:{port}"),
+            address: listen.clone(),
+            listen,
             certs: None,
             token: path("token"),
             store: path("cairn-store"),
+            environment: Vec::new(),
             memory: path("m"),
         }
     }
@@ -102,7 +124,7 @@ impl Cluster {
         let words = ["coordinator", "--store", &self.store, "--listen", &self.listen, "--token-file", &self.token];
         let tls = self.tls("coordinator", "main");
         let tls: Vec<&str> = tls.iter().map(String::as_str).collect();
-        let part = Part::start(&[&words[..], &tls, more].concat());
+        let part = Part::start_in(&[&words[..], &tls, more].concat(), &self.variables());
         let deadline = Instant::now() + LIMIT;
         while self.call(&["jobs"]).code != Some(0) {
             assert!(Instant::now() < deadline, "the coordinator does not answer");
@@ -121,7 +143,19 @@ impl Cluster {
         let words = ["agent", "--coordinator", &self.address, "--token-file", &self.token, "--node", node];
         let tls = self.tls("agent", node);
         let tls: Vec<_> = tls.iter().map(String::as_str).collect();
-        Part::start(&[&words[..], &["--memory", &self.memory, "--slots", &slots.to_string()], &tls].concat())
+        let more = ["--memory", &self.memory, "--slots", &slots.to_string()];
+        Part::start_in(&[&words[..], &more, &tls].concat(), &self.variables())
+    }
+
+    /// Starts a coordinator that stands by at an address, in an environment of its own.
+    pub fn standby(&self, listen: &str, environment: &[(&str, &str)]) -> Part {
+        let words = ["coordinator", "--standby", "--store", &self.store, "--listen", listen];
+        let words = [&words[..], &["--token-file", &self.token]].concat();
+        Part::start_in(&words, &[&self.variables()[..], environment].concat())
+    }
+
+    fn variables(&self) -> Vec<(&str, &str)> {
+        self.environment.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect()
     }
 
     /// A command's words, with those that find this cluster.
@@ -137,5 +171,11 @@ impl Cluster {
     /// Runs a command against this cluster.
     pub fn call(&self, words: &[&str]) -> Outcome {
         cairn(&self.words(words))
+    }
+
+    /// An address of loopback that nobody listens at.
+    pub fn free_address() -> String {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
+        format!("127.0.0.1:{port}")
     }
 }

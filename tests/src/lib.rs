@@ -4,12 +4,14 @@
 //! digest: it must equal that of an undisturbed run. `sim` simulates a whole cluster instead, in virtual time.
 
 pub mod certs;
+pub mod chaos;
 pub mod cluster;
 pub mod job;
 pub mod nodes;
 pub mod process;
 pub mod relay;
 pub mod run;
+pub mod s3;
 pub mod sim;
 pub mod source;
 

@@ -1,15 +1,19 @@
-//! A wire that remembers: passes TCP connections on and records every byte of both directions.
+//! A wire that remembers: passes TCP connections on and records every byte of both directions. It can be cut, as a
+//! network is: then nothing passes, and neither end is told.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 /// A relay in front of an address.
 pub struct Relay {
     /// Where it listens.
     pub address: String,
     bytes: Arc<Mutex<Vec<u8>>>,
+    cut: Arc<AtomicBool>,
 }
 
 impl Relay {
@@ -18,18 +22,25 @@ impl Relay {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("it has an address").to_string();
         let bytes = Arc::new(Mutex::new(Vec::new()));
-        let (target, record) = (target.to_string(), bytes.clone());
+        let cut = Arc::new(AtomicBool::new(false));
+        let (target, record, closed) = (target.to_string(), bytes.clone(), cut.clone());
         thread::spawn(move || {
             for near in listener.incoming().flatten() {
                 let Ok(far) = TcpStream::connect(&target) else { continue };
                 let clone = |stream: &TcpStream| stream.try_clone().expect("a second handle");
                 let (near_again, far_again) = (clone(&near), clone(&far));
                 let (one, other) = (record.clone(), record.clone());
-                thread::spawn(move || pass(near, far, &one));
-                thread::spawn(move || pass(far_again, near_again, &other));
+                let (there, back) = (closed.clone(), closed.clone());
+                thread::spawn(move || pass(near, far, &one, &there));
+                thread::spawn(move || pass(far_again, near_again, &other, &back));
             }
         });
-        Self { address, bytes }
+        Self { address, bytes, cut }
+    }
+
+    /// Cuts the wire, or mends it: what was held up then passes.
+    pub fn cut(&self, cut: bool) {
+        self.cut.store(cut, Ordering::SeqCst);
     }
 
     /// All bytes so far; those of one connection and direction are together in pieces as they came.
@@ -43,14 +54,21 @@ impl Relay {
     }
 }
 
-fn pass(mut from: TcpStream, mut to: TcpStream, record: &Mutex<Vec<u8>>) {
+fn pass(mut from: TcpStream, mut to: TcpStream, record: &Mutex<Vec<u8>>, cut: &AtomicBool) {
     let mut buffer = vec![0; 1 << 16];
+    let wait = || {
+        while cut.load(Ordering::SeqCst) {
+            thread::sleep(Duration::from_millis(10));
+        }
+    };
     while let Ok(count @ 1..) = from.read(&mut buffer) {
+        wait();
         record.lock().expect("no relay panics").extend_from_slice(&buffer[..count]);
         if to.write_all(&buffer[..count]).is_err() {
             break;
         }
     }
+    wait();
     let _ = to.shutdown(Shutdown::Both);
     let _ = from.shutdown(Shutdown::Both);
 }

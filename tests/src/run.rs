@@ -17,6 +17,7 @@ use crate::process::{self, Process};
 pub const LIMIT: Duration = Duration::from_secs(120);
 
 /// A running `cairn` command.
+#[derive(Debug)]
 pub struct Run {
     child: Child,
     lines: Receiver<Value>,
@@ -52,15 +53,15 @@ impl Run {
 
     /// As [`Run::start`], with further environment variables.
     pub fn start_in(words: &[&str], environment: &[(&str, &str)]) -> Self {
-        let mut child = Command::new(crate::cairn())
-            .args(words)
-            .env("CAIRN_LOG", "info")
-            .envs(environment.iter().copied())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("cairn starts");
+        let mut command = Command::new(crate::cairn());
+        command.args(words).env("CAIRN_LOG", "info").envs(environment.iter().copied());
+        Self::spawn(command)
+    }
+
+    /// Starts a command that was put together elsewhere.
+    pub fn spawn(mut command: Command) -> Self {
+        let mut child =
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("cairn starts");
         let (sender, lines) = channel();
         let stdout = child.stdout.take().expect("stdout is piped");
         thread::spawn(move || {
@@ -85,6 +86,18 @@ impl Run {
     /// The command's process id.
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The next event, if one comes within this time; `Err` when the command's output has ended.
+    pub fn poll(&mut self, within: Duration) -> Result<Option<Value>, String> {
+        match self.lines.recv_timeout(within) {
+            Ok(event) => {
+                self.events.push(event.clone());
+                Ok(Some(event))
+            }
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(self.report()),
+        }
     }
 
     /// Waits for an event of a kind that satisfies a condition.

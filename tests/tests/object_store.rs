@@ -1,54 +1,8 @@
 //! A whole job on a real S3-compatible server: trained, stopped, resumed at another size, verified.
 
-use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
-
 use tests::job::Job;
-use tests::run::{LIMIT, Run, undisturbed};
-
-/// The server, stopped when the test is done with it.
-struct Server {
-    process: Child,
-    address: String,
-}
-
-impl Server {
-    /// `None` where no server is installed.
-    fn start() -> Option<Self> {
-        let program = std::env::var("CAIRN_MOTO").unwrap_or_else(|_| "moto_server".into());
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
-        let mut command = Command::new(program);
-        command.args(["-H", "127.0.0.1", "-p", &port.to_string()]).stdout(Stdio::null()).stderr(Stdio::null());
-        let process = command.spawn().ok()?;
-        let server = Self { process, address: format!("127.0.0.1:{port}") };
-        let deadline = Instant::now() + LIMIT;
-        while std::net::TcpStream::connect(&server.address).is_err() {
-            assert!(Instant::now() < deadline, "the server does not listen");
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        Some(server)
-    }
-
-    /// Makes a bucket with one plain HTTP request.
-    fn make_bucket(&self, name: &str) {
-        use std::io::{Read, Write};
-        let mut stream = std::net::TcpStream::connect(&self.address).expect("the server listens");
-        let request =
-            format!("PUT /{name} HTTP/1.1\r\nHost: {}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", self.address);
-        stream.write_all(request.as_bytes()).expect("sent");
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).expect("answered");
-        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
+use tests::run::{Run, undisturbed};
+use tests::s3::Server;
 
 #[test]
 fn a_job_on_s3_has_the_same_digest() {
@@ -57,14 +11,8 @@ fn a_job_on_s3_has_the_same_digest() {
         return;
     };
     server.make_bucket("bucket");
-    let url = format!("http://{}", server.address);
-    let environment = [
-        ("AWS_ACCESS_KEY_ID", "test"),
-        ("AWS_SECRET_ACCESS_KEY", "test"),
-        ("AWS_REGION", "us-east-1"),
-        ("AWS_ENDPOINT_URL", &url),
-        ("AWS_ALLOW_HTTP", "true"),
-    ];
+    let environment = server.environment();
+    let environment: Vec<(&str, &str)> = environment.iter().map(|(name, value)| (*name, value.as_str())).collect();
     let store = ["--store", "s3://bucket/cairn"];
     let job = Job::new();
     let file = job.file().display().to_string();

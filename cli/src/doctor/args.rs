@@ -25,8 +25,8 @@ pub(crate) struct DoctorArgs {
     /// Store URL or path; without it the job's.
     #[arg(long, value_name = "URL")]
     pub(crate) store: Option<String>,
-    /// A coordinator to ask; may be repeated.
-    #[arg(long, value_name = "HOST:PORT")]
+    /// A coordinator to ask; of several, with commas between them or the flag repeated, each is.
+    #[arg(long, value_name = "HOST:PORT,…", value_delimiter = ',')]
     pub(crate) coordinator: Vec<String>,
     /// The coordinator's token file.
     #[arg(long, value_name = "FILE", env = "CAIRN_TOKEN_FILE")]

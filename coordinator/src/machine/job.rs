@@ -280,7 +280,9 @@ impl Job {
         let event = JobEvent::Failure { generation, rank: rank.map(Rank::get), reason: reason.clone() };
         cx.publish(&self.name, event);
         cx.log(&self.name, format!("generation {generation} failed: {reason}"));
-        self.open_incident(cx, blame, rank, &reason);
+        // Of a broken exchange the rank is the first that spoke: no more than that, if no node is to blame.
+        let blamed = rank.filter(|_| kind != FailureKind::Exchange || blame.node.is_some());
+        self.open_incident(cx, blame, blamed, &reason);
         let start = self.live.as_ref().and_then(|live| live.membership.start.clone());
         if let Some(point) = self.live.as_ref().filter(|live| !live.joined()).and_then(|live| live.membership.memory)
             && matches!(kind, FailureKind::Transient | FailureKind::Corrupt)

@@ -351,7 +351,20 @@ impl Live {
     fn attribute(&mut self, now: Duration, cause: Cause) -> Option<Cause> {
         let (since, first) = self.echo.get_or_insert((now, cause)).clone();
         let patience = if self.detached.is_empty() { ATTRIBUTION } else { ATTRIBUTION_DETACHED };
-        (now.saturating_sub(since) >= patience).then_some(first)
+        (now.saturating_sub(since) >= patience).then(|| self.silent(first))
+    }
+
+    /// A rank that gives an exchange up says so, and closes its connections, so that all do. If the ranks of one node
+    /// alone say nothing, it is they that did not take part. Else nobody knows who it was, and nobody is blamed.
+    fn silent(&self, first: Cause) -> Cause {
+        let says_nothing = |rank: &Rank| self.seen[rank.index()].trouble.is_none();
+        let mut silent = self.ranks.nodes().filter(|(_, ranks)| ranks.iter().all(says_nothing));
+        let (Some((node, ranks)), None) = (silent.next(), silent.next()) else {
+            return Cause { blame: Blame { node: None, ..first.blame }, ..first };
+        };
+        let reason = format!("node {node} took no part in the exchange ({})", first.reason);
+        let blame = Blame { node: Some(node.clone()), ..first.blame };
+        Cause { rank: ranks.first().copied(), reason, blame, ..first }
     }
 
     /// What takes too long.

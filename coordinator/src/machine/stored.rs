@@ -22,6 +22,10 @@ use super::memory::{self, Group};
 /// The longest pause between two tries of a failing operation.
 const MOST_BACKOFF: Duration = Duration::from_secs(10);
 
+/// What agents of a generation in progress get beyond the suspicion time to come to a new coordinator. A leader that
+/// fell silent may be listened to for a while after another one has taken its place.
+const CHANGEOVER: Duration = Duration::from_secs(5);
+
 /// The pause before try number `attempts + 1`: 100 ms, doubled each time.
 fn backoff(attempts: u32) -> Duration {
     Duration::from_millis(100 << attempts.min(10)).min(MOST_BACKOFF)
@@ -282,7 +286,7 @@ impl Job {
                 self.gathering.already(checkpoint.step);
             }
         }
-        let until = cx.now + cx.settings.suspicion;
+        let until = cx.now + cx.settings.suspicion + CHANGEOVER;
         let groups = self.parity_groups(cx, &membership);
         let mut live = Live::adopted(cx.now, membership, until);
         live.divide(groups);
