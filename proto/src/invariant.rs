@@ -1,6 +1,6 @@
 //! What holds of a cluster at every moment, as predicates that production and simulation share.
 //!
-//! [`Conduct`] is what one agent does, [`same_content`] what one job commits. Agents and coordinators hold themselves to
+//! [`Conduct`] is what one agent does, [`same_content`] what a job commits. Agents and coordinators hold themselves to
 //! them and refuse what would break them, which is a defect of theirs; a simulation holds the whole cluster to them,
 //! with what only it can know: who really wrote an order, and what the chain said when a worker obeyed.
 
