@@ -294,9 +294,9 @@ pub(crate) async fn listen(address: SocketAddr, security: &Security) -> Result<S
     let listener = TcpListener::bind(address).await.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     let connections = if address.ip().is_loopback() {
-        proto::tls::incoming(listener, &Security::Loopback).boxed()
+        proto::tls::incoming(listener.into(), &Security::Loopback).boxed()
     } else {
-        proto::tls::incoming(listener, security).boxed()
+        proto::tls::incoming(listener.into(), security).boxed()
     };
     Ok(Scrapers { address, connections })
 }

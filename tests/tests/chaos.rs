@@ -3,12 +3,15 @@
 //! Needs root, namespaces, `ip`, `nft`, `tc` and an S3 server; says what is missing and passes where it is. The long
 //! campaign is `cargo run --release -p tests --bin chaos`.
 
+use std::time::{Duration, Instant};
+
 use tests::chaos::campaign::{self, Plan};
 use tests::chaos::fault::Kind;
 use tests::chaos::lab::{self, Lab, Shape};
 use tests::chaos::net::Plane;
 use tests::job::Job;
-use tests::run::undisturbed;
+use tests::process::signal;
+use tests::run::{LIMIT, undisturbed};
 
 /// Whether the machine can do it. Where namespaces are not permitted nobody can help it, so this is never an error.
 fn usable() -> bool {
@@ -58,7 +61,7 @@ fn nodes_join_with_one_command_and_find_their_own_address() {
     if !usable() {
         return;
     }
-    let lab = Lab::new(Shape { nodes: 2, coordinators: 1, planes: false });
+    let lab = Lab::new(Shape { nodes: 2, coordinators: 1, planes: false, admission: true });
     let (control, data) = train(&lab);
     assert!(control > EXCHANGED, "the ring took the way to the coordinator: {control} bytes");
     assert!(data < EXCHANGED / 100, "and no other: {data} bytes");
@@ -69,8 +72,41 @@ fn the_data_plane_can_be_a_network_of_its_own() {
     if !usable() {
         return;
     }
-    let lab = Lab::new(Shape { nodes: 2, coordinators: 1, planes: true });
+    let lab = Lab::new(Shape { nodes: 2, coordinators: 1, planes: true, admission: true });
     let (control, data) = train(&lab);
     assert!(data > EXCHANGED, "the ring was on the data plane: {data} bytes");
     assert!(control < data, "control and checkpoints were not: {control} bytes");
+}
+
+/// Waits until a node is in a state; how it is then.
+fn wait_for(lab: &mut Lab, node: &str, state: &str) -> serde_json::Value {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        lab.tend();
+        let nodes = lab.call(&["nodes"]);
+        if let Some(found) = nodes.events.iter().find(|event| event["node"] == node && event["state"] == state) {
+            return found.clone();
+        }
+        assert!(Instant::now() < deadline, "{node} is not {state}: {:?}", nodes.events);
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+#[test]
+fn a_node_the_others_cannot_reach_is_set_aside_and_let_back() {
+    if !usable() {
+        return;
+    }
+    let mut lab = Lab::new(Shape { nodes: 3, coordinators: 1, planes: true, admission: true });
+    for node in lab.nodes() {
+        let found = wait_for(&mut lab, &node, "ready");
+        assert!(found["exchange_bytes_per_second"].as_f64() > Some(0.0), "it was tested: {found}");
+    }
+    // The way to the coordinator stays, so nothing but the exchange can tell.
+    let filters = ["n0", "n1"].map(|node| lab.net.cut(node, "n2", Plane::Data));
+    assert!(signal(lab.process("n2").expect("an agent"), "KILL"));
+    let found = wait_for(&mut lab, "n2", "aside");
+    assert!(found["reason"].as_str().is_some_and(|reason| reason.contains("its exchange with n")), "{found}");
+    lab.net.remove(&filters);
+    assert_eq!(lab.call(&["undrain", "n2"]).events[0]["state"], "ready");
 }

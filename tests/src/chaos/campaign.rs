@@ -120,7 +120,7 @@ fn undisturbed(job: &Job, step: u64) -> Result<String, String> {
 
 impl Campaign {
     fn start(plan: &Plan, job: &Job) -> Result<Self, String> {
-        let lab = Lab::new(Shape { nodes: plan.nodes, coordinators: 2, planes: true });
+        let lab = Lab::new(Shape { nodes: plan.nodes, coordinators: 2, planes: true, admission: false });
         for node in lab.nodes() {
             lab.net.limit(&node, Some(LINK));
         }

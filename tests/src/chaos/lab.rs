@@ -43,6 +43,9 @@ pub struct Shape {
     pub coordinators: usize,
     /// Whether agents are told their address on the data plane; else they find one by themselves.
     pub planes: bool,
+    /// Whether nodes are tested before they get work. A campaign cuts their network while they come back, and does
+    /// without.
+    pub admission: bool,
 }
 
 /// See the module header.
@@ -94,10 +97,10 @@ impl Lab {
             let host = lab.net.address(name, Plane::Control);
             let tls = certs.issue_for("coordinator", name, &[&host]);
             let listen = format!("{host}:{PORT}");
-            lab.start(
-                name,
-                &["coordinator", "--standby", "--store", "s3://bucket/cairn", "--listen", &listen, "--tls", &tls],
-            );
+            let words =
+                ["coordinator", "--standby", "--store", "s3://bucket/cairn", "--listen", &listen, "--tls", &tls];
+            let admission: &[&str] = if shape.admission { &[] } else { &["--no-admission"] };
+            lab.start(name, &[&words[..], admission].concat());
         }
         let plane = if shape.planes { Plane::Data } else { Plane::Control };
         for name in &nodes {

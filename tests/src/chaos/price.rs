@@ -42,7 +42,7 @@ fn median(values: &[f64]) -> f64 {
 
 /// Measures.
 pub fn measure(plan: Plan) -> Result<Price, String> {
-    let lab = Lab::new(Shape { nodes: plan.nodes, coordinators: 1, planes: true });
+    let lab = Lab::new(Shape { nodes: plan.nodes, coordinators: 1, planes: true, admission: false });
     lab.nodes().iter().for_each(|node| lab.net.limit(node, plan.link));
     let mut price = Price { plan, with: vec![], without: vec![], captured: 0.0 };
     for round in 0..plan.rounds {
