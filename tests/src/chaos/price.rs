@@ -94,7 +94,7 @@ fn steps(lab: &Lab, plan: Plan, name: &str, tolerant: bool) -> Result<(f64, f64)
     let seconds: Vec<f64> = timed.filter_map(|event| Some(tokens / event["tokens_per_second"].as_f64()?)).collect();
     let status = lab.call(&["status", name]);
     let skipped = status.events.first().and_then(|event| event["memory_skipped"].as_u64()).unwrap_or(0);
-    Ok((median(&seconds), 1.0 - skipped as f64 / plan.steps as f64))
+    Ok((median(&seconds), 1.0 - skipped as f64 / (plan.steps * plan.nodes as u64) as f64))
 }
 
 impl fmt::Display for Price {
