@@ -1,7 +1,7 @@
 //! The campaign of faults on real processes in network namespaces; see `tests::chaos`.
 //!
 //! `cargo run --release -p tests --bin chaos -- --seed 7 --faults 100 [--nodes 4] [--steps N] [--only KIND]… [--keep]`
-//! `cargo run --release -p tests --bin chaos -- --price [--nodes 2] [--rounds 5] [--steps 150] [--link MBIT]`
+//! `cargo run --release -p tests --bin chaos -- --price [--nodes 2] [--rounds 5] [--steps 150] [--batch 16] [--link MBIT]`
 //!
 //! Needs root, `ip`, `nft`, `tc`, `bash`, `python3` and an S3 server (`./test` installs one). Exit code 0 if the digest
 //! is the undisturbed one, nothing hung, and every incident was attributed rightly.
@@ -49,6 +49,7 @@ fn measure(arguments: &Arguments) -> Result<bool, String> {
         nodes: arguments.number("--nodes")?.unwrap_or(2) as usize,
         rounds: arguments.number("--rounds")?.unwrap_or(5) as usize,
         steps: arguments.number("--steps")?.unwrap_or(150),
+        batch: arguments.number("--batch")?.unwrap_or(16).max(1),
         link: arguments.number("--link")?.map(|rate| rate as u32),
     };
     println!("{}", price::measure(plan)?);

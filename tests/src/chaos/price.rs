@@ -21,6 +21,8 @@ pub struct Plan {
     pub rounds: usize,
     /// Steps of a run.
     pub steps: u64,
+    /// Sequences of 128 tokens of a step: what a snapshot costs does not grow with them.
+    pub batch: u64,
     /// What the data plane carries, in Mbit/s; `None`: as much as the machine can.
     pub link: Option<u32>,
 }
@@ -64,6 +66,7 @@ pub fn measure(plan: Plan) -> Result<Price, String> {
 /// Runs one job; the median of its steps, and the share of steps that were captured.
 fn steps(lab: &Lab, plan: Plan, name: &str, tolerant: bool) -> Result<(f64, f64), String> {
     let (title, count) = (format!("name=\"{name}\""), format!("training.steps={}", plan.steps));
+    let batch = format!("training.global_batch={}", plan.batch);
     let workers = format!("resources.workers={{ min = {0}, max = {0} }}", plan.nodes);
     let common: [&str; 7] = [
         &title,
@@ -72,7 +75,7 @@ fn steps(lab: &Lab, plan: Plan, name: &str, tolerant: bool) -> Result<(f64, f64)
         "resources.threads=1",
         "training.validate_every=0",
         "checkpoint.every_steps=1000000",
-        "training.global_batch=16",
+        &batch,
     ];
     let chosen: &[&str] = if tolerant {
         &["checkpoint.memory_every=1"]
@@ -89,7 +92,7 @@ fn steps(lab: &Lab, plan: Plan, name: &str, tolerant: bool) -> Result<(f64, f64)
         return Err(format!("the job did not finish: {}", outcome.stderr));
     }
     let told = outcome.of("step");
-    let tokens = 16.0 * 128.0;
+    let tokens = plan.batch as f64 * 128.0;
     let timed = told.iter().filter(|event| event["step"].as_u64() > Some(WARM));
     let seconds: Vec<f64> = timed.filter_map(|event| Some(tokens / event["tokens_per_second"].as_f64()?)).collect();
     let status = lab.call(&["status", name]);
@@ -102,7 +105,8 @@ impl fmt::Display for Price {
         let (with, without) = (median(&self.with), median(&self.without));
         let runs = |of: &[f64]| of.iter().map(|s| format!("{:.1}", s * 1e3)).collect::<Vec<_>>().join(" ");
         let link = self.plan.link.map_or("as fast as the machine".into(), |rate| format!("{rate} Mbit/s"));
-        writeln!(f, "{} nodes, one worker of one thread each, data plane {link}", self.plan.nodes)?;
+        let (nodes, batch) = (self.plan.nodes, self.plan.batch);
+        writeln!(f, "{nodes} nodes, one worker of one thread each, {batch} sequences a step, data plane {link}")?;
         writeln!(f, "with:    {:.1} ms a step (runs: {})", with * 1e3, runs(&self.with))?;
         writeln!(f, "without: {:.1} ms a step (runs: {})", without * 1e3, runs(&self.without))?;
         writeln!(
