@@ -1,7 +1,8 @@
-//! The campaign of faults on real processes in network namespaces; see `tests::chaos`.
+//! The campaign of faults on real processes in network namespaces, `cargo run --release -p tests --bin chaos`; see
+//! `tests::chaos`.
 //!
-//! `cargo run --release -p tests --bin chaos -- --seed 7 --faults 100 [--nodes 4] [--steps N] [--only KIND]… [--keep]`
-//! `cargo run --release -p tests --bin chaos -- --price [--nodes 2] [--rounds 5] [--steps 150] [--batch 16] [--link MBIT]`
+//! `… --bin chaos -- --seed 7 --faults 100 [--nodes 4] [--steps N] [--only KIND]… [--keep]`
+//! `… --bin chaos -- --price [--nodes 2] [--rounds 5] [--steps 150] [--batch 16] [--link MBIT]`
 //!
 //! Needs root, `ip`, `nft`, `tc`, `bash`, `python3` and an S3 server (`./test` installs one). Exit code 0 if the digest
 //! is the undisturbed one, nothing hung, and every incident was attributed rightly.
