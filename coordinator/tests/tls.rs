@@ -105,7 +105,8 @@ async fn each_role_may_do_its_own_and_a_node_is_who_its_certificate_says() {
     let lab = Lab::new();
     let coordinator = lab.security(Role::Coordinator, "main");
     let running = tokio::spawn(run(lab.options(coordinator.clone()), std::future::pending()));
-    while lab.channel(&coordinator).await.is_err() {
+    // Until it leads it says that it stands by.
+    while lab.channel(&coordinator).await.is_err() || lab.list(&coordinator, true).await.is_err() {
         assert!(!running.is_finished(), "the coordinator ended");
         sleep(Duration::from_millis(20)).await;
     }

@@ -232,7 +232,11 @@ impl Machine {
         };
         self.epoch = epoch;
         if desired.workers == 0 && !self.jobs.contains_key(&name) {
-            return actions.push(Action::Forget(name));
+            // What an earlier life of this agent has left may still be needed.
+            if !desired.keep {
+                actions.push(Action::Forget(name));
+            }
+            return;
         }
         let live = desired.run.as_ref().map(|run| run.generation);
         let fenced = desired.fenced;

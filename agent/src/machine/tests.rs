@@ -83,6 +83,9 @@ fn what_is_held_of_a_job_is_forgotten_only_when_it_may_go() {
     assert!(!forgets(&bench.exit(1)));
     assert!(!forgets(&bench.event(Event::Tick)));
     assert!(forgets(&bench.desire(1, desired(0, 1, None))));
+    // Of a job that only an earlier life knew.
+    assert!(!forgets(&bench.desire(1, wire::Desired { keep: true, ..desired(0, 1, None) })));
+    assert!(forgets(&bench.desire(1, desired(0, 1, None))));
 }
 
 #[test]

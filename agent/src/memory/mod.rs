@@ -10,6 +10,7 @@ mod heard;
 pub(crate) mod hostile;
 mod peers;
 mod plan;
+mod probe;
 mod restore;
 mod service;
 mod sync;
@@ -162,20 +163,6 @@ impl Memory {
     ) -> Self {
         let (times, vault, jobs) = (ParityTimes::default(), Vault::default(), BTreeMap::new());
         Self { times, node, vault, peers, stores, folder, budget, inputs, jobs }
-    }
-
-    /// Exchanges data with another node, and tells the coordinator how it went.
-    pub(crate) fn probe(&self, probe: wire::Probe) {
-        let (peers, inputs) = (self.peers.clone(), self.inputs.clone());
-        tokio::spawn(async move {
-            let found = peers.exchange(&probe.address, probe.bytes).await;
-            let (bytes_per_second, failure) = match found {
-                Ok(rate) => (Some(rate), String::new()),
-                Err(status) => (None, status.message().to_string()),
-            };
-            // A closed channel is the agent's end.
-            let _ = inputs.send(Input::Probed(wire::Probed { round: probe.round, bytes_per_second, failure })).await;
-        });
     }
 
     /// Bytes that snapshots and parity may take on this node.

@@ -7,31 +7,22 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bytes::Bytes;
-use futures::Stream;
 use proto::auth::Token;
 use proto::tls::{Role, Security};
 use proto::wire::snapshots_client::SnapshotsClient;
 use proto::wire::{self, ReadRequest, StepDescription, StepRequest};
-use tokio::time::{Instant, timeout_at};
 use tonic::Status;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 
 /// To open a connection, and for a short call.
-const CALL: Duration = Duration::from_secs(5);
+pub(super) const CALL: Duration = Duration::from_secs(5);
 /// Silence on a connection in use after which it is probed, and again after which it is given up: well within a call,
 /// so that after one that failed the next one has a connection that works. The network may drop what it carries without
 /// a word, and a group whose members do not hear of each other keeps its slots for ever.
 const PROBE: Duration = Duration::from_secs(2);
 /// Without a byte arriving, a read is given up.
 const STALL: Duration = Duration::from_secs(5);
-/// For an exchange; what came until then tells the rate.
-const EXCHANGE: Duration = Duration::from_secs(5);
-/// Most bytes of an exchange, each way.
-pub(super) const MOST_EXCHANGE: u64 = 256 << 20;
-/// Bytes of one message of an exchange.
-const PIECE: usize = 256 << 10;
 
 type Sign = Box<dyn FnMut(tonic::Request<()>) -> Result<tonic::Request<()>, Status> + Send>;
 type Client = SnapshotsClient<InterceptedService<Channel, Sign>>;
@@ -51,7 +42,7 @@ impl Peers {
         Self { token, security, channels: Arc::default(), strange: Arc::default() }
     }
 
-    fn client(&self, address: &str) -> Result<Client, Status> {
+    pub(super) fn client(&self, address: &str) -> Result<Client, Status> {
         let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
         let channel = match channels.get(address) {
             Some(channel) => channel.clone(),
@@ -90,7 +81,7 @@ impl Peers {
     }
 
     /// A peer out of reach is a case like others, but certificates that disagree are for a person to mend.
-    fn note(&self, address: &str, status: &Status) {
+    pub(super) fn note(&self, address: &str, status: &Status) {
         let refused = proto::tls::refused(status).filter(|refused| refused.is_settled()).map(ToString::to_string);
         let denied = || (status.code() == tonic::Code::PermissionDenied).then(|| status.message().to_string());
         let Some(reason) = refused.or_else(denied) else { return };
@@ -110,40 +101,6 @@ impl Peers {
         }
         filling.done()
     }
-
-    /// Sends a peer so many bytes, which it sends back; the bytes a second that came, of as many as came in time.
-    pub(crate) async fn exchange(&self, address: &str, bytes: u64) -> Result<f64, Status> {
-        let bytes = bytes.min(MOST_EXCHANGE);
-        let mut client = self.client(address)?;
-        // The connection, and the first bytes of it, are not what is measured.
-        within(CALL, client.exchange(zeros(1))).await.inspect_err(|status| self.note(address, status))?;
-        let began = Instant::now();
-        let until = began + EXCHANGE;
-        let mut chunks = within(CALL, client.exchange(zeros(bytes))).await?.into_inner();
-        let mut come = 0;
-        while come < bytes {
-            match timeout_at(until, chunks.message()).await {
-                Ok(chunk) => come += chunk?.map_or(bytes, |chunk| chunk.data.len() as u64),
-                Err(_) if come > 0 => break,
-                Err(_) => {
-                    return Err(Status::deadline_exceeded(format!("nothing came within {} s", EXCHANGE.as_secs())));
-                }
-            }
-        }
-        Ok(come.min(bytes) as f64 / began.elapsed().as_secs_f64().max(f64::MIN_POSITIVE))
-    }
-}
-
-/// What is exchanged: zeros, which no transport here packs.
-static ZEROS: [u8; PIECE] = [0; PIECE];
-
-/// Chunks of so many zeros in all.
-fn zeros(bytes: u64) -> impl Stream<Item = wire::Chunk> {
-    let pieces = (0..bytes.div_ceil(PIECE as u64)).map(move |at| {
-        let length = (bytes - at * PIECE as u64).min(PIECE as u64);
-        wire::Chunk { data: Bytes::from_static(&ZEROS[..length as usize]) }
-    });
-    futures::stream::iter(pieces)
 }
 
 /// Memory that a peer's chunks fill, no more and no less.
@@ -169,7 +126,7 @@ impl Filling<'_> {
     }
 }
 
-async fn within<T>(time: Duration, call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+pub(super) async fn within<T>(time: Duration, call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
     let late = |_| Status::deadline_exceeded(format!("no answer within {} s", time.as_secs()));
     tokio::time::timeout(time, call).await.map_err(late)?
 }

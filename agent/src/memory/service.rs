@@ -14,7 +14,7 @@ use proto::wire::{self, Chunk, GroupReply, GroupState, ReadRequest, StepDescript
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::peers::MOST_EXCHANGE;
+use super::probe::MOST_EXCHANGE;
 use super::vault::Vault;
 use crate::driver::Input;
 use crate::{AgentError, Options};
