@@ -109,6 +109,17 @@ fn a_slow_node_is_set_aside_with_its_rates() {
 }
 
 #[test]
+fn a_busy_helper_makes_nobody_slow() {
+    let network = |a: &str, b: &str| Some(if a == "z" || b == "z" { 1e7 } else { 1e9 });
+    let mut lab = Lab::new(&network);
+    lab.come_all(&["a", "b", "c", "d"]);
+    lab.pass(10);
+    lab.come("z");
+    lab.pass(10);
+    assert!(lab.aside(&["z"]).is_empty(), "{:?}", lab.admission.standing(&node("z")));
+}
+
+#[test]
 fn two_that_do_not_reach_each_other_leave_one_to_work_with() {
     let mut lab = Lab::new(&|_, _| None);
     lab.come("a");
