@@ -1,15 +1,11 @@
-//! What losing a worker, and losing a node, costs: `cargo run --release -p tests --bin recovery [-- --peer PYTHON]`.
+//! What losing a worker, and losing a node, costs: `cargo run --release -p tests --bin recovery`.
 //!
 //! Three nodes of one worker each run `examples/recovery.toml` on this machine. Again and again a worker is killed with
 //! SIGKILL, and later a node, that is an agent and its worker at once; the time counts from the signal to the event
-//! that all ranks of the next generation hold their state, which is the start of its first step. With `--peer` torchrun
-//! restarts a job of the same size, on three agents of one worker each, from a checkpoint in memory.
+//! that all ranks of the next generation hold their state, which is the start of its first step.
 
-use std::path::Path;
-use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
 use tests::cluster::{Cluster, Part};
 use tests::job::Job;
 use tests::process;
@@ -20,24 +16,7 @@ const ROUNDS: usize = 7;
 /// Steps that are let pass before each.
 const STEPS: u64 = 6;
 
-fn main() -> ExitCode {
-    let words: Vec<String> = std::env::args().skip(1).collect();
-    let peer = match &words[..] {
-        [] => None,
-        [flag, python] if flag == "--peer" => Some(python.clone()),
-        _ => {
-            eprintln!("usage: recovery [--peer PYTHON]   (a Python with PyTorch)");
-            return ExitCode::from(2);
-        }
-    };
-    ours();
-    if let Some(python) = peer {
-        theirs(&python);
-    }
-    ExitCode::SUCCESS
-}
-
-fn ours() {
+fn main() {
     let mut bench = Bench::start();
     let (mut worker, mut node) = (Vec::new(), Vec::new());
     for round in 0..ROUNDS {
@@ -134,32 +113,5 @@ impl Bench {
         let seconds = began.elapsed().as_secs_f64();
         assert_ne!(recovered["source"], "store", "nothing was stored: {recovered}");
         seconds
-    }
-}
-
-/// torchrun: three agents of one worker, of which one is killed.
-fn theirs(python: &str) {
-    let folder =
-        tempfile::tempdir_in(if Path::new("/dev/shm").is_dir() { "/dev/shm" } else { "/tmp" }).expect("a folder");
-    let script = tests::root().join("tests/peers/torchrun_recovery.py");
-    let output = Command::new(python)
-        .arg(script)
-        .args(["--folder", &folder.path().display().to_string(), "--rounds", &ROUNDS.to_string()])
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .expect("the peer runs");
-    let text = String::from_utf8_lossy(&output.stdout);
-    let last =
-        text.lines().rev().find_map(|line| serde_json::from_str::<Value>(line).ok()).expect("the peer's figures");
-    for (kind, what) in [("worker", "torchrun, a worker killed"), ("node", "torchrun, an agent and its worker killed")]
-    {
-        let seconds = last[kind].as_array().into_iter().flatten().filter_map(Value::as_f64);
-        let mut seconds: Vec<f64> = seconds.collect();
-        if seconds.is_empty() {
-            println!("{what} → all workers' next first step: did not come back");
-        } else {
-            report(&format!("{what} → all workers' next first step"), &mut seconds);
-        }
     }
 }
