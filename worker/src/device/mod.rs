@@ -271,7 +271,13 @@ pub trait Device: Send + Sync + Sized {
     /// Rotates queries and keys in place (Su et al., 2021), in the half-split layout of Hugging Face: element `i` of a
     /// head pairs with `i + head_dim/2`. `table` holds, for each position, `head_dim/2` cosines then as many sines.
     /// `inverse` rotates back, which is the backward.
-    fn rope(&self, shape: AttentionShape, inverse: bool, table: &Self::Buffer, qkv: &mut Self::Activation) -> DeviceResult;
+    fn rope(
+        &self,
+        shape: AttentionShape,
+        inverse: bool,
+        table: &Self::Buffer,
+        qkv: &mut Self::Activation,
+    ) -> DeviceResult;
 
     /// Causal softmax attention, scaled by `1/√head_dim`; also stores what the backward needs to compute each row's
     /// probabilities again: two numbers a row, `[batch, heads, sequence, 2]`, in a form of the device's own.
@@ -299,8 +305,13 @@ pub trait Device: Send + Sync + Sized {
     fn attention_workspace(&self, shape: AttentionShape) -> usize;
 
     /// `act = silu(gate)·up` with rows `[gate | up]` of twice `width` (Shazeer, 2020).
-    fn swiglu_forward(&self, width: usize, rows: usize, gate_up: &Self::Activation, act: &mut Self::Activation)
-    -> DeviceResult;
+    fn swiglu_forward(
+        &self,
+        width: usize,
+        rows: usize,
+        gate_up: &Self::Activation,
+        act: &mut Self::Activation,
+    ) -> DeviceResult;
     /// The backward, in place: `gate_up` becomes its own gradient, and `d_act` becomes `act` again (which the gradient
     /// of the next matrix needs, and which is cheaper to compute than to keep).
     fn swiglu_backward(
@@ -373,13 +384,7 @@ pub trait Device: Send + Sync + Sized {
         gradient: &mut Self::Buffer,
     ) -> DeviceResult;
     /// `to[i] = alpha·from[at + i]`.
-    fn scale(
-        &self,
-        elements: usize,
-        alpha: f32,
-        from: Part<'_, Self::Buffer>,
-        to: &mut Self::Buffer,
-    ) -> DeviceResult;
+    fn scale(&self, elements: usize, alpha: f32, from: Part<'_, Self::Buffer>, to: &mut Self::Buffer) -> DeviceResult;
     /// The sum of squares of each block of `block` elements (the last may be short), in float64, in a fixed order.
     fn block_square_sums(
         &self,

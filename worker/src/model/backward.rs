@@ -9,7 +9,12 @@ use crate::device::{Device, DeviceResult, MatmulShape, Part, PartMut, Product, W
 
 impl<D: Device> Model<D> {
     /// Everything below the output head; expects the last norm's gradient in `delta`.
-    pub(super) fn backward(&mut self, device: &D, parameters: &D::Activation, gradient: &mut D::Buffer) -> DeviceResult {
+    pub(super) fn backward(
+        &mut self,
+        device: &D,
+        parameters: &D::Activation,
+        gradient: &mut D::Buffer,
+    ) -> DeviceResult {
         let Sizes { rows, hidden, vocabulary, norm, .. } = self.sizes;
         let at = self.offsets.final_norm;
         let acts = &mut self.acts;
@@ -120,7 +125,13 @@ struct Products<'a, D: Device> {
 
 impl<D: Device> Products<'_, D> {
     /// `d_input = d_output · W`.
-    fn input(&self, shape: MatmulShape, d_output: &D::Activation, weight: usize, d_input: &mut D::Activation) -> DeviceResult {
+    fn input(
+        &self,
+        shape: MatmulShape,
+        d_output: &D::Activation,
+        weight: usize,
+        d_input: &mut D::Activation,
+    ) -> DeviceResult {
         let weight = Part(self.parameters, weight);
         self.device.matmul(Product::NN, shape, whole(d_output), weight, Write::Replace, PartMut(d_input, 0))
     }

@@ -31,8 +31,8 @@ use std::sync::Arc;
 use self::lanes::Isa;
 use self::pool::Pool;
 use super::{
-    AdamwParts, AttentionShape, Device, DeviceError, DeviceResult, ExactForm, HostDevice, HostParameters, LossShape, MatmulShape, NormShape, Part, PartMut, Product,
-    TrainDevice, Write,
+    AdamwParts, AttentionShape, Device, DeviceError, DeviceResult, ExactForm, HostDevice, HostParameters, LossShape,
+    MatmulShape, NormShape, Part, PartMut, Product, TrainDevice, Write,
 };
 use crate::exact::GradientFault;
 use crate::optimizer::AdamwScalars;
@@ -168,7 +168,8 @@ impl Device for CpuDevice {
         c: PartMut<'_, CpuBuffer>,
     ) -> DeviceResult {
         let a_row = if product == Product::TN { shape.m } else { shape.k };
-        let dense = shape.a_pitch.is_none_or(|pitch| pitch == a_row) && shape.c_pitch.is_none_or(|pitch| pitch == shape.n);
+        let dense =
+            shape.a_pitch.is_none_or(|pitch| pitch == a_row) && shape.c_pitch.is_none_or(|pitch| pitch == shape.n);
         assert!(dense, "matrices on the CPU are dense: {shape:?}");
         gemm::gemm(&self.pool, product, shape, &a.0[a.1..], &b.0[b.1..], write, &mut c.0[c.1..]);
         Ok(())
