@@ -116,8 +116,7 @@ fn biases_are_added_to_every_row_and_their_gradients_summed_over_all() {
             bias::gradient(pool, isa, width, rows, &x, &mut d);
             d
         });
-        let expected: Vec<f64> =
-            (0..width).map(|j| (0..rows).map(|i| f64::from(x[i * width + j])).sum()).collect();
+        let expected: Vec<f64> = (0..width).map(|j| (0..rows).map(|i| f64::from(x[i * width + j])).sum()).collect();
         close(&format!("bias gradient {rows}x{width}"), &got, &expected, 1e-6);
     }
 }
