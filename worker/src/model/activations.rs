@@ -1,7 +1,7 @@
 //! Memory of one micro-batch: what the forward saves for the backward, and scratch shared by all layers.
 //!
-//! Saved per layer are the inputs of every product and norm. The feed-forward block's inner activation is not: the backward
-//! computes it again in the buffer of its own gradient.
+//! Saved per layer are the inputs of every product and norm. The feed-forward block's inner activation is not: the
+//! backward computes it again in the buffer of its own gradient.
 
 use proto::spec::{ModelSpec, Norm, Positions};
 
@@ -30,8 +30,8 @@ pub(super) struct LayerActs<D: Device> {
     pub(super) post_statistics: D::Buffer,
     /// Its norm.
     pub(super) post_normed: D::Activation,
-    /// What the feed-forward block's activation reads: `[gate | up]`, `[rows, 2·inner]`, of SwiGLU, else `[rows, inner]`.
-    /// The backward turns it into its gradient.
+    /// What the feed-forward block's activation reads, `[rows, inner]`, or of SwiGLU `[gate | up]`, twice as wide; the
+    /// backward turns it into its gradient.
     pub(super) up: D::Activation,
 }
 
