@@ -9,6 +9,7 @@
 //! arithmetic this one is.
 
 pub mod cpu;
+pub mod cuda;
 
 use crate::exact::GradientFault;
 use crate::optimizer::AdamwScalars;
@@ -33,6 +34,9 @@ pub enum DeviceError {
         #[source]
         source: rayon::ThreadPoolBuildError,
     },
+    /// CUDA failed.
+    #[error(transparent)]
+    Cuda(cuda::error::CudaError),
 }
 
 /// The result of a device operation.
