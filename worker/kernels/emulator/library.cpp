@@ -1,0 +1,13 @@
+// All kernels and the emulator as one shared library for the CPU:
+//
+//     c++ -std=c++17 -O2 -shared -fPIC -pthread -DCAIRN_EMULATOR [-DCAIRN_PLANTED] library.cpp -o libcairn_kernels.so
+//
+// On machines whose compiler fuses multiplications and additions unasked (not x86-64), add -ffp-contract=off: AdamW
+// promises the bits of separate roundings.
+#include "launch.cpp"
+#include "machine.cpp"
+
+#include "../cast.cu"
+#ifdef CAIRN_PLANTED
+#include "planted.cu"
+#endif
