@@ -48,6 +48,11 @@ __device__ __forceinline__ void store_words(void* to, const Words& words) {
     *reinterpret_cast<uint4*>(to) = make_uint4(words.word[0], words.word[1], words.word[2], words.word[3]);
 }
 
+// 8 bytes, aligned to 8.
+__device__ __forceinline__ void store_pair(void* to, unsigned low, unsigned high) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(low, high);
+}
+
 __device__ __forceinline__ unsigned shared_address(const void* at) {
     return static_cast<unsigned>(__cvta_generic_to_shared(at));
 }

@@ -114,6 +114,12 @@ inline void store_words(void* to, const Words& words) {
     std::memcpy(to, &words, sizeof words);
 }
 
+inline void store_pair(void* to, unsigned low, unsigned high) {
+    emulator::machine->check(to, 8, 8, "an 8-byte store");
+    unsigned both[2] = {low, high};
+    std::memcpy(to, both, sizeof both);
+}
+
 inline void copy_async_16(void* to, const void* from, bool there) {
     emulator::machine->copy_async(to, from, 16, there ? 16 : 0);
 }

@@ -8,6 +8,10 @@
 #include "machine.cpp"
 
 #include "../cast.cu"
+#include "../columns.cu"
+#include "../exact.cu"
+#include "../norm.cu"
+#include "../optimizer.cu"
 #ifdef CAIRN_PLANTED
 #include "planted.cu"
 #endif
