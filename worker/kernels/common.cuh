@@ -33,29 +33,36 @@ __device__ __forceinline__ Words packed(const float (&from)[8]) {
     return words;
 }
 
+// Eight numbers moved on by one: the first falls out, `next` comes in at the end.
+__device__ __forceinline__ void shift_in(Words& words, unsigned next) {
+#pragma unroll
+    for (int i = 0; i < 3; i++) words.word[i] = words.word[i] >> 16 | words.word[i + 1] << 16;
+    words.word[3] = words.word[3] >> 16 | next << 16;
+}
+
 // The next eight numbers of a row that has `left` (which may be less, or none): zeros beyond its end. `vector` says
-// that the address is aligned and all eight are there whenever any is.
+// that the address is aligned and all eight are there whenever any is. The slow way is kept small, not fast: unrolled,
+// it would take registers from the fast one.
 __device__ __forceinline__ Words load8(const bf* from, int left, bool vector) {
     Words words = {{0, 0, 0, 0}};
     if (vector) {
         if (left > 0) words = load_words(from);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            if (i < left) words.word[i / 2] |= static_cast<unsigned>(from[i].bits) << (i % 2 * 16);
-        }
+    } else if (left > 0) {
+#pragma unroll 1
+        for (int i = 0; i < 8; i++) shift_in(words, i < left ? from[i].bits : 0u);
     }
     return words;
 }
 
 // Stores eight numbers, or as many as are `left`.
-__device__ __forceinline__ void store8(bf* to, const Words& words, int left, bool vector) {
+__device__ __forceinline__ void store8(bf* to, Words words, int left, bool vector) {
     if (vector) {
         if (left > 0) store_words(to, words);
     } else {
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            if (i < left) to[i].bits = static_cast<unsigned short>(words.word[i / 2] >> (i % 2 * 16));
+#pragma unroll 1
+        for (int i = 0; i < min(left, 8); i++) {
+            to[i].bits = static_cast<unsigned short>(words.word[0]);
+            shift_in(words, 0u);
         }
     }
 }

@@ -1,39 +1,44 @@
 // RMSNorm (Zhang and Sennrich, 2019) and LayerNorm (Ba et al., 2016), with the residual addition before them.
 //
-// A row is shared by W warps of a block of eight: the fewest, a power of two, whose lanes have at most four units of
-// eight numbers each, so W = 1, 2, 4, 8 for widths up to 1024, 2048, 4096, 8192, which is the widest. The row stays in
-// registers between the sum and its use: one pass over memory. Statistics are sums in an order fixed by the width.
+// A block has R rows at a time, R = 8, 4, 2, 1 for widths up to 1024, 2048, 4096, 8192, which is the widest. Its warps
+// share them out, so that a thread has at most four units of eight numbers (two in layernorm_backward, which keeps more
+// beside them). A row stays in registers between the sum and its use: one pass over memory. Statistics are sums in an
+// order fixed by the width.
 //
 // Floors, bytes a number: forward 4 (8 with the residual), backward 6 (8 with add).
 //
-// Launch, with R = 8 / W rows for a block at a time:
+// Launch:
 //   rmsnorm_forward, layernorm_forward: block 256, grid ceil(rows / R), no dynamic shared memory.
 //   rmsnorm_backward: block 256, grid G, dynamic shared memory 4 * width bytes.
-//   layernorm_backward: block 256, grid G, dynamic shared memory 8 * width bytes (past 48 KiB from width 6145 on).
+//   layernorm_backward: block 512, grid G, dynamic shared memory 8 * width bytes (past 48 KiB from width 6145 on).
 //     G = min(ceil(rows / R), 264) by custom; any G is right, but it decides bits, so it may depend on the shape only.
 #include "common.cuh"
 
 constexpr int NORM_THREADS = 256;
-constexpr int NORM_WARPS = NORM_THREADS / LANES;
-constexpr int NORM_VECTORS = 4;
+constexpr int CENTRED_BACKWARD_THREADS = 512;
 
-// Which row and which part of it a thread has.
+// Which row and which part of it a thread of a block of THREADS has.
+template <int THREADS>
 struct Share {
-    int warps;    // that share a row
-    int rows;     // of a block at a time
-    int row;      // of those, this thread's
-    int first;    // column of this thread's first unit
-    int stride;   // columns between its units
+    static constexpr int VECTORS = 1024 / THREADS;   // units of a thread, at most
+    int rows;                                        // of a block at a time
+    int warps;                                       // that share a row
+    int row;                                         // of those, this thread's
+    int first;                                       // column of this thread's first unit
+    int stride;                                      // columns between its units
 
     __device__ __forceinline__ explicit Share(int width) {
-        warps = width <= 1024 ? 1 : width <= 2048 ? 2 : width <= 4096 ? 4 : NORM_WARPS;
+        rows = width <= 1024 ? 8 : width <= 2048 ? 4 : width <= 4096 ? 2 : 1;
+        warps = THREADS / LANES / rows;
         int threads = warps * LANES;
-        rows = NORM_THREADS / threads;
         row = threadIdx.x / threads;
         first = threadIdx.x % threads * 8;
         stride = threads * 8;
     }
 };
+using ForwardShare = Share<NORM_THREADS>;
+template <bool CENTRED>
+using BackwardShare = Share<CENTRED ? CENTRED_BACKWARD_THREADS : NORM_THREADS>;
 
 // The operands of a forward pass; `bias` only where the norm is centred.
 struct Forward {
@@ -45,24 +50,24 @@ struct Forward {
 };
 
 // This thread's part of sum = x + delta, stored too, or of x itself.
-__device__ __forceinline__ void load_row(const Forward& f, const Share& share, int row, bool vector,
-                                         Words (&kept)[NORM_VECTORS]) {
+__device__ __forceinline__ void load_row(const Forward& f, const ForwardShare& share, int row, bool vector,
+                                         Words (&kept)[ForwardShare::VECTORS]) {
     long long start = static_cast<long long>(row) * f.width;
     bool there = row < f.rows;
 #pragma unroll
-    for (int v = 0; v < NORM_VECTORS; v++) {
+    for (int v = 0; v < ForwardShare::VECTORS; v++) {
         int column = share.first + v * share.stride;
         kept[v] = load8(f.x + start + column, there ? f.width - column : 0, vector);
     }
     if (f.delta == nullptr) return;
-    Words added[NORM_VECTORS];
+    Words added[ForwardShare::VECTORS];
 #pragma unroll
-    for (int v = 0; v < NORM_VECTORS; v++) {
+    for (int v = 0; v < ForwardShare::VECTORS; v++) {
         int column = share.first + v * share.stride;
         added[v] = load8(f.delta + start + column, there ? f.width - column : 0, vector);
     }
 #pragma unroll
-    for (int v = 0; v < NORM_VECTORS; v++) {
+    for (int v = 0; v < ForwardShare::VECTORS; v++) {
         int column = share.first + v * share.stride;
         float a[8], b[8];
         unpack(kept[v], a);
@@ -78,23 +83,23 @@ __device__ __forceinline__ void load_row(const Forward& f, const Share& share, i
 // Both norms: a centred one takes the mean off and has a bias. Statistics are the scale, or mean and scale.
 template <bool CENTRED>
 __device__ __forceinline__ void norm_forward(const Forward& f) {
-    Share share(f.width);
+    ForwardShare share(f.width);
     int row = blockIdx.x * share.rows + share.row;
     bool there = row < f.rows, vector = f.width % 8 == 0;
-    Words kept[NORM_VECTORS];
+    Words kept[ForwardShare::VECTORS];
     load_row(f, share, row, vector, kept);
     float mean = 0.0f, squares = 0.0f;
     if (CENTRED) {
         float total = 0.0f;
 #pragma unroll
-        for (int v = 0; v < NORM_VECTORS; v++) {
+        for (int v = 0; v < ForwardShare::VECTORS; v++) {
 #pragma unroll
             for (int i = 0; i < 8; i++) total += unpacked(kept[v], i);
         }
         mean = group_sum(total, share.warps) / f.width;
     }
 #pragma unroll
-    for (int v = 0; v < NORM_VECTORS; v++) {
+    for (int v = 0; v < ForwardShare::VECTORS; v++) {
         int left = f.width - (share.first + v * share.stride);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -109,7 +114,7 @@ __device__ __forceinline__ void norm_forward(const Forward& f) {
     }
     bool weight_vector = vector && aligned16(f.weight), bias_vector = vector && aligned16(f.bias);
 #pragma unroll
-    for (int v = 0; v < NORM_VECTORS; v++) {
+    for (int v = 0; v < ForwardShare::VECTORS; v++) {
         int column = share.first + v * share.stride, left = there ? f.width - column : 0;
         if (left <= 0) break;
         float value[8], weight[8], bias[8] = {};
@@ -152,20 +157,22 @@ struct Backward {
 // A thread's part of the gains' gradients: of its columns, over its rows.
 template <bool CENTRED>
 struct Gains {
-    float weight[NORM_VECTORS][8] = {};
-    float bias[CENTRED ? NORM_VECTORS : 1][8] = {};
+    static constexpr int VECTORS = BackwardShare<CENTRED>::VECTORS;
+    float weight[VECTORS][8] = {};
+    float bias[CENTRED ? VECTORS : 1][8] = {};
 };
 
 // One row: with g = weight d_normed and h = (x - mean) scale, d_x = scale (g - h mean(g h)), less scale mean(g) where
 // centred; the row's h d_normed and d_normed are added to the gains.
 template <bool CENTRED>
-__device__ __forceinline__ void row_backward(const Backward& b, const Share& share, int row, bool there,
-                                             Gains<CENTRED>& gains) {
+__device__ __forceinline__ void row_backward(const Backward& b, const BackwardShare<CENTRED>& share, int row,
+                                             bool there, Gains<CENTRED>& gains) {
     long long start = static_cast<long long>(row) * b.width;
     bool vector = b.width % 8 == 0, weight_vector = vector && aligned16(b.weight);
-    Words x[NORM_VECTORS], d[NORM_VECTORS];
+    constexpr int VECTORS = BackwardShare<CENTRED>::VECTORS;
+    Words x[VECTORS], d[VECTORS];
 #pragma unroll
-    for (int v = 0; v < NORM_VECTORS; v++) {
+    for (int v = 0; v < VECTORS; v++) {
         int column = share.first + v * share.stride, left = there ? b.width - column : 0;
         x[v] = load8(b.x + start + column, left, vector);
         d[v] = load8(b.d_normed + start + column, left, vector);
@@ -177,7 +184,7 @@ __device__ __forceinline__ void row_backward(const Backward& b, const Share& sha
     }
     float along = 0.0f, total = 0.0f;
 #pragma unroll
-    for (int v = 0; v < NORM_VECTORS; v++) {
+    for (int v = 0; v < VECTORS; v++) {
         int column = share.first + v * share.stride;
         Words weight = load8(b.weight + column, there ? b.width - column : 0, weight_vector);
 #pragma unroll
@@ -195,7 +202,7 @@ __device__ __forceinline__ void row_backward(const Backward& b, const Share& sha
     along = group_sum(along, share.warps) / b.width;
     if (CENTRED) total = group_sum(total, share.warps) / b.width;
 #pragma unroll
-    for (int v = 0; v < NORM_VECTORS; v++) {
+    for (int v = 0; v < VECTORS; v++) {
         int column = share.first + v * share.stride, left = there ? b.width - column : 0;
         if (left <= 0) break;
         Words weight = load8(b.weight + column, left, weight_vector), old = {{0, 0, 0, 0}};
@@ -214,7 +221,7 @@ __device__ __forceinline__ void row_backward(const Backward& b, const Share& sha
 template <bool CENTRED>
 __device__ __forceinline__ void norm_backward(const Backward& b) {
     DYNAMIC_SHARED(float, sums);
-    Share share(b.width);
+    BackwardShare<CENTRED> share(b.width);
     int run = (b.rows + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * run, end = min(begin + run, b.rows);
     Gains<CENTRED> gains;
     for (int first = begin; first < end; first += share.rows) {
@@ -224,7 +231,7 @@ __device__ __forceinline__ void norm_backward(const Backward& b) {
     for (int group = 0; group < share.rows; group++) {
         if (group == share.row) {
 #pragma unroll
-            for (int v = 0; v < NORM_VECTORS; v++) {
+            for (int v = 0; v < Gains<CENTRED>::VECTORS; v++) {
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
                     int column = share.first + v * share.stride + i;
@@ -239,7 +246,7 @@ __device__ __forceinline__ void norm_backward(const Backward& b) {
         __syncthreads();
     }
     int values = CENTRED ? 2 * b.width : b.width;
-    for (int i = threadIdx.x; i < values; i += NORM_THREADS) {
+    for (int i = threadIdx.x; i < values; i += blockDim.x) {
         b.partial[static_cast<long long>(blockIdx.x) * values + i] = sums[i];
     }
 }
@@ -254,9 +261,9 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS, 2)
 EXPORT(rmsnorm_backward, NORM_THREADS)
 
 // The same; partial: [gridDim.x, 2 width], the weight's part and then the bias's.
-extern "C" __global__ void __launch_bounds__(NORM_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(CENTRED_BACKWARD_THREADS)
     layernorm_backward(bf* d_x, float* partial, const bf* x, const float* statistics, const bf* weight,
                        const bf* d_normed, int rows, int width, int add) {
     norm_backward<true>({d_x, partial, x, statistics, weight, d_normed, rows, width, add});
 }
-EXPORT(layernorm_backward, NORM_THREADS)
+EXPORT(layernorm_backward, CENTRED_BACKWARD_THREADS)

@@ -13,7 +13,7 @@
 
 // Shared memory: the launch's dynamic part, and arrays of a size known when compiling.
 #define DYNAMIC_SHARED(type, name)                              \
-    extern __shared__ __align__(1024) unsigned char dynamic_shared_bytes[]; \
+    extern __shared__ __align__(128) unsigned char dynamic_shared_bytes[]; \
     type* const name = reinterpret_cast<type*>(dynamic_shared_bytes)
 #define SHARED_ARRAY(type, name, count) __shared__ __align__(16) type name[count]
 
