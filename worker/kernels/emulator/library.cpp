@@ -7,11 +7,15 @@
 #include "launch.cpp"
 #include "machine.cpp"
 
+#include "../activation.cu"
 #include "../cast.cu"
 #include "../columns.cu"
+#include "../embedding.cu"
 #include "../exact.cu"
+#include "../loss.cu"
 #include "../norm.cu"
 #include "../optimizer.cu"
+#include "../rope.cu"
 #ifdef CAIRN_PLANTED
 #include "planted.cu"
 #endif
