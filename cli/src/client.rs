@@ -162,9 +162,10 @@ pub(crate) fn explain(status: Status, address: &str) -> Failure {
         }
         Some(Refused::Unreachable(_)) | None => {}
     }
-    // What HTTP/2 makes of an answer in TLS.
-    if matches!(status.code(), Code::Internal | Code::Cancelled) && std::error::Error::source(&status).is_some() {
-        let cause = status.message();
+    // What HTTP/2 makes of an answer in TLS, or of the connection closed upon it; a coordinator's own status has no
+    // source.
+    if matches!(status.code(), Code::Internal | Code::Cancelled | Code::Unknown) && std::error::Error::source(&status).is_some() {
+        let cause = chain(&status);
         return Failure::job(format!(
             "the coordinator at {address} does not answer as it should ({cause}): if it was started with --tls, use \
              --tls here as well"

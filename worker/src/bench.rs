@@ -14,14 +14,13 @@ use checkpoint_store::Space;
 
 use crate::collective::{CollectiveError, RingListener, RingMembership, RingTimeouts, connect};
 use crate::device::cpu::CpuDevice;
-use crate::device::{Device, DeviceError};
+use crate::device::{Device, DeviceError, RankState};
 use crate::feed::{Source, Synthetic};
 use crate::generation::{Finished, Member, Observer, Trainer, train};
 use crate::init::initialize;
 use crate::model::ModelError;
 use crate::session::Control;
 use crate::slots::{SlotError, Slots};
-use crate::state::ShardState;
 use crate::step::{StepError, Taken};
 
 /// For the ring to form and for one exchange.
@@ -144,7 +143,7 @@ fn work(
     let shard = trainer.shards(ring.world_size())[ring.rank().index()].len();
     let slots = Arc::new(Slots::default());
     slots.reserve(shard)?;
-    let state = ShardState::new(slots.clone(), shard).ok_or(BenchError::NoSlot)?;
+    let state = RankState::new(&trainer.device, slots.clone(), shard)?.ok_or(BenchError::NoSlot)?;
     let mut member = Member::new(&trainer, ring, state, slots, (membership.generation, 0))?;
     let mut watch =
         Stopwatch { control, until: Instant::now() + Duration::from_secs_f64(seconds), times: vec![], loss: 0.0 };

@@ -19,6 +19,7 @@ use crate::bench::BenchError;
 use crate::capture::{Capturer, Snapshot};
 use crate::collective::{RingListener, RingMembership, RingTimeouts, connect};
 use crate::device::cpu::CpuDevice;
+use crate::device::{Frozen, RankState};
 use crate::feed::Synthetic;
 use crate::generation::{Finished, Member, Observer, Trainer, train};
 use crate::init::initialize;
@@ -26,7 +27,6 @@ use crate::load::scalar_state;
 use crate::machine::cadence::Tier;
 use crate::session::{Control, News};
 use crate::slots::{Complete, Slots};
-use crate::state::ShardState;
 use crate::step::{StepError, Taken};
 
 /// For the ring to form and for one exchange.
@@ -143,7 +143,7 @@ fn work(
     let (news, incoming) = mpsc::channel(64);
     let keeper = keep(slots.clone(), incoming);
     let capturer = Capturer::start(slots.clone(), news).map_err(|error| input(error.to_string()))?;
-    let state = ShardState::new(slots.clone(), shard).ok_or(BenchError::NoSlot)?;
+    let state = RankState::new(&trainer.device, slots.clone(), shard)?.ok_or(BenchError::NoSlot)?;
     let mut member = Member::new(&trainer, ring, state, slots, (membership.generation, 0))?;
     let until = Instant::now() + Duration::from_secs_f64(seconds);
     let mut watch = Watch { control: &control, capturer, membership, world, until, seen: Seen::default() };
@@ -231,9 +231,10 @@ impl Observer<CpuDevice> for Watch<'_> {
         }
         let began = Instant::now();
         let RingMembership { job, generation, rank, .. } = self.membership;
-        let slot = member.state.freeze();
+        let Frozen { slot, arrival } = member.state.freeze(&trainer.device)?;
         let snapshot = Snapshot {
             slot,
+            arrival,
             elements: member.shard.len(),
             frozen: (began, began.elapsed()),
             message: wire::Captured { generation: generation.get(), step, ..Default::default() },
@@ -244,7 +245,7 @@ impl Observer<CpuDevice> for Watch<'_> {
                 rank: *rank,
                 world_size: self.world,
                 space: trainer.space.clone(),
-                scalar: scalar_state(&trainer.spec, step),
+                scalar: scalar_state(&trainer.spec, step, &[]),
                 states: StateDecl::adamw(),
                 hashes: Vec::new(),
                 stages: Vec::new(),

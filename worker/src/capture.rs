@@ -11,6 +11,7 @@ use checkpoint_store::{Capture, Dtype, HashList, Stage, hash_blocks};
 use proto::wire;
 use tokio::sync::mpsc;
 
+use crate::device::Arrival;
 use crate::session::News;
 use crate::slots::{Slot, Slots};
 
@@ -29,6 +30,8 @@ pub enum CaptureError {
 pub struct Snapshot {
     /// Where it lies.
     pub slot: Slot,
+    /// Waited for before it is read, if the device is still copying it there.
+    pub arrival: Option<Arrival>,
     /// Elements of each of its three states.
     pub elements: usize,
     /// Job, generation, step, rank, world size and tier, for the agent.
@@ -104,7 +107,14 @@ impl Capturer {
 
 /// Hashes a snapshot; the message that tells the agent of it.
 fn announce(snapshot: Snapshot, slots: &Slots, pool: &rayon::ThreadPool) -> Option<wire::Captured> {
-    let Snapshot { slot, elements, mut message, mut capture, frozen } = snapshot;
+    let Snapshot { slot, arrival, elements, mut message, mut capture, frozen } = snapshot;
+    if let Some(arrive) = arrival
+        && let Err(error) = arrive()
+    {
+        // The training thread meets the same error at its next update.
+        tracing::error!(%error, "a snapshot did not arrive in its slot");
+        return None;
+    }
     let began = Instant::now();
     let bytes = elements * size_of::<f32>();
     let block = capture.space.block_elements();

@@ -4,7 +4,7 @@
 //! in one generation: its shard of the optimizer state and its place in the ring. [`train`] takes steps until the last
 //! one, the step it was told to stop at, or a request that any rank has heard of.
 
-use std::ops::{DerefMut, Range};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use proto::ids::{Generation, Rank, WorldSize};
 use proto::spec::JobSpec;
 
 use crate::collective::Collective;
-use crate::device::{Device, DeviceResult};
+use crate::device::{DeviceResult, RankState, TrainDevice};
 use crate::feed::{Feed, Source};
 use crate::gradient::GradientSum;
 use crate::machine::cadence::{Cadence, Measured, Wish};
@@ -21,23 +21,11 @@ use crate::machine::stragglers::Stragglers;
 use crate::model::{Model, ModelError, parameters};
 use crate::optimizer::AdamW;
 use crate::session::Control;
-use crate::slots::{SlotMap, Slots};
-use crate::state::ShardState;
+use crate::slots::Slots;
 use crate::step::{self, StepError, Taken};
 
-/// A device whose memory is the host's: the exchange reaches into it directly, and its state lives in slots.
-pub trait HostDevice: Device<Buffer: DerefMut<Target = [f32]>, Sums: DerefMut<Target = [i64]>> {
-    /// `elements` float32 values of a slot, from element `first` on.
-    ///
-    /// # Safety
-    ///
-    /// As for the memory itself: nobody else writes to these elements while the buffer lives, and nobody reads them
-    /// while they are written through it.
-    unsafe fn over(map: &Arc<SlotMap>, first: usize, elements: usize) -> Self::Buffer;
-}
-
 /// Everything a worker holds from one generation to the next.
-pub struct Trainer<D: HostDevice> {
+pub struct Trainer<D: TrainDevice> {
     /// The job.
     pub spec: JobSpec,
     /// What it computes on.
@@ -50,15 +38,17 @@ pub struct Trainer<D: HostDevice> {
     pub space: Space,
     /// Micro-batches.
     pub feed: Feed,
-    /// All parameters; the rank's shard of it is the master copy.
-    pub parameters: D::Buffer,
+    /// All parameters in compute precision; on the CPU the rank's shard of it is the master copy.
+    pub parameters: D::Activation,
     /// Gradient of one micro-batch.
     pub gradient: D::Buffer,
     /// Gradient of the step so far.
     pub gradient_sum: GradientSum<D>,
+    /// Sums of the losses of the step's micro-batches, in the order in which this rank computed them.
+    pub losses: D::Losses,
 }
 
-impl<D: HostDevice> Trainer<D> {
+impl<D: TrainDevice> Trainer<D> {
     /// Allocates all a job needs on `device`; no parameter is set yet.
     pub fn new(spec: JobSpec, device: D, space: Space, source: Box<dyn Source>) -> Result<Self, ModelError> {
         let training = &spec.training;
@@ -67,9 +57,10 @@ impl<D: HostDevice> Trainer<D> {
         Ok(Self {
             rule: AdamW::new(&spec.optimizer, &parameters(&spec.model)),
             feed: Feed::new(source, training.micro_batch * training.sequence_length),
-            parameters: device.allocate(count, "the parameters")?,
+            parameters: device.allocate_activation(count, "the parameters")?,
             gradient: device.allocate(count, "a gradient")?,
-            gradient_sum: GradientSum::new(&device, training.reduction, count, training.micro_batches())?,
+            gradient_sum: GradientSum::new(&device, training, &space)?,
+            losses: device.allocate_losses(training.micro_batches())?,
             spec,
             device,
             model,
@@ -85,7 +76,7 @@ impl<D: HostDevice> Trainer<D> {
 }
 
 /// A rank's part in one generation.
-pub struct Member<D: HostDevice> {
+pub struct Member<D: TrainDevice> {
     /// Its place in the ring.
     pub ring: Box<dyn Collective>,
     /// The elements it owns.
@@ -93,7 +84,7 @@ pub struct Member<D: HostDevice> {
     /// The elements of every rank.
     pub shards: Vec<Range<usize>>,
     /// Its shard's state, in the slots.
-    pub state: ShardState<D>,
+    pub state: D::State,
     /// Mean gradient of its shard.
     pub gradient: D::Buffer,
     /// When it captures.
@@ -116,12 +107,12 @@ struct Pace {
     latency: u32,
 }
 
-impl<D: HostDevice> Member<D> {
+impl<D: TrainDevice> Member<D> {
     /// Takes a place in a formed ring, with the state of step `start` in `state`.
     pub fn new(
         trainer: &Trainer<D>,
         ring: Box<dyn Collective>,
-        state: ShardState<D>,
+        state: D::State,
         slots: Arc<Slots>,
         place: (Generation, u64),
     ) -> DeviceResult<Self> {
@@ -202,7 +193,7 @@ pub struct Finished {
 }
 
 /// Whoever watches a generation.
-pub trait Observer<D: HostDevice> {
+pub trait Observer<D: TrainDevice> {
     /// Why it breaks the generation off.
     type Error: From<StepError>;
     /// A step's update is done; its validation, if it has one, is not.
@@ -212,7 +203,7 @@ pub trait Observer<D: HostDevice> {
 }
 
 /// Takes steps from `from` on. Returns the last step and its loss.
-pub fn train<D: HostDevice, O: Observer<D>>(
+pub fn train<D: TrainDevice, O: Observer<D>>(
     trainer: &mut Trainer<D>,
     member: &mut Member<D>,
     from: u64,

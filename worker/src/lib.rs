@@ -3,6 +3,7 @@
 
 pub mod device;
 pub mod exact;
+pub mod exact32;
 pub mod init;
 pub mod math;
 pub mod model;

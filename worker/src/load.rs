@@ -13,7 +13,8 @@ use proto::spec::JobSpec;
 use proto::wire::LoadStage;
 use tokio::runtime::Handle;
 
-use crate::generation::{HostDevice, Member, Trainer};
+use crate::device::TrainDevice;
+use crate::generation::Trainer;
 use crate::init::initialize;
 use crate::session::Control;
 
@@ -48,6 +49,8 @@ pub struct Start {
     pub source: String,
     /// What having it cost.
     pub stages: Vec<LoadStage>,
+    /// The grids that its next step's sums begin with; see [`crate::exact32`].
+    pub exponents: Vec<i8>,
 }
 
 impl Start {
@@ -57,15 +60,17 @@ impl Start {
     pub const STORED: &'static str = "store";
 }
 
-/// The scalar state after `step` updates of a job: nothing in it depends on how the job was run.
-pub fn scalar_state(spec: &JobSpec, step: u64) -> ScalarState {
+/// The scalar state after `step` updates of a job: nothing in it depends on how the job was run. `exponents` are the
+/// grids of the next step's sums, none where the grid is fixed.
+pub fn scalar_state(spec: &JobSpec, step: u64, exponents: &[i8]) -> ScalarState {
     let cursor = step.saturating_mul(spec.training.global_batch as u64);
     let start = ScalarState::start(spec.training.seed, spec.training.steps);
-    ScalarState { step: Step::new(step), cursor, ..start }
+    let exponents = exponents.iter().map(|exponent| i32::from(*exponent)).collect();
+    ScalarState { step: Step::new(step), cursor, exponents, ..start }
 }
 
 /// Fills this rank's shard of all states: from the checkpoint `reference` (JSON), or from the seed if it is empty.
-pub fn load_shard<D: HostDevice>(
+pub fn load_shard<D: TrainDevice>(
     trainer: &Trainer<D>,
     range: Range<usize>,
     states: [&mut [f32]; 3],
@@ -78,7 +83,7 @@ pub fn load_shard<D: HostDevice>(
         initialize(&trainer.spec.model, trainer.spec.training.seed, range, parameters);
         exp_avg.fill(0.0);
         exp_avg_sq.fill(0.0);
-        return Ok(Start { step: 0, source: Start::INITIALISED.into(), stages: vec![] });
+        return Ok(Start { step: 0, source: Start::INITIALISED.into(), stages: vec![], exponents: vec![] });
     }
     let reference: CheckpointRef = serde_json::from_slice(reference)?;
     let range = range.start as u64..range.end as u64;
@@ -87,13 +92,13 @@ pub fn load_shard<D: HostDevice>(
     let reading = async {
         let store = Store::open_existing(&spec.checkpoint.store)?;
         let (manifest, list) = open_timed(&store, &spec.name, &reference).await?;
-        check(&manifest, spec, space == &manifest.space)?;
+        let exponents = check(&manifest, spec, space == &manifest.space)?;
         let states = [("param", parameters), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)];
         let mut targets = states.map(|(state, values)| (state, bytemuck::cast_slice_mut(values)));
         let report = Loader::new(&store, &manifest).listed(list).load(range, &mut targets).await?;
         let stages = report.stages().into_iter();
         let stages = stages.map(|(name, s)| LoadStage { name: name.into(), seconds: s.seconds, bytes: s.bytes });
-        Ok(Start { step: reference.step.get(), source: Start::STORED.into(), stages: stages.collect() })
+        Ok(Start { step: reference.step.get(), source: Start::STORED.into(), stages: stages.collect(), exponents })
     };
     handle.block_on(async {
         tokio::select! {
@@ -103,23 +108,19 @@ pub fn load_shard<D: HostDevice>(
     })
 }
 
-fn check(manifest: &Manifest, spec: &JobSpec, same_space: bool) -> Result<(), LoadError> {
+/// Whether a checkpoint is one of this job's; the grids it has.
+fn check(manifest: &Manifest, spec: &JobSpec, same_space: bool) -> Result<Vec<i8>, LoadError> {
     let step = manifest.step;
+    let foreign = |what: String| LoadError::Foreign { step, what };
     if !same_space {
-        return Err(LoadError::Foreign { step, what: "its parameters have other names or shapes".into() });
+        return Err(foreign("its parameters have other names or shapes".into()));
     }
-    let right = scalar_state(spec, step.get());
+    let exponents: Result<Vec<i8>, _> = manifest.scalar.exponents.iter().map(|e| i8::try_from(*e)).collect();
+    let exponents = exponents.map_err(|_| foreign("it has grids that no device writes".into()))?;
+    let right = scalar_state(spec, step.get(), &exponents);
     if manifest.scalar != right {
         let what = format!("its scalar state is {:?}; this job's is {right:?}", manifest.scalar);
-        return Err(LoadError::Foreign { step, what });
+        return Err(foreign(what));
     }
-    Ok(())
-}
-
-/// Completes the parameters on every rank from everyone's shard.
-pub fn gather_parameters<D: HostDevice>(
-    trainer: &mut Trainer<D>,
-    member: &mut Member<D>,
-) -> Result<(), crate::collective::CollectiveError> {
-    member.ring.all_gather_f32(&mut trainer.parameters, &member.shards)
+    Ok(exponents)
 }

@@ -6,6 +6,12 @@
 
 use std::f64::consts::{FRAC_PI_2, LN_2, TAU};
 
+/// `2^exponent`, for exponents of normal float32 numbers, -126 to 127.
+pub fn power_of_two(exponent: i32) -> f32 {
+    debug_assert!((-126..=127).contains(&exponent));
+    f32::from_bits(((exponent + 127) as u32) << 23)
+}
+
 /// Natural logarithm of a positive normal number.
 ///
 /// Splits `x = m·2^e` with `m` in `[√½, √2)` and sums the series of `2·atanh((m-1)/(m+1))`.

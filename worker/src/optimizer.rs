@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use proto::spec::OptimizerSpec;
 
-use crate::device::{AdamwParts, Device, DeviceResult, Part, PartMut};
+use crate::device::{AdamwParts, DeviceResult, HostDevice, Part, PartMut};
 use crate::math;
 use crate::model::ParamDecl;
 
@@ -81,9 +81,14 @@ impl AdamW {
         }
     }
 
+    /// Runs of the canonical space of one treatment: the element each ends before, and whether it is decayed.
+    pub fn runs(&self) -> &[(usize, bool)] {
+        &self.runs
+    }
+
     /// Updates the elements `shard` of the canonical space. `state.parameters` is the whole space (on the CPU the
     /// master copy is the parameters); all other buffers hold the shard alone.
-    pub fn update<D: Device>(
+    pub fn update<D: HostDevice>(
         &self,
         device: &D,
         scalars: &AdamwScalars,

@@ -6,9 +6,11 @@
 //! them into the slot too. So an update moves no more bytes than without captures, but for that one write.
 
 use std::collections::VecDeque;
+use std::ops::{DerefMut, Range};
 use std::sync::Arc;
 
-use crate::generation::HostDevice;
+use crate::device::{DeviceResult, Frozen, HostDevice, RankState, Update};
+use crate::optimizer::ShardUpdate;
 use crate::slots::{Slot, Slots};
 
 /// A slot, as the buffers of its states.
@@ -29,13 +31,13 @@ impl<D: HostDevice> Opened<D> {
 }
 
 /// What an update reads and writes of the state.
-pub struct UpdateParts<'a, B> {
+struct UpdateParts<'a, B> {
     /// Where the new parameters are to be written too.
-    pub mirror: Option<&'a mut B>,
+    mirror: Option<&'a mut B>,
     /// The moments before, if they lie in another slot.
-    pub from: Option<[&'a B; 2]>,
+    from: Option<[&'a B; 2]>,
     /// The moments after.
-    pub to: [&'a mut B; 2],
+    to: [&'a mut B; 2],
 }
 
 /// The optimizer state of a rank in one generation.
@@ -50,42 +52,9 @@ pub struct ShardState<D: HostDevice> {
 }
 
 impl<D: HostDevice> ShardState<D> {
-    /// Takes a slot for the state of `elements` elements; its content is whatever it held before. `None`: no slot is
-    /// free, so none were reserved.
-    pub fn new(slots: Arc<Slots>, elements: usize) -> Option<Self> {
-        let live = Opened::new(slots.take()?, elements);
-        Some(Self { slots, elements, live, left: None, frozen: false, spares: VecDeque::new() })
-    }
-
-    /// The number of the live slot, for the agent to fill.
-    pub fn slot(&self) -> u32 {
-        self.live.slot.index
-    }
-
-    /// The live parameters, as a restore left them or as the last capture wrote them.
-    pub fn parameters(&self) -> &[f32] {
-        &self.live.param
-    }
-
-    /// The live states, to be filled: parameters, first and second moment.
-    pub fn fill(&mut self) -> [&mut [f32]; 3] {
-        [&mut self.live.param, &mut self.live.exp_avg, &mut self.live.exp_avg_sq]
-    }
-
-    /// Whether training could go on in another slot if the next update's state were frozen. Sets one aside if it can.
-    pub fn ready(&mut self) -> bool {
-        self.leave();
-        let needed = 1 + usize::from(self.frozen);
-        while self.spares.len() < needed {
-            let Some(spare) = self.slots.take() else { return false };
-            self.spares.push_back(spare);
-        }
-        true
-    }
-
     /// The buffers for the next update. Leaves a frozen slot for a spare one; `capture` says that the result will be
     /// frozen. `None`: the state is frozen and there is no spare slot, which [`ShardState::ready`] prevents.
-    pub fn parts(&mut self, capture: bool) -> Option<UpdateParts<'_, D::Buffer>> {
+    fn parts(&mut self, capture: bool) -> Option<UpdateParts<'_, D::Buffer>> {
         self.leave();
         if self.frozen {
             let next = Opened::new(self.spares.pop_front()?, self.elements);
@@ -99,13 +68,56 @@ impl<D: HostDevice> ShardState<D> {
             to: [&mut live.exp_avg, &mut live.exp_avg_sq],
         })
     }
+}
 
-    /// Freezes the live slot: it is a snapshot now, and in the agent's hands too until the agent frees it.
-    pub fn freeze(&mut self) -> Slot {
+impl<D: HostDevice<Buffer = B>, B: DerefMut<Target = [f32]> + 'static> RankState<D> for ShardState<D> {
+    fn new(_: &D, slots: Arc<Slots>, elements: usize) -> DeviceResult<Option<Self>> {
+        Ok(slots.take().map(|slot| {
+            let live = Opened::new(slot, elements);
+            Self { slots, elements, live, left: None, frozen: false, spares: VecDeque::new() }
+        }))
+    }
+
+    fn slot(&self) -> u32 {
+        self.live.slot.index
+    }
+
+    fn fill(&mut self) -> [&mut [f32]; 3] {
+        [&mut self.live.param, &mut self.live.exp_avg, &mut self.live.exp_avg_sq]
+    }
+
+    fn filled(&mut self, _: &D, parameters: &mut B, at: usize) -> DeviceResult {
+        parameters[at..at + self.elements].copy_from_slice(&self.live.param);
+        Ok(())
+    }
+
+    fn ready(&mut self) -> bool {
+        self.leave();
+        let needed = 1 + usize::from(self.frozen);
+        while self.spares.len() < needed {
+            let Some(spare) = self.slots.take() else { return false };
+            self.spares.push_back(spare);
+        }
+        true
+    }
+
+    fn update(&mut self, device: &D, update: Update<'_, D>) -> DeviceResult<bool> {
+        let Update { rule, scalars, shard, parameters, gradient, capture } = update;
+        let Some(UpdateParts { mirror, from, to }) = self.parts(capture) else { return Ok(false) };
+        rule.update(device, &scalars, shard, ShardUpdate { parameters, mirror, from, to, gradient })?;
+        Ok(true)
+    }
+
+    fn unchanged(&mut self, _: &D, parameters: &B, shard: Range<usize>) -> DeviceResult {
+        self.live.param.copy_from_slice(&parameters[shard]);
+        Ok(())
+    }
+
+    fn freeze(&mut self, _: &D) -> DeviceResult<Frozen> {
         self.leave();
         self.frozen = true;
         self.slots.hand_over(self.live.slot.index);
-        self.live.slot.clone()
+        Ok(Frozen { slot: self.live.slot.clone(), arrival: None })
     }
 }
 
@@ -135,7 +147,7 @@ mod tests {
     fn state() -> (Arc<Slots>, ShardState<CpuDevice>) {
         let slots = Arc::new(Slots::default());
         slots.reserve(100).unwrap();
-        let state = ShardState::new(slots.clone(), 100).unwrap();
+        let state = ShardState::new(&CpuDevice::new(1).unwrap(), slots.clone(), 100).unwrap().unwrap();
         (slots, state)
     }
 
@@ -153,17 +165,21 @@ mod tests {
         }
     }
 
+    fn freeze(state: &mut ShardState<CpuDevice>) -> Slot {
+        state.freeze(&CpuDevice::new(1).unwrap()).unwrap().slot
+    }
+
     #[test]
     fn a_snapshot_does_not_change_while_training_goes_on() {
         let (slots, mut state) = state();
         update(&mut state, false);
         assert!(state.ready());
         update(&mut state, true);
-        let frozen = state.freeze();
+        let frozen = freeze(&mut state);
         assert!(state.ready(), "the third slot");
         update(&mut state, false);
         update(&mut state, true);
-        let second = state.freeze();
+        let second = freeze(&mut state);
         assert_ne!(frozen.index, second.index);
         assert!(!state.ready(), "one is live, two are held");
         // SAFETY: the slots are frozen.
@@ -181,7 +197,7 @@ mod tests {
         let (slots, mut state) = state();
         assert!(state.ready());
         update(&mut state, true);
-        let frozen = state.freeze();
+        let frozen = freeze(&mut state);
         slots.free(frozen.index);
         // Still the source of the next update, so it is no spare.
         assert!(state.ready());

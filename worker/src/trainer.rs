@@ -14,18 +14,17 @@ use proto::wire::{self, FailureKind};
 use tokio::runtime::Handle;
 
 use crate::capture::{CaptureError, Capturer, Snapshot};
-use crate::collective::{RingListener, RingMembership, RingTimeouts, connect};
-use crate::device::Device;
+use crate::collective::{CollectiveError, RingListener, RingMembership, RingTimeouts, connect};
 use crate::device::cpu::CpuDevice;
+use crate::device::{DeviceError, Frozen, RankState, TrainDevice};
 use crate::generation::{Finished, Member, Observer, Trainer, train};
-use crate::load::{LoadError, Start, gather_parameters, load_shard, scalar_state};
+use crate::load::{LoadError, Start, load_shard, scalar_state};
 use crate::machine::cadence::Tier;
 use crate::machine::session::{Identity, Input};
 use crate::machine::stragglers::{Straggler, Stragglers};
 use crate::session::{Control, News};
 use crate::slots::SlotError;
-use crate::state::ShardState;
-use crate::step::{StepError, Taken};
+use crate::step::{StepError, Taken, gather_parameters};
 
 /// Between two progress reports to the session.
 const PROGRESS: Duration = Duration::from_millis(100);
@@ -106,28 +105,48 @@ pub struct Ended {
     pub loss: Option<f64>,
 }
 
-/// A worker that can be given a rank.
-pub struct Prepared {
-    trainer: Trainer<CpuDevice>,
+/// A worker that can be given a rank, whatever device it computes on.
+pub trait Ready {
+    /// What the worker says of itself.
+    fn identity(&self) -> Identity;
+
+    /// Joins a generation, trains until it should stop, and sees its last snapshot announced.
+    fn run(
+        &mut self,
+        run: &wire::WorkerRun,
+        control: &Control,
+        capturer: &Capturer,
+        handle: &Handle,
+        tell: &dyn Fn(News),
+    ) -> Result<Ended, Failure>;
+}
+
+/// Reads the spec, opens and checks the data, allocates the model on the job's device and opens the ring's port.
+pub fn prepare(job: &JobName, prepare: &wire::Prepare, capturer: &Capturer) -> Result<Box<dyn Ready>, Failure> {
+    let spec: JobSpec = serde_json::from_slice(&prepare.spec)
+        .map_err(|error| Failure::input(format!("the job's spec cannot be read: {error}")))?;
+    if spec.name != *job {
+        return Err(Failure::input(format!("the spec is of job {}, this worker is of {job}", spec.name)));
+    }
+    spec.validate("the job's spec").map_err(Failure::input)?;
+    let device = CpuDevice::new(prepare.threads as usize).map_err(Failure::input)?;
+    Ok(Box::new(Prepared::new(spec, device, prepare, capturer)?))
+}
+
+/// A worker on one kind of device.
+struct Prepared<D: TrainDevice> {
+    trainer: Trainer<D>,
     listener: RingListener,
     address: SocketAddr,
 }
 
-impl Prepared {
-    /// Reads the spec, opens and checks the data, allocates the model and opens the ring's port.
-    pub fn new(job: &JobName, prepare: &wire::Prepare, capturer: &Capturer) -> Result<Self, Failure> {
-        let spec: JobSpec = serde_json::from_slice(&prepare.spec)
-            .map_err(|error| Failure::input(format!("the job's spec cannot be read: {error}")))?;
-        if spec.name != *job {
-            return Err(Failure::input(format!("the spec is of job {}, this worker is of {job}", spec.name)));
-        }
-        spec.validate("the job's spec").map_err(Failure::input)?;
+impl<D: TrainDevice> Prepared<D> {
+    fn new(spec: JobSpec, device: D, prepare: &wire::Prepare, capturer: &Capturer) -> Result<Self, Failure> {
         let host: IpAddr = prepare.ring_host.parse().map_err(|_| {
             Failure::input(format!("ring host {:?} is not usable; give the agent an IP address", prepare.ring_host))
         })?;
         let source = crate::dataset::open(&spec).map_err(Failure::input)?;
         let space = Space::of_model(&spec.model).map_err(Failure::input)?;
-        let device = CpuDevice::new(prepare.threads as usize).map_err(Failure::input)?;
         let trainer = Trainer::new(spec, device, space, source).map_err(Failure::input)?;
         let (listener, address) =
             RingListener::bind(host).map_err(|error| Failure::new(FailureKind::Transient, error))?;
@@ -135,8 +154,50 @@ impl Prepared {
         Ok(Self { trainer, listener, address })
     }
 
-    /// What the worker says of itself.
-    pub fn identity(&self) -> Identity {
+    /// Makes room, loads the shard, forms the ring and completes the parameters.
+    fn join(
+        &mut self,
+        place: &Place,
+        control: &Control,
+        capturer: &Capturer,
+        handle: &Handle,
+        tell: &dyn Fn(News),
+    ) -> Result<(Member<D>, Start), Failure> {
+        let trainer = &mut self.trainer;
+        let fatal = |error: DeviceError| Failure::from(StepError::Device(error));
+        let exchange = |error: CollectiveError| Failure::from(StepError::Exchange(error));
+        let range = trainer.shards(place.world)[place.membership.rank.index()].clone();
+        let slots = capturer.slots().clone();
+        slots.reserve(range.len())?;
+        let mut state = D::State::new(&trainer.device, slots.clone(), range.len())
+            .map_err(fatal)?
+            .ok_or_else(|| Failure::new(FailureKind::Fatal, "no slot is free, though they were just reserved"))?;
+        let start = if place.in_memory {
+            restore(trainer, place, state.slot(), control, tell)?
+        } else {
+            load_shard(trainer, range.clone(), state.fill(), &place.start, handle, control)?
+        };
+        if !trainer.gradient_sum.resume(&start.exponents) {
+            let count = start.exponents.len();
+            let reason = format!("the state of step {} has {count} grids of another kind of device", start.step);
+            return Err(Failure::input(reason));
+        }
+        state.filled(&trainer.device, &mut trainer.parameters, range.start).map_err(fatal)?;
+        let fault = &trainer.spec.fault;
+        let timeouts = RingTimeouts {
+            connect: Duration::from_secs_f64(fault.restart),
+            operation: Duration::from_secs_f64(fault.collective),
+        };
+        let ring = connect(&self.listener, &place.membership, timeouts, control.ring()).map_err(exchange)?;
+        let at = (place.membership.generation, start.step);
+        let mut member = Member::new(trainer, ring, state, slots, at).map_err(fatal)?;
+        gather_parameters(trainer, &mut member)?;
+        Ok((member, start))
+    }
+}
+
+impl<D: TrainDevice> Ready for Prepared<D> {
+    fn identity(&self) -> Identity {
         Identity {
             ring_address: self.address.to_string(),
             numeric_identity: self.trainer.device.numeric_identity(),
@@ -144,8 +205,7 @@ impl Prepared {
         }
     }
 
-    /// Joins a generation, trains until it should stop, and sees its last snapshot announced.
-    pub fn run(
+    fn run(
         &mut self,
         run: &wire::WorkerRun,
         control: &Control,
@@ -167,52 +227,17 @@ impl Prepared {
             // No step was taken that would have captured the state, and the coordinator waits for its checkpoint: the
             // one that made the snapshot may have been lost before it could store it.
             let shard = member.shard.clone();
-            member.state.fill()[0].copy_from_slice(&trainer.parameters[shard]);
+            member.state.unchanged(&trainer.device, &trainer.parameters, shard).map_err(StepError::Device)?;
             saver.capture(trainer, &mut member, step, Tier::Store)?;
         }
         capturer.flush(grace(trainer, control))?;
         Ok(Ended { step, loss })
     }
-
-    /// Makes room, loads the shard, forms the ring and completes the parameters.
-    fn join(
-        &mut self,
-        place: &Place,
-        control: &Control,
-        capturer: &Capturer,
-        handle: &Handle,
-        tell: &dyn Fn(News),
-    ) -> Result<(Member<CpuDevice>, Start), Failure> {
-        let trainer = &mut self.trainer;
-        let fatal = |error: crate::device::DeviceError| Failure::new(FailureKind::Fatal, error);
-        let exchange = |error: crate::collective::CollectiveError| Failure::from(StepError::Exchange(error));
-        let range = trainer.shards(place.world)[place.membership.rank.index()].clone();
-        let slots = capturer.slots().clone();
-        slots.reserve(range.len())?;
-        let mut state = ShardState::new(slots.clone(), range.len())
-            .ok_or_else(|| Failure::new(FailureKind::Fatal, "no slot is free, though they were just reserved"))?;
-        let start = if place.in_memory {
-            restore(trainer, place, state.slot(), control, tell)?
-        } else {
-            load_shard(trainer, range.clone(), state.fill(), &place.start, handle, control)?
-        };
-        trainer.parameters[range].copy_from_slice(state.parameters());
-        let fault = &trainer.spec.fault;
-        let timeouts = RingTimeouts {
-            connect: Duration::from_secs_f64(fault.restart),
-            operation: Duration::from_secs_f64(fault.collective),
-        };
-        let ring = connect(&self.listener, &place.membership, timeouts, control.ring()).map_err(exchange)?;
-        let at = (place.membership.generation, start.step);
-        let mut member = Member::new(trainer, ring, state, slots, at).map_err(fatal)?;
-        gather_parameters(trainer, &mut member).map_err(exchange)?;
-        Ok((member, start))
-    }
 }
 
 /// Has the agent fill the live slot from the nodes' memory.
-fn restore(
-    trainer: &Trainer<CpuDevice>,
+fn restore<D: TrainDevice>(
+    trainer: &Trainer<D>,
     place: &Place,
     slot: u32,
     control: &Control,
@@ -225,12 +250,17 @@ fn restore(
     let answer = control.wait_restored(within).ok_or_else(late)?;
     match answer.failure {
         Some(failure) => Err(Failure::new(failure.kind(), failure.reason)),
-        None => Ok(Start { step: answer.step, source: answer.source, stages: answer.stages }),
+        None => Ok(Start {
+            step: answer.step,
+            source: answer.source,
+            stages: answer.stages,
+            exponents: answer.exponents.iter().map(|byte| byte.cast_signed()).collect(),
+        }),
     }
 }
 
 /// How long the last snapshot may take to be hashed: the user's patience if asked to stop, else most of `fault.hang`.
-fn grace(trainer: &Trainer<CpuDevice>, control: &Control) -> Duration {
+fn grace<D: TrainDevice>(trainer: &Trainer<D>, control: &Control) -> Duration {
     let fault = &trainer.spec.fault;
     let seconds = if control.is_stopping() { fault.grace } else { fault.grace.max(fault.hang * PATIENCE) };
     Duration::from_secs_f64(seconds)
@@ -299,7 +329,7 @@ struct Saver<'a> {
     complete: u64,
 }
 
-impl Observer<CpuDevice> for Saver<'_> {
+impl<D: TrainDevice> Observer<D> for Saver<'_> {
     type Error = Failure;
 
     fn updated(&mut self, step: u64, taken: &Taken) {
@@ -312,8 +342,8 @@ impl Observer<CpuDevice> for Saver<'_> {
 
     fn finished(
         &mut self,
-        trainer: &Trainer<CpuDevice>,
-        member: &mut Member<CpuDevice>,
+        trainer: &Trainer<D>,
+        member: &mut Member<D>,
         done: Finished,
     ) -> Result<(), Failure> {
         // Before the capture, so that a checkpoint's validation loss is known when it is committed.
@@ -347,18 +377,19 @@ impl Observer<CpuDevice> for Saver<'_> {
 
 impl Saver<'_> {
     /// Freezes the state of `step` and has it hashed and announced.
-    fn capture(
+    fn capture<D: TrainDevice>(
         &self,
-        trainer: &Trainer<CpuDevice>,
-        member: &mut Member<CpuDevice>,
+        trainer: &Trainer<D>,
+        member: &mut Member<D>,
         step: u64,
         tier: Tier,
     ) -> Result<(), Failure> {
         let began = Instant::now();
         let RingMembership { job, generation, rank, .. } = &self.place.membership;
-        let slot = member.state.freeze();
+        let Frozen { slot, arrival } = member.state.freeze(&trainer.device).map_err(StepError::Device)?;
         let snapshot = Snapshot {
             slot,
+            arrival,
             frozen: (began, began.elapsed()),
             elements: member.shard.len(),
             message: wire::Captured {
@@ -378,7 +409,7 @@ impl Saver<'_> {
                 rank: *rank,
                 world_size: self.place.world,
                 space: trainer.space.clone(),
-                scalar: scalar_state(&trainer.spec, step),
+                scalar: scalar_state(&trainer.spec, step, trainer.gradient_sum.exponents()),
                 states: StateDecl::adamw(),
                 hashes: Vec::new(),
                 stages: Vec::new(),

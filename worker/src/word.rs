@@ -1,8 +1,8 @@
 //! The one small message of a step: what each rank found, gathered by all.
 //!
 //! Losses of its micro-batches, squared norms of its blocks, whether it was asked to stop, its word on the next
-//! capture, how fast it is, and the first number it could not use. Encoded little-endian: flags, two counts, the
-//! capture's numbers, the pace, the values, the fault's text. What a peer sends is checked: the data plane is
+//! capture, how fast it is, the magnitudes of its gradients, and the first number it could not use. Encoded
+//! little-endian: flags, three counts, the capture's numbers, the pace, the values, the magnitudes, the fault's text. What a peer sends is checked: the data plane is
 //! authenticated, but a length is never believed.
 
 use crate::collective::{Collective, CollectiveError};
@@ -11,8 +11,8 @@ use crate::machine::cadence::Wish;
 
 /// The longest fault text that travels.
 const LONGEST_FAULT: usize = 1024;
-/// Flags, two counts, the numbers of the capture, and the pace.
-const HEAD: usize = 1 + 4 + 4 + 4 + 4 + 8 + 4;
+/// Flags, three counts, the numbers of the capture, the pace, and the grids' name.
+const HEAD: usize = 1 + 4 + 4 + 4 + 4 + 4 + 8 + 4 + 8;
 /// Flags: asked to stop, a fault, ready to capture.
 const STOP: u8 = 1;
 const FAULT: u8 = 2;
@@ -56,6 +56,10 @@ pub struct Word {
     pub losses: Vec<f64>,
     /// Squared norm of each of its blocks, in order.
     pub norms: Vec<f64>,
+    /// Names the grids that it summed on, which must be everyone's; 0 where the grid is fixed.
+    pub grids: u64,
+    /// Largest magnitude it saw in each block of the whole space, where sums are on per-block grids.
+    pub magnitudes: Vec<u8>,
 }
 
 impl Word {
@@ -84,18 +88,22 @@ impl Word {
 
     fn encode(&self) -> Vec<u8> {
         let fault = self.fault.as_deref().unwrap_or_default();
-        let mut out = Vec::with_capacity(HEAD + 8 * (self.losses.len() + self.norms.len()) + fault.len());
+        let mut out = Vec::with_capacity(
+            HEAD + 8 * (self.losses.len() + self.norms.len()) + self.magnitudes.len() + fault.len(),
+        );
         let flag = |set: bool, flag: u8| if set { flag } else { 0 };
         out.push(flag(self.stop, STOP) | flag(self.fault.is_some(), FAULT) | flag(self.wish.ready, READY));
-        let counts = [self.losses.len() as u32, self.norms.len() as u32, self.wish.interval, self.wish.guard];
-        for count in counts {
+        let counts = [self.losses.len(), self.norms.len(), self.magnitudes.len()].map(|count| count as u32);
+        for count in counts.into_iter().chain([self.wish.interval, self.wish.guard]) {
             out.extend_from_slice(&count.to_le_bytes());
         }
         out.extend_from_slice(&self.wish.complete.to_le_bytes());
         out.extend_from_slice(&self.pace.to_le_bytes());
+        out.extend_from_slice(&self.grids.to_le_bytes());
         for value in self.losses.iter().chain(&self.norms) {
             out.extend_from_slice(&value.to_le_bytes());
         }
+        out.extend_from_slice(&self.magnitudes);
         out.extend_from_slice(fault.as_bytes());
         out
     }
@@ -104,13 +112,16 @@ impl Word {
         let (flags, rest) = bytes.split_first()?;
         let (losses, rest) = rest.split_first_chunk()?;
         let (norms, rest) = rest.split_first_chunk()?;
+        let (magnitudes, rest) = rest.split_first_chunk()?;
         let (interval, rest) = rest.split_first_chunk()?;
         let (guard, rest) = rest.split_first_chunk()?;
         let (complete, rest) = rest.split_first_chunk()?;
         let (pace, rest) = rest.split_first_chunk()?;
+        let (grids, rest) = rest.split_first_chunk()?;
         let (losses, norms) = (u32::from_le_bytes(*losses) as usize, u32::from_le_bytes(*norms) as usize);
         let length = losses.checked_add(norms)?.checked_mul(8).filter(|length| *length <= rest.len())?;
-        let (values, fault) = rest.split_at(length);
+        let (values, rest) = rest.split_at(length);
+        let (magnitudes, fault) = rest.split_at_checked(u32::from_le_bytes(*magnitudes) as usize)?;
         let known = *flags <= STOP | FAULT | READY;
         if !known || fault.len() > LONGEST_FAULT || (flags & FAULT == 0 && !fault.is_empty()) {
             return None;
@@ -127,6 +138,8 @@ impl Word {
             pace: f32::from_le_bytes(*pace),
             losses: values.by_ref().take(losses).collect(),
             norms: values.collect(),
+            grids: u64::from_le_bytes(*grids),
+            magnitudes: magnitudes.to_vec(),
             fault: (flags & FAULT != 0).then(|| String::from_utf8_lossy(fault).into_owned()),
         })
     }
@@ -142,7 +155,8 @@ mod tests {
     fn a_word_reads_back() {
         let wish = Wish { ready: true, interval: 3, guard: u32::MAX, complete: u64::MAX };
         let (losses, norms) = (vec![1.5, -0.0], vec![f64::MAX]);
-        let mut word = Word { stop: true, wish, pace: 0.25, losses, norms, ..Word::default() };
+        let mut word =
+            Word { stop: true, wish, pace: 0.25, losses, norms, grids: 9, magnitudes: vec![0, 255, 7], ..Word::default() };
         assert_eq!(Word::decode(&word.encode()).as_ref(), Some(&word));
         let fault = GradientFault { element: 7, value: f32::INFINITY };
         word.fault(Fault::Gradient { micro_batch: 3, tensor: "lm_head.weight".into(), fault });

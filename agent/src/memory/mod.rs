@@ -332,13 +332,17 @@ impl Memory {
     /// Fills a worker's slot in the background; the answer comes as an input.
     pub(crate) fn restore(&mut self, job: &JobName, worker: WorkerId, rank: u32, slot: PathBuf, generation: u64) {
         let answer = move |step, result: Result<restore::Restored, restore::Failure>| {
-            let (source, stages, failure) = match result {
-                Ok(done) => (done.source.name().to_string(), done.stages, None),
+            let answer = match result {
+                Ok(restore::Restored { source, stages, exponents }) => {
+                    let source = source.name().to_string();
+                    wire::Restored { generation, step, source, stages, exponents, failure: None }
+                }
                 Err((kind, reason)) => {
-                    (String::new(), vec![], Some(wire::Failure { kind: kind.into(), reason, ..Default::default() }))
+                    let failure = Some(wire::Failure { kind: kind.into(), reason, ..Default::default() });
+                    wire::Restored { generation, step, failure, ..Default::default() }
                 }
             };
-            Input::Restored { worker, answer: wire::Restored { generation, step, source, failure, stages } }
+            Input::Restored { worker, answer }
         };
         let of = self.jobs.entry(job.clone()).or_default();
         let known = of.start.clone().zip(of.space.clone()).zip(of.world);

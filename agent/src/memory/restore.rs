@@ -95,6 +95,8 @@ pub(crate) struct Restored {
     pub(crate) source: Source,
     /// Seconds and bytes of each source, and of verifying.
     pub(crate) stages: Vec<wire::LoadStage>,
+    /// The grids the state's next step begins with, as [`wire::Restored`] carries them.
+    pub(crate) exponents: Vec<u8>,
 }
 
 /// One piece's source, and the seconds that reading and verifying took.
@@ -116,11 +118,11 @@ impl Costs {
         (self.1, self.2) = (self.1 + filled.verifying, self.2 + filled.bytes);
     }
 
-    fn done(self) -> Restored {
+    fn done(self, exponents: Vec<u8>) -> Restored {
         let source = self.0.keys().next_back().copied().unwrap_or(Source::Memory);
         let stage = |name: &str, seconds, bytes| wire::LoadStage { name: name.into(), seconds, bytes };
         let sources = self.0.iter().map(|(source, (seconds, bytes))| stage(source.name(), *seconds, *bytes));
-        Restored { source, stages: sources.chain([stage("verify", self.1, self.2)]).collect() }
+        Restored { source, stages: sources.chain([stage("verify", self.1, self.2)]).collect(), exponents }
     }
 }
 
@@ -130,9 +132,11 @@ pub(crate) async fn restore(vault: &Vault, peers: &Peers, task: &Restore) -> Res
     let before = WorldSize::new(task.start.world_size).ok_or_else(|| transient("the step in memory has no ranks"))?;
     let mut reader = Reader { vault, peers, task, key, before, captures: BTreeMap::new(), stored: OnceCell::new() };
     let pieces = pieces(&task.space, before, task.rank, task.world);
-    for piece in &pieces {
-        reader.learn(piece.rank).await?;
+    // A rank without a shard needs the scalar state all the same.
+    for rank in pieces.iter().map(|piece| piece.rank).chain(pieces.is_empty().then_some(0)) {
+        reader.learn(rank).await?;
     }
+    let exponents = reader.exponents()?;
     let open = || -> std::io::Result<MmapMut> {
         let file = OpenOptions::new().read(true).write(true).open(&task.slot)?;
         // SAFETY: the slot lies in this agent's folder of mode 0700; the worker waits until it is filled.
@@ -149,7 +153,7 @@ pub(crate) async fn restore(vault: &Vault, peers: &Peers, task: &Restore) -> Res
     while let Some(filled) = pieces.try_next().await? {
         costs.add(&filled);
     }
-    Ok(costs.done())
+    Ok(costs.done(exponents))
 }
 
 /// Each piece with its place in the slot.
@@ -206,6 +210,17 @@ impl Reader<'_> {
             return Ok(());
         }
         Err(transient(format!("nobody in reach can describe rank {rank}'s snapshot of step {}", self.key.1)))
+    }
+
+    /// The grids of the state, on which all its captures must agree.
+    fn exponents(&self) -> Result<Vec<u8>, Failure> {
+        let mut captures = self.captures.values();
+        let Some(first) = captures.next() else { return Ok(vec![]) };
+        if captures.any(|other| other.scalar.exponents != first.scalar.exponents) {
+            return Err(transient(format!("the snapshots of step {} are of different scalar states", self.key.1)));
+        }
+        let bytes = first.scalar.exponents.iter().map(|e| i8::try_from(*e).map(i8::cast_unsigned));
+        bytes.collect::<Result<_, _>>().map_err(|_| transient("a snapshot's grids are none"))
     }
 
     /// Whether a capture is of the step, and complete.

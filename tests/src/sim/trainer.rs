@@ -251,7 +251,7 @@ impl Member<'_> {
             rank: self.rank,
             world_size: self.world,
             space: self.truth.space.clone(),
-            scalar: scalar_state(&self.prepared.spec, step),
+            scalar: scalar_state(&self.prepared.spec, step, &[]),
             states: StateDecl::adamw(),
             hashes,
             stages: vec![],

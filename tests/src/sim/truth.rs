@@ -148,7 +148,7 @@ impl Truth {
             let blocks = 0..truth.space.blocks();
             let hashes: Vec<_> =
                 (0..STATES.len()).map(|state| truth.hashes(truth.number(step), state, blocks.clone())).collect();
-            let scalar = scalar_state(&spec, step);
+            let scalar = scalar_state(&spec, step, &[]);
             truth.digests.push(state_digest(&scalar, &truth.space, &StateDecl::adamw(), &hashes));
         }
         truth

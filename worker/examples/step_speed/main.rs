@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use proto::spec::{ModelSpec, OptimizerKind, OptimizerSpec};
 use worker::device::Device;
-use worker::device::cpu::CpuDevice;
+use worker::device::cpu::{CpuBuffer, CpuDevice};
 use worker::exact::{ExactGradient, mean_scale};
 use worker::init::initialize;
 use worker::model::{Model, parameters};
@@ -46,8 +46,9 @@ fn optimizer() -> OptimizerSpec {
 }
 
 /// Runs steps for the given time; returns seconds of each and the last loss.
-fn train<D: Device<Buffer: std::ops::DerefMut<Target = [f32]>>>(
+fn train<D: Device<Buffer = CpuBuffer, Activation = CpuBuffer>>(
     device: &D,
+    cpu: &CpuDevice,
     micro_batch: usize,
     time: Duration,
 ) -> (Vec<f64>, f64) {
@@ -81,7 +82,7 @@ fn train<D: Device<Buffer: std::ops::DerefMut<Target = [f32]>>>(
         let scalars = rule.scalars(times.len() as u64 + 1, 1e-3, clip_scale(Some(1.0), norm));
         let to = [&mut exp_avg, &mut exp_avg_sq];
         let update = ShardUpdate { parameters: &mut weights, mirror: None, from: None, to, gradient: &gradient };
-        rule.update(device, &scalars, 0..n, update).expect("an update");
+        rule.update(cpu, &scalars, 0..n, update).expect("an update");
         times.push(begin.elapsed().as_secs_f64());
     }
     times.sort_by(f64::total_cmp);
@@ -92,7 +93,7 @@ fn main() {
     let (threads, micro_batch) = (argument("--threads", 2), argument("--micro-batch", 4));
     let time = Duration::from_secs(argument("--seconds", 10) as u64);
     let device = CpuDevice::new(threads).expect("threads");
-    let (times, loss) = train(&device, micro_batch, time);
+    let (times, loss) = train(&device, &device, micro_batch, time);
     let rate = |seconds: f64| (BATCH * SEQUENCE) as f64 / seconds;
     println!(
         "{{\"device\":\"{}\",\"threads\":{threads},\"micro_batch\":{micro_batch},\"steps\":{},\"loss\":{loss:.4},\
@@ -103,8 +104,8 @@ fn main() {
         rate(times[times.len() / 2])
     );
     if std::env::args().any(|a| a == "--table") {
-        let timed = Timed::new(device);
-        let (times, _) = train(&timed, micro_batch, time / 2);
+        let timed = Timed::new(&device);
+        let (times, _) = train(&timed, &device, micro_batch, time / 2);
         timed.print(times.len(), times.iter().sum());
     }
 }

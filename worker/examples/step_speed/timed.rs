@@ -6,21 +6,20 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use worker::device::{
-    AdamwParts, AttentionShape, Device, DeviceResult, MatmulShape, NormShape, Part, PartMut, Product, Write,
+    AttentionShape, Device, DeviceResult, LossShape, MatmulShape, NormShape, Part, PartMut, Product, Write,
 };
 use worker::exact::GradientFault;
-use worker::optimizer::AdamwScalars;
 
 /// Calls, seconds and, for products, multiply-adds.
 type Row = (usize, f64, f64);
 
-pub(crate) struct Timed<D> {
-    inner: D,
+pub(crate) struct Timed<'a, D> {
+    inner: &'a D,
     table: Mutex<BTreeMap<String, Row>>,
 }
 
-impl<D: Device> Timed<D> {
-    pub(crate) fn new(inner: D) -> Self {
+impl<'a, D: Device> Timed<'a, D> {
+    pub(crate) fn new(inner: &'a D) -> Self {
         Self { inner, table: Mutex::default() }
     }
 
@@ -66,10 +65,13 @@ macro_rules! pass {
     };
 }
 
-impl<D: Device> Device for Timed<D> {
+impl<D: Device> Device for Timed<'_, D> {
     type Buffer = D::Buffer;
+    type Activation = D::Activation;
     type Sums = D::Sums;
+    type BlockSums = D::BlockSums;
     type Tokens = D::Tokens;
+    type Losses = D::Losses;
 
     fn threads(&self) -> usize {
         self.inner.threads()
@@ -81,6 +83,12 @@ impl<D: Device> Device for Timed<D> {
     fn enter<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.inner.enter(work)
     }
+    fn loss_rows(&self, vocabulary: usize, rows: usize) -> usize {
+        self.inner.loss_rows(vocabulary, rows)
+    }
+    fn logits_pitch(&self, vocabulary: usize) -> usize {
+        self.inner.logits_pitch(vocabulary)
+    }
     fn norm_workspace(&self, norm: NormShape) -> usize {
         self.inner.norm_workspace(norm)
     }
@@ -91,55 +99,76 @@ impl<D: Device> Device for Timed<D> {
         &self,
         product: Product,
         shape: MatmulShape,
-        a: Part<'_, D::Buffer>,
-        b: Part<'_, D::Buffer>,
+        a: Part<'_, D::Activation>,
+        b: Part<'_, D::Activation>,
         write: Write,
-        c: PartMut<'_, D::Buffer>,
+        c: PartMut<'_, D::Activation>,
     ) -> DeviceResult {
-        let MatmulShape { m, n, k } = shape;
+        let MatmulShape { m, n, k, .. } = shape;
         let work = (m * n * k) as f64;
         let name = format!("matmul {product:?} {m} x {n} x {k}");
         self.time(name, work, || self.inner.matmul(product, shape, a, b, write, c))
     }
 
+    fn matmul_gradient(
+        &self,
+        product: Product,
+        shape: MatmulShape,
+        a: Part<'_, D::Activation>,
+        b: Part<'_, D::Activation>,
+        write: Write,
+        c: PartMut<'_, D::Buffer>,
+    ) -> DeviceResult {
+        let MatmulShape { m, n, k, .. } = shape;
+        let work = (m * n * k) as f64;
+        let name = format!("matmul {product:?} {m} x {n} x {k}");
+        self.time(name, work, || self.inner.matmul_gradient(product, shape, a, b, write, c))
+    }
+
     pass! {
         fn allocate(elements: usize, what: &'static str) -> DeviceResult<D::Buffer>;
+        fn allocate_activation(elements: usize, what: &'static str) -> DeviceResult<D::Activation>;
+        fn allocate_losses(elements: usize) -> DeviceResult<D::Losses>;
+        fn allocate_block_sums(elements: usize, block: usize) -> DeviceResult<D::BlockSums>;
         fn allocate_sums(elements: usize) -> DeviceResult<D::Sums>;
         fn allocate_tokens(elements: usize) -> DeviceResult<D::Tokens>;
         fn upload(from: &[f32], to: PartMut<'_, D::Buffer>) -> DeviceResult;
         fn download(from: Part<'_, D::Buffer>, to: &mut [f32]) -> DeviceResult;
+        fn upload_activation(from: &[f32], to: PartMut<'_, D::Activation>) -> DeviceResult;
+        fn download_activation(from: Part<'_, D::Activation>, to: &mut [f32]) -> DeviceResult;
         fn upload_tokens(from: &[u32], to: &mut D::Tokens) -> DeviceResult;
         fn zero(elements: usize, to: PartMut<'_, D::Buffer>) -> DeviceResult;
         fn axpy(elements: usize, alpha: f32, x: Part<'_, D::Buffer>, y: PartMut<'_, D::Buffer>) -> DeviceResult;
         fn embedding_forward(
-            width: usize, rows: usize, tokens: &D::Tokens, table: Part<'_, D::Buffer>, out: &mut D::Buffer,
+            width: usize, rows: usize, tokens: &D::Tokens, table: Part<'_, D::Activation>, out: &mut D::Activation,
         ) -> DeviceResult;
         fn embedding_backward(
-            width: usize, rows: usize, tokens: &D::Tokens, d_out: &D::Buffer, d_table: PartMut<'_, D::Buffer>,
+            width: usize, rows: usize, tokens: &D::Tokens, d_out: &D::Activation, d_table: PartMut<'_, D::Buffer>,
         ) -> DeviceResult;
         fn rmsnorm_forward(
-            norm: NormShape, x: &D::Buffer, delta: Option<(&D::Buffer, &mut D::Buffer)>, weight: Part<'_, D::Buffer>,
-            normed: &mut D::Buffer, scale: &mut D::Buffer,
+            norm: NormShape, x: &D::Activation, delta: Option<(&D::Activation, &mut D::Activation)>, weight: Part<'_, D::Activation>,
+            normed: &mut D::Activation, scale: &mut D::Buffer,
         ) -> DeviceResult;
         fn rmsnorm_backward(
-            norm: NormShape, x: &D::Buffer, scale: &D::Buffer, weight: Part<'_, D::Buffer>, d_normed: &D::Buffer,
-            write: Write, d_x: &mut D::Buffer, d_weight: PartMut<'_, D::Buffer>, workspace: &mut D::Buffer,
+            norm: NormShape, x: &D::Activation, scale: &D::Buffer, weight: Part<'_, D::Activation>, d_normed: &D::Activation,
+            write: Write, d_x: &mut D::Activation, d_weight: PartMut<'_, D::Buffer>, workspace: &mut D::Buffer,
         ) -> DeviceResult;
-        fn rope(shape: AttentionShape, inverse: bool, table: &D::Buffer, qkv: &mut D::Buffer) -> DeviceResult;
+        fn rope(shape: AttentionShape, inverse: bool, table: &D::Buffer, qkv: &mut D::Activation) -> DeviceResult;
         fn attention_forward(
-            shape: AttentionShape, qkv: &D::Buffer, out: &mut D::Buffer, statistics: &mut D::Buffer,
+            shape: AttentionShape, qkv: &D::Activation, out: &mut D::Activation, statistics: &mut D::Buffer,
             workspace: &mut D::Buffer,
         ) -> DeviceResult;
         fn attention_backward(
-            shape: AttentionShape, qkv: &D::Buffer, out: &D::Buffer, statistics: &D::Buffer, d_out: &D::Buffer,
-            d_qkv: &mut D::Buffer, workspace: &mut D::Buffer,
+            shape: AttentionShape, qkv: &D::Activation, out: &D::Activation, statistics: &D::Buffer, d_out: &D::Activation,
+            d_qkv: &mut D::Activation, workspace: &mut D::Buffer,
         ) -> DeviceResult;
-        fn swiglu_forward(width: usize, rows: usize, gate_up: &D::Buffer, act: &mut D::Buffer) -> DeviceResult;
-        fn swiglu_backward(width: usize, rows: usize, gate_up: &mut D::Buffer, d_act: &mut D::Buffer) -> DeviceResult;
+        fn swiglu_forward(width: usize, rows: usize, gate_up: &D::Activation, act: &mut D::Activation) -> DeviceResult;
+        fn swiglu_backward(width: usize, rows: usize, gate_up: &mut D::Activation, d_act: &mut D::Activation) -> DeviceResult;
         fn cross_entropy(
-            vocabulary: usize, rows: usize, targets: &D::Tokens, first: usize, gradient: Option<f32>,
-            logits: &mut D::Buffer,
-        ) -> DeviceResult<f64>;
+            shape: LossShape, targets: &D::Tokens, gradient: Option<f32>, logits: &mut D::Activation, write: Write,
+            losses: &mut D::Losses, index: usize,
+        ) -> DeviceResult;
+        fn read_losses(losses: &D::Losses, to: &mut [f64]) -> DeviceResult;
         fn accumulate_exact(
             elements: usize, gradient: &D::Buffer, limit: i64, write: Write, sums: &mut D::Sums,
         ) -> DeviceResult<Option<GradientFault>>;
@@ -147,8 +176,14 @@ impl<D: Device> Device for Timed<D> {
             elements: usize, scale: f64, sums: &D::Sums, at: usize, gradient: &mut D::Buffer,
         ) -> DeviceResult;
         fn block_square_sums(elements: usize, block: usize, gradient: &D::Buffer, out: &mut [f64]) -> DeviceResult;
-        fn adamw(
-            elements: usize, scalars: &AdamwScalars, decay: bool, state: AdamwParts<'_, D::Buffer>,
+        fn set_exponents(exponents: &[i8], sums: &mut D::BlockSums) -> DeviceResult;
+        fn accumulate_blocks(
+            elements: usize, gradient: &D::Buffer, limit: i32, write: Write, sums: &mut D::BlockSums,
         ) -> DeviceResult;
+        fn read_magnitudes(sums: &D::BlockSums, to: &mut [u8]) -> DeviceResult;
+        fn gradient_from_blocks(
+            elements: usize, scale: f64, sums: &D::BlockSums, at: usize, gradient: &mut D::Buffer,
+        ) -> DeviceResult;
+        fn scale(elements: usize, alpha: f32, from: Part<'_, D::Buffer>, to: &mut D::Buffer) -> DeviceResult;
     }
 }

@@ -90,12 +90,18 @@ pub trait Collective: Send {
     /// is outside it is scratch. Integer addition is associative, so the sum's bits do not depend on the order.
     fn reduce_scatter_i64(&mut self, data: &mut [i64], ranges: &[Range<usize>]) -> Result<()>;
 
+    /// As [`Collective::reduce_scatter_i64`] in 32 bits.
+    fn reduce_scatter_i32(&mut self, data: &mut [i32], ranges: &[Range<usize>]) -> Result<()>;
+
     /// As [`Collective::reduce_scatter_i64`] in float32. The part of rank `r` is added in the order r+1, r+2, …, r
     /// around the ring: the same bits each time for one world size, other bits for another.
     fn reduce_scatter_f32(&mut self, data: &mut [f32], ranges: &[Range<usize>]) -> Result<()>;
 
     /// Each rank gives `data[ranges[rank]]`; afterwards every rank has all parts.
     fn all_gather_f32(&mut self, data: &mut [f32], ranges: &[Range<usize>]) -> Result<()>;
+
+    /// As [`Collective::all_gather_f32`] for 16-bit values, such as bfloat16.
+    fn all_gather_u16(&mut self, data: &mut [u16], ranges: &[Range<usize>]) -> Result<()>;
 
     /// Each rank gives one small message, at most [`MAX_MESSAGE`] bytes; afterwards every rank has all, in rank order.
     fn all_gather_bytes(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>>;

@@ -51,11 +51,19 @@ impl Collective for Solo {
         self.check(data.len(), ranges)
     }
 
+    fn reduce_scatter_i32(&mut self, data: &mut [i32], ranges: &[Range<usize>]) -> Result<()> {
+        self.check(data.len(), ranges)
+    }
+
     fn reduce_scatter_f32(&mut self, data: &mut [f32], ranges: &[Range<usize>]) -> Result<()> {
         self.check(data.len(), ranges)
     }
 
     fn all_gather_f32(&mut self, data: &mut [f32], ranges: &[Range<usize>]) -> Result<()> {
+        self.check(data.len(), ranges)
+    }
+
+    fn all_gather_u16(&mut self, data: &mut [u16], ranges: &[Range<usize>]) -> Result<()> {
         self.check(data.len(), ranges)
     }
 

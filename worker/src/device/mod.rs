@@ -10,9 +10,11 @@
 
 pub mod cpu;
 pub mod cuda;
+mod train;
+
+pub use train::{Arrival, ExactForm, Frozen, HostDevice, HostParameters, RankState, TrainDevice, Update};
 
 use crate::exact::GradientFault;
-use crate::optimizer::AdamwScalars;
 
 /// What can go wrong on a device.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +27,9 @@ pub enum DeviceError {
         /// What it was for.
         what: &'static str,
     },
+    /// The device cannot do what was asked of it.
+    #[error("{0}")]
+    Unsupported(String),
     /// The worker threads could not be started.
     #[error("cannot start {threads} compute threads")]
     Threads {
@@ -70,6 +75,30 @@ pub struct MatmulShape {
     pub n: usize,
     /// Length of the sums.
     pub k: usize,
+    /// Elements from one row of A to the next, where rows are not dense.
+    pub a_pitch: Option<usize>,
+    /// Elements from one row of C to the next, where rows are not dense.
+    pub c_pitch: Option<usize>,
+}
+
+impl MatmulShape {
+    /// The shape of dense matrices.
+    pub fn dense(m: usize, n: usize, k: usize) -> Self {
+        Self { m, n, k, a_pitch: None, c_pitch: None }
+    }
+}
+
+/// The shape of a chunk of the loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LossShape {
+    /// Columns of logits.
+    pub vocabulary: usize,
+    /// Elements from one row of logits to the next; what lies between rows becomes zero with the gradient.
+    pub pitch: usize,
+    /// Rows of logits.
+    pub rows: usize,
+    /// The first row's place in the targets.
+    pub first: usize,
 }
 
 /// Whether an operation overwrites its output or adds to it.
@@ -110,12 +139,19 @@ impl AttentionShape {
 
 /// One kind of device. See the module's text for what every implementation promises.
 pub trait Device: Send + Sync + Sized {
-    /// Float32 memory.
+    /// Float32 memory: gradients of parameters, statistics, workspaces.
     type Buffer: Send + Sync;
-    /// Signed 64-bit memory: exact gradient sums.
+    /// Memory in the precision that products read: float32 on the CPU, bfloat16 on a GPU. Holds the parameters as the
+    /// model reads them, activations and their gradients.
+    type Activation: Send + Sync;
+    /// Signed 64-bit memory: exact gradient sums on the fixed grid.
     type Sums: Send + Sync;
+    /// Signed 32-bit memory, with an exponent and the largest magnitude of each block: exact sums on per-block grids.
+    type BlockSums: Send + Sync;
     /// Token ids.
     type Tokens: Send + Sync;
+    /// Float64 memory: sums of losses.
+    type Losses: Send + Sync;
 
     /// Names the arithmetic: instruction set, kernel and library versions. Equal strings, equal bits.
     fn numeric_identity(&self) -> String;
@@ -126,10 +162,21 @@ pub trait Device: Send + Sync + Sized {
     /// Runs `work` with the device's threads or context at hand, so that the operations inside start faster.
     fn enter<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R;
 
+    /// Token rows whose logits exist at once, of `rows`.
+    fn loss_rows(&self, vocabulary: usize, rows: usize) -> usize;
+    /// Elements from one row of logits to the next; at least `vocabulary`.
+    fn logits_pitch(&self, vocabulary: usize) -> usize;
+
     /// Zeroed float32 memory; `what` names it in errors.
     fn allocate(&self, elements: usize, what: &'static str) -> DeviceResult<Self::Buffer>;
+    /// Zeroed memory in compute precision.
+    fn allocate_activation(&self, elements: usize, what: &'static str) -> DeviceResult<Self::Activation>;
+    /// Zeroed memory for sums of losses.
+    fn allocate_losses(&self, elements: usize) -> DeviceResult<Self::Losses>;
     /// Zeroed 64-bit memory.
     fn allocate_sums(&self, elements: usize) -> DeviceResult<Self::Sums>;
+    /// Zeroed 32-bit memory, in blocks of `block` elements (the last may be short).
+    fn allocate_block_sums(&self, elements: usize, block: usize) -> DeviceResult<Self::BlockSums>;
     /// Memory for token ids.
     fn allocate_tokens(&self, elements: usize) -> DeviceResult<Self::Tokens>;
 
@@ -137,6 +184,10 @@ pub trait Device: Send + Sync + Sized {
     fn upload(&self, from: &[f32], to: PartMut<'_, Self::Buffer>) -> DeviceResult;
     /// Copies device values to the host, after all operations before it.
     fn download(&self, from: Part<'_, Self::Buffer>, to: &mut [f32]) -> DeviceResult;
+    /// Copies host values to the device, rounded to nearest even where compute precision is lower.
+    fn upload_activation(&self, from: &[f32], to: PartMut<'_, Self::Activation>) -> DeviceResult;
+    /// Copies device values to the host, after all operations before it.
+    fn download_activation(&self, from: Part<'_, Self::Activation>, to: &mut [f32]) -> DeviceResult;
     /// Copies token ids to the device; ids must be below the vocabulary size.
     fn upload_tokens(&self, from: &[u32], to: &mut Self::Tokens) -> DeviceResult;
     /// Sets `elements` elements to zero.
@@ -150,13 +201,23 @@ pub trait Device: Send + Sync + Sized {
         y: PartMut<'_, Self::Buffer>,
     ) -> DeviceResult;
 
-    /// A matrix product.
+    /// A matrix product of activations.
     fn matmul(
         &self,
         product: Product,
         shape: MatmulShape,
-        a: Part<'_, Self::Buffer>,
-        b: Part<'_, Self::Buffer>,
+        a: Part<'_, Self::Activation>,
+        b: Part<'_, Self::Activation>,
+        write: Write,
+        c: PartMut<'_, Self::Activation>,
+    ) -> DeviceResult;
+    /// A matrix product whose result is a gradient of parameters, in float32.
+    fn matmul_gradient(
+        &self,
+        product: Product,
+        shape: MatmulShape,
+        a: Part<'_, Self::Activation>,
+        b: Part<'_, Self::Activation>,
         write: Write,
         c: PartMut<'_, Self::Buffer>,
     ) -> DeviceResult;
@@ -167,8 +228,8 @@ pub trait Device: Send + Sync + Sized {
         width: usize,
         rows: usize,
         tokens: &Self::Tokens,
-        table: Part<'_, Self::Buffer>,
-        out: &mut Self::Buffer,
+        table: Part<'_, Self::Activation>,
+        out: &mut Self::Activation,
     ) -> DeviceResult;
     /// `d_table[tokens[i]] += d_out[i]`, in row order.
     fn embedding_backward(
@@ -176,7 +237,7 @@ pub trait Device: Send + Sync + Sized {
         width: usize,
         rows: usize,
         tokens: &Self::Tokens,
-        d_out: &Self::Buffer,
+        d_out: &Self::Activation,
         d_table: PartMut<'_, Self::Buffer>,
     ) -> DeviceResult;
 
@@ -187,10 +248,10 @@ pub trait Device: Send + Sync + Sized {
     fn rmsnorm_forward(
         &self,
         norm: NormShape,
-        x: &Self::Buffer,
-        delta: Option<(&Self::Buffer, &mut Self::Buffer)>,
-        weight: Part<'_, Self::Buffer>,
-        normed: &mut Self::Buffer,
+        x: &Self::Activation,
+        delta: Option<(&Self::Activation, &mut Self::Activation)>,
+        weight: Part<'_, Self::Activation>,
+        normed: &mut Self::Activation,
         scale: &mut Self::Buffer,
     ) -> DeviceResult;
     /// The backward of [`Device::rmsnorm_forward`]: `d_x` gets (or is increased by) the gradient of `x`; the gain's
@@ -199,12 +260,12 @@ pub trait Device: Send + Sync + Sized {
     fn rmsnorm_backward(
         &self,
         norm: NormShape,
-        x: &Self::Buffer,
+        x: &Self::Activation,
         scale: &Self::Buffer,
-        weight: Part<'_, Self::Buffer>,
-        d_normed: &Self::Buffer,
+        weight: Part<'_, Self::Activation>,
+        d_normed: &Self::Activation,
         write: Write,
-        d_x: &mut Self::Buffer,
+        d_x: &mut Self::Activation,
         d_weight: PartMut<'_, Self::Buffer>,
         workspace: &mut Self::Buffer,
     ) -> DeviceResult;
@@ -214,15 +275,15 @@ pub trait Device: Send + Sync + Sized {
     /// Rotates queries and keys in place (Su et al., 2021), in the half-split layout of Hugging Face: element `i` of a
     /// head pairs with `i + head_dim/2`. `table` holds, for each position, `head_dim/2` cosines then as many sines.
     /// `inverse` rotates back, which is the backward.
-    fn rope(&self, shape: AttentionShape, inverse: bool, table: &Self::Buffer, qkv: &mut Self::Buffer) -> DeviceResult;
+    fn rope(&self, shape: AttentionShape, inverse: bool, table: &Self::Buffer, qkv: &mut Self::Activation) -> DeviceResult;
 
     /// Causal softmax attention, scaled by `1/√head_dim`; also stores what the backward needs to compute each row's
     /// probabilities again: two numbers a row, `[batch, heads, sequence, 2]`, in a form of the device's own.
     fn attention_forward(
         &self,
         shape: AttentionShape,
-        qkv: &Self::Buffer,
-        out: &mut Self::Buffer,
+        qkv: &Self::Activation,
+        out: &mut Self::Activation,
         statistics: &mut Self::Buffer,
         workspace: &mut Self::Buffer,
     ) -> DeviceResult;
@@ -231,18 +292,18 @@ pub trait Device: Send + Sync + Sized {
     fn attention_backward(
         &self,
         shape: AttentionShape,
-        qkv: &Self::Buffer,
-        out: &Self::Buffer,
+        qkv: &Self::Activation,
+        out: &Self::Activation,
         statistics: &Self::Buffer,
-        d_out: &Self::Buffer,
-        d_qkv: &mut Self::Buffer,
+        d_out: &Self::Activation,
+        d_qkv: &mut Self::Activation,
         workspace: &mut Self::Buffer,
     ) -> DeviceResult;
     /// Elements of workspace attention needs, forward and backward.
     fn attention_workspace(&self, shape: AttentionShape) -> usize;
 
     /// `act = silu(gate)·up` with rows `[gate | up]` of twice `width` (Shazeer, 2020).
-    fn swiglu_forward(&self, width: usize, rows: usize, gate_up: &Self::Buffer, act: &mut Self::Buffer)
+    fn swiglu_forward(&self, width: usize, rows: usize, gate_up: &Self::Activation, act: &mut Self::Activation)
     -> DeviceResult;
     /// The backward, in place: `gate_up` becomes its own gradient, and `d_act` becomes `act` again (which the gradient
     /// of the next matrix needs, and which is cheaper to compute than to keep).
@@ -250,21 +311,26 @@ pub trait Device: Send + Sync + Sized {
         &self,
         width: usize,
         rows: usize,
-        gate_up: &mut Self::Buffer,
-        d_act: &mut Self::Buffer,
+        gate_up: &mut Self::Activation,
+        d_act: &mut Self::Activation,
     ) -> DeviceResult;
 
-    /// Softmax cross-entropy of `rows` rows of logits against `targets[first..]`. Returns the losses' sum, added in
-    /// float64 in row order. With `gradient = Some(scale)`, logits become `scale·(softmax − one-hot)`.
+    /// Softmax cross-entropy of `shape.rows` rows of logits against `targets[shape.first..]`. The losses' sum, added in
+    /// float64 in an order of the shape's own, is written or added to `losses[index]`. With `gradient = Some(scale)`,
+    /// logits become `scale·(softmax − one-hot)`.
+    #[allow(clippy::too_many_arguments)]
     fn cross_entropy(
         &self,
-        vocabulary: usize,
-        rows: usize,
+        shape: LossShape,
         targets: &Self::Tokens,
-        first: usize,
         gradient: Option<f32>,
-        logits: &mut Self::Buffer,
-    ) -> DeviceResult<f64>;
+        logits: &mut Self::Activation,
+        write: Write,
+        losses: &mut Self::Losses,
+        index: usize,
+    ) -> DeviceResult;
+    /// Copies the first losses to the host, after all operations before it.
+    fn read_losses(&self, losses: &Self::Losses, to: &mut [f64]) -> DeviceResult;
 
     /// Rounds `elements` gradients onto the exact grid and writes or adds them to `sums`. Every rounded value must be
     /// finite and at most `limit` in magnitude; otherwise the first that is not is returned and `sums` is not to be
@@ -286,6 +352,38 @@ pub trait Device: Send + Sync + Sized {
         at: usize,
         gradient: &mut Self::Buffer,
     ) -> DeviceResult;
+    /// Sets the grids of the blocks, one exponent each, and forgets the magnitudes seen; see [`crate::exact32`].
+    fn set_exponents(&self, exponents: &[i8], sums: &mut Self::BlockSums) -> DeviceResult;
+    /// Rounds `elements` gradients onto their blocks' grids, within ±`limit`, and writes or adds them to `sums`. Notes
+    /// each block's largest magnitude; values that are not finite count as zero and are noted as such.
+    fn accumulate_blocks(
+        &self,
+        elements: usize,
+        gradient: &Self::Buffer,
+        limit: i32,
+        write: Write,
+        sums: &mut Self::BlockSums,
+    ) -> DeviceResult;
+    /// Copies the biased float32 exponent of each block's largest magnitude since [`Device::set_exponents`] to the
+    /// host: 255 for one that is not finite.
+    fn read_magnitudes(&self, sums: &Self::BlockSums, to: &mut [u8]) -> DeviceResult;
+    /// `gradient[i] = sums[at + i]·2^exponent·scale`, from float64, each with its block's exponent.
+    fn gradient_from_blocks(
+        &self,
+        elements: usize,
+        scale: f64,
+        sums: &Self::BlockSums,
+        at: usize,
+        gradient: &mut Self::Buffer,
+    ) -> DeviceResult;
+    /// `to[i] = alpha·from[at + i]`.
+    fn scale(
+        &self,
+        elements: usize,
+        alpha: f32,
+        from: Part<'_, Self::Buffer>,
+        to: &mut Self::Buffer,
+    ) -> DeviceResult;
     /// The sum of squares of each block of `block` elements (the last may be short), in float64, in a fixed order.
     fn block_square_sums(
         &self,
@@ -293,14 +391,6 @@ pub trait Device: Send + Sync + Sized {
         block: usize,
         gradient: &Self::Buffer,
         out: &mut [f64],
-    ) -> DeviceResult;
-    /// One AdamW update of `elements` elements.
-    fn adamw(
-        &self,
-        elements: usize,
-        scalars: &AdamwScalars,
-        decay: bool,
-        state: AdamwParts<'_, Self::Buffer>,
     ) -> DeviceResult;
 }
 

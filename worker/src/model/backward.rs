@@ -9,7 +9,7 @@ use crate::device::{Device, DeviceResult, MatmulShape, Part, PartMut, Product, W
 
 impl<D: Device> Model<D> {
     /// Everything below the output head; expects the last norm's gradient in `delta`.
-    pub(super) fn backward(&mut self, device: &D, parameters: &D::Buffer, gradient: &mut D::Buffer) -> DeviceResult {
+    pub(super) fn backward(&mut self, device: &D, parameters: &D::Activation, gradient: &mut D::Buffer) -> DeviceResult {
         let Sizes { rows, hidden, vocabulary, norm, .. } = self.sizes;
         let at = self.offsets.final_norm;
         let acts = &mut self.acts;
@@ -38,7 +38,7 @@ impl<D: Device> Model<D> {
     fn feed_forward_backward(
         &mut self,
         device: &D,
-        parameters: &D::Buffer,
+        parameters: &D::Activation,
         index: usize,
         gradient: &mut D::Buffer,
     ) -> DeviceResult {
@@ -71,7 +71,7 @@ impl<D: Device> Model<D> {
     fn attention_block_backward(
         &mut self,
         device: &D,
-        parameters: &D::Buffer,
+        parameters: &D::Activation,
         index: usize,
         gradient: &mut D::Buffer,
     ) -> DeviceResult {
@@ -115,12 +115,12 @@ impl<D: Device> Model<D> {
 /// The two products of a linear layer's backward.
 struct Products<'a, D: Device> {
     device: &'a D,
-    parameters: &'a D::Buffer,
+    parameters: &'a D::Activation,
 }
 
 impl<D: Device> Products<'_, D> {
     /// `d_input = d_output · W`.
-    fn input(&self, shape: MatmulShape, d_output: &D::Buffer, weight: usize, d_input: &mut D::Buffer) -> DeviceResult {
+    fn input(&self, shape: MatmulShape, d_output: &D::Activation, weight: usize, d_input: &mut D::Activation) -> DeviceResult {
         let weight = Part(self.parameters, weight);
         self.device.matmul(Product::NN, shape, whole(d_output), weight, Write::Replace, PartMut(d_input, 0))
     }
@@ -129,12 +129,12 @@ impl<D: Device> Products<'_, D> {
     fn weight(
         &self,
         shape: MatmulShape,
-        d_output: &D::Buffer,
-        input: &D::Buffer,
+        d_output: &D::Activation,
+        input: &D::Activation,
         gradient: &mut D::Buffer,
         weight: usize,
     ) -> DeviceResult {
         let to = PartMut(gradient, weight);
-        self.device.matmul(Product::TN, shape, whole(d_output), whole(input), Write::Replace, to)
+        self.device.matmul_gradient(Product::TN, shape, whole(d_output), whole(input), Write::Replace, to)
     }
 }

@@ -5,11 +5,14 @@
 //! the logits of the whole micro-batch never exist.
 
 use super::{Model, Sizes, whole};
-use crate::device::{Device, DeviceResult, MatmulShape, Part, PartMut, Product, Write};
+use crate::device::{Device, DeviceResult, LossShape, MatmulShape, Part, PartMut, Product, Write};
+
+/// Where the sum of a micro-batch's losses goes.
+pub(super) struct LossAt<'a, D: Device>(pub(super) &'a mut D::Losses, pub(super) usize);
 
 impl<D: Device> Model<D> {
     /// Runs all layers and the last norm, saving what the backward needs.
-    pub(super) fn forward(&mut self, device: &D, parameters: &D::Buffer) -> DeviceResult {
+    pub(super) fn forward(&mut self, device: &D, parameters: &D::Activation) -> DeviceResult {
         let Sizes { rows, hidden, .. } = self.sizes;
         let norm = self.sizes.norm;
         let table = Part(parameters, self.offsets.embedding);
@@ -34,7 +37,7 @@ impl<D: Device> Model<D> {
     }
 
     /// One layer; leaves its last output in `delta`, not yet added to the stream.
-    fn layer_forward(&mut self, device: &D, parameters: &D::Buffer, index: usize) -> DeviceResult {
+    fn layer_forward(&mut self, device: &D, parameters: &D::Activation, index: usize) -> DeviceResult {
         let sizes = self.sizes;
         let Sizes { rows, hidden, inner, attention, norm, .. } = sizes;
         let at = self.offsets.layers[index];
@@ -50,7 +53,7 @@ impl<D: Device> Model<D> {
         } else {
             device.rmsnorm_forward(norm, &layer.stream, None, weight(at.input_norm), normed, scale)?;
         }
-        let product = |shape, a: &D::Buffer, w: usize, c: &mut D::Buffer| {
+        let product = |shape, a: &D::Activation, w: usize, c: &mut D::Activation| {
             device.matmul(Product::NT, shape, whole(a), weight(w), Write::Replace, PartMut(c, 0))
         };
         product(sizes.by_rows(attention.row(), hidden), &layer.input_normed, at.qkv, &mut layer.qkv)?;
@@ -67,62 +70,69 @@ impl<D: Device> Model<D> {
         product(sizes.by_rows(hidden, inner), &acts.act, at.down, &mut acts.delta)
     }
 
-    /// The losses' sum, chunk by chunk.
-    pub(super) fn head(&mut self, device: &D, parameters: &D::Buffer) -> DeviceResult<f64> {
-        let mut sum = 0.0;
-        for first in (0..self.sizes.rows).step_by(self.sizes.loss_rows) {
-            let count = self.sizes.loss_rows.min(self.sizes.rows - first);
-            self.logits(device, parameters, first, count)?;
-            let acts = &mut self.acts;
-            sum += device.cross_entropy(self.sizes.vocabulary, count, &acts.targets, first, None, &mut acts.logits)?;
-        }
-        Ok(sum)
+    /// The losses' sum, chunk by chunk, into `to`.
+    pub(super) fn head(&mut self, device: &D, parameters: &D::Activation, to: LossAt<'_, D>) -> DeviceResult {
+        self.chunks(|model, shape, write| {
+            model.logits(device, parameters, shape)?;
+            let acts = &mut model.acts;
+            device.cross_entropy(shape, &acts.targets, None, &mut acts.logits, write, to.0, to.1)
+        })
     }
 
-    /// The losses' sum; the gradient of the mean loss by the output head replaces its part of `gradient`, and that by
-    /// the last norm is left in `delta`.
+    /// The losses' sum, into `to`; the gradient of the mean loss by the output head replaces its part of `gradient`,
+    /// and that by the last norm is left in `delta`.
     pub(super) fn head_with_gradient(
         &mut self,
         device: &D,
-        parameters: &D::Buffer,
+        parameters: &D::Activation,
         gradient: &mut D::Buffer,
-    ) -> DeviceResult<f64> {
-        let Sizes { rows, hidden, vocabulary, loss_rows, .. } = self.sizes;
+        to: LossAt<'_, D>,
+    ) -> DeviceResult {
+        let Sizes { rows, hidden, vocabulary, logits_pitch, .. } = self.sizes;
         let scale = 1.0 / rows as f32;
-        let mut sum = 0.0;
-        for first in (0..rows).step_by(loss_rows) {
-            let count = loss_rows.min(rows - first);
-            self.logits(device, parameters, first, count)?;
-            let acts = &mut self.acts;
-            sum += device.cross_entropy(vocabulary, count, &acts.targets, first, Some(scale), &mut acts.logits)?;
+        self.chunks(|model, shape, write| {
+            model.logits(device, parameters, shape)?;
+            let (acts, head) = (&mut model.acts, model.offsets.head);
+            device.cross_entropy(shape, &acts.targets, Some(scale), &mut acts.logits, write, to.0, to.1)?;
+            let logits = |m, n, k| MatmulShape { a_pitch: Some(logits_pitch), ..MatmulShape::dense(m, n, k) };
             device.matmul(
                 Product::NN,
-                MatmulShape { m: count, n: hidden, k: vocabulary },
+                logits(shape.rows, hidden, vocabulary),
                 whole(&acts.logits),
-                Part(parameters, self.offsets.head),
+                Part(parameters, head),
                 Write::Replace,
-                PartMut(&mut acts.delta, first * hidden),
+                PartMut(&mut acts.delta, shape.first * hidden),
             )?;
-            device.matmul(
+            device.matmul_gradient(
                 Product::TN,
-                MatmulShape { m: vocabulary, n: hidden, k: count },
+                logits(vocabulary, hidden, shape.rows),
                 whole(&acts.logits),
-                Part(&acts.last_normed, first * hidden),
-                if first == 0 { Write::Replace } else { Write::Add },
-                PartMut(gradient, self.offsets.head),
-            )?;
-        }
-        Ok(sum)
+                Part(&acts.last_normed, shape.first * hidden),
+                write,
+                PartMut(gradient, head),
+            )
+        })
     }
 
-    /// The logits of `count` rows from row `first`.
-    fn logits(&mut self, device: &D, parameters: &D::Buffer, first: usize, count: usize) -> DeviceResult {
-        let Sizes { hidden, vocabulary, .. } = self.sizes;
+    /// Works through the token rows in chunks; the first one's results replace what was there, the others are added.
+    fn chunks(&mut self, mut work: impl FnMut(&mut Self, LossShape, Write) -> DeviceResult) -> DeviceResult {
+        let Sizes { rows: all, vocabulary, loss_rows, logits_pitch: pitch, .. } = self.sizes;
+        for first in (0..all).step_by(loss_rows) {
+            let rows = loss_rows.min(all - first);
+            let write = if first == 0 { Write::Replace } else { Write::Add };
+            work(self, LossShape { vocabulary, pitch, rows, first }, write)?;
+        }
+        Ok(())
+    }
+
+    /// The logits of a chunk of rows.
+    fn logits(&mut self, device: &D, parameters: &D::Activation, shape: LossShape) -> DeviceResult {
+        let hidden = self.sizes.hidden;
         let acts = &mut self.acts;
         device.matmul(
             Product::NT,
-            MatmulShape { m: count, n: vocabulary, k: hidden },
-            Part(&acts.last_normed, first * hidden),
+            MatmulShape { c_pitch: Some(shape.pitch), ..MatmulShape::dense(shape.rows, shape.vocabulary, hidden) },
+            Part(&acts.last_normed, shape.first * hidden),
             Part(parameters, self.offsets.head),
             Write::Replace,
             PartMut(&mut acts.logits, 0),

@@ -14,6 +14,7 @@ use proto::spec::ModelSpec;
 pub use parameters::{ParamDecl, parameter_count, parameters};
 
 use self::activations::Activations;
+use self::forward::LossAt;
 use self::parameters::Offsets;
 use crate::device::{AttentionShape, Device, DeviceError, MatmulShape, NormShape, Part};
 
@@ -57,20 +58,22 @@ struct Sizes {
     vocabulary: usize,
     /// Token rows whose logits exist at once.
     loss_rows: usize,
+    /// Elements from one row of logits to the next.
+    logits_pitch: usize,
     attention: AttentionShape,
     norm: NormShape,
 }
 
 impl Sizes {
-    fn new(spec: &ModelSpec, micro_batch: usize, sequence_length: usize) -> Self {
+    fn new<D: Device>(spec: &ModelSpec, micro_batch: usize, sequence_length: usize, device: &D) -> Self {
         let rows = micro_batch * sequence_length;
         Self {
             rows,
             hidden: spec.hidden_size,
             inner: spec.intermediate_size,
             vocabulary: spec.vocab_size,
-            // 4 Mi logits are 16 MiB; fewer than 128 rows would make thin products.
-            loss_rows: ((4 << 20) / spec.vocab_size).max(128).min(rows),
+            loss_rows: device.loss_rows(spec.vocab_size, rows).clamp(1, rows),
+            logits_pitch: device.logits_pitch(spec.vocab_size),
             attention: AttentionShape {
                 batch: micro_batch,
                 sequence: sequence_length,
@@ -84,12 +87,12 @@ impl Sizes {
 
     /// The shape of `rows × n` from sums of length `k`.
     fn by_rows(&self, n: usize, k: usize) -> MatmulShape {
-        MatmulShape { m: self.rows, n, k }
+        MatmulShape::dense(self.rows, n, k)
     }
 
     /// The shape of a weight gradient `m × n`.
     fn over_rows(&self, m: usize, n: usize) -> MatmulShape {
-        MatmulShape { m, n, k: self.rows }
+        MatmulShape::dense(m, n, self.rows)
     }
 }
 
@@ -98,6 +101,17 @@ pub struct Model<D: Device> {
     sizes: Sizes,
     offsets: Offsets,
     acts: Activations<D>,
+    /// The loss of a micro-batch that is computed alone, between two uses.
+    loss: Option<D::Losses>,
+}
+
+/// Token rows to compute on, each list `[micro_batch, sequence_length]`.
+#[derive(Debug, Clone, Copy)]
+pub struct MicroBatch<'a> {
+    /// What is read.
+    pub tokens: &'a [u32],
+    /// What is to be predicted: for each token, the one after it.
+    pub targets: &'a [u32],
 }
 
 impl<D: Device> Model<D> {
@@ -105,9 +119,9 @@ impl<D: Device> Model<D> {
     ///
     /// The specification is taken to be valid, as `JobSpec::load` checks it.
     pub fn new(spec: &ModelSpec, micro_batch: usize, sequence_length: usize, device: &D) -> Result<Self, ModelError> {
-        let sizes = Sizes::new(spec, micro_batch, sequence_length);
+        let sizes = Sizes::new(spec, micro_batch, sequence_length, device);
         let acts = Activations::new(spec, &sizes, device)?;
-        Ok(Self { sizes, offsets: Offsets::new(spec), acts })
+        Ok(Self { sizes, offsets: Offsets::new(spec), acts, loss: None })
     }
 
     /// Elements of the canonical space: the length of `parameters` and `gradient`.
@@ -115,46 +129,86 @@ impl<D: Device> Model<D> {
         self.offsets.total
     }
 
-    /// The mean loss over the micro-batch's tokens and its gradient, which replaces `gradient`.
+    /// Computes a micro-batch: the sum of its tokens' losses goes to `losses[index]`, and the gradient of their mean
+    /// replaces `gradient`. Returns when the work is handed to the device, which may still be at it.
     ///
     /// `tokens` and `targets` are row-major `[micro_batch, sequence_length]`; the target of a token is the one after
-    /// it. The bits depend on the arguments and the shape alone, not on threads. A non-finite loss is returned as NaN.
+    /// it. The bits depend on the arguments and the shape alone, not on threads.
+    pub fn compute(
+        &mut self,
+        device: &D,
+        parameters: &D::Activation,
+        batch: MicroBatch<'_>,
+        gradient: &mut D::Buffer,
+        losses: &mut D::Losses,
+        index: usize,
+    ) -> Result<(), ModelError> {
+        self.load(device, batch)?;
+        device.enter(|| {
+            self.forward(device, parameters)?;
+            self.head_with_gradient(device, parameters, gradient, LossAt(losses, index))?;
+            self.backward(device, parameters, gradient)
+        })?;
+        Ok(())
+    }
+
+    /// Turns the sum of a micro-batch's losses into their mean. A loss that is not finite is NaN.
+    pub fn mean(&self, sum: f64) -> f64 {
+        sum / self.sizes.rows as f64
+    }
+
+    /// The mean loss over the micro-batch's tokens and its gradient, which replaces `gradient`; see
+    /// [`Model::compute`].
     pub fn loss_and_gradient(
         &mut self,
         device: &D,
-        parameters: &D::Buffer,
+        parameters: &D::Activation,
         tokens: &[u32],
         targets: &[u32],
         gradient: &mut D::Buffer,
     ) -> Result<f64, ModelError> {
-        self.load(device, tokens, targets)?;
-        let loss = device.enter(|| {
-            self.forward(device, parameters)?;
-            let sum = self.head_with_gradient(device, parameters, gradient)?;
-            self.backward(device, parameters, gradient)?;
-            Ok::<f64, DeviceError>(sum)
-        })?;
-        Ok(loss / self.sizes.rows as f64)
+        self.alone(device, |model, losses| {
+            model.compute(device, parameters, MicroBatch { tokens, targets }, gradient, losses, 0)
+        })
     }
 
     /// The mean loss over the micro-batch's tokens, without a gradient.
     pub fn loss(
         &mut self,
         device: &D,
-        parameters: &D::Buffer,
+        parameters: &D::Activation,
         tokens: &[u32],
         targets: &[u32],
     ) -> Result<f64, ModelError> {
-        self.load(device, tokens, targets)?;
-        let loss = device.enter(|| {
-            self.forward(device, parameters)?;
-            self.head(device, parameters)
-        })?;
-        Ok(loss / self.sizes.rows as f64)
+        self.alone(device, |model, losses| {
+            model.load(device, MicroBatch { tokens, targets })?;
+            Ok(device.enter(|| {
+                model.forward(device, parameters)?;
+                model.head(device, parameters, LossAt(losses, 0))
+            })?)
+        })
+    }
+
+    /// The mean loss of one micro-batch, waited for.
+    fn alone(
+        &mut self,
+        device: &D,
+        compute: impl FnOnce(&mut Self, &mut D::Losses) -> Result<(), ModelError>,
+    ) -> Result<f64, ModelError> {
+        let mut losses = match self.loss.take() {
+            Some(losses) => losses,
+            None => device.allocate_losses(1)?,
+        };
+        compute(self, &mut losses)?;
+        let mut sum = [0.0];
+        device.read_losses(&losses, &mut sum)?;
+        self.loss = Some(losses);
+        Ok(self.mean(sum[0]))
     }
 
     /// Checks a micro-batch and copies it to the device.
-    fn load(&mut self, device: &D, tokens: &[u32], targets: &[u32]) -> Result<(), ModelError> {
+    fn load(&mut self, device: &D, batch: MicroBatch<'_>) -> Result<(), ModelError> {
+        let MicroBatch { tokens, targets } = batch;
         let Sizes { rows, vocabulary, .. } = self.sizes;
         for (what, list) in [("tokens", tokens), ("targets", targets)] {
             if list.len() != rows {

@@ -16,7 +16,7 @@ use crate::capture::Capturer;
 use crate::machine::session::Input;
 use crate::run::Options;
 use crate::slots::Slots;
-use crate::trainer::{Ended, Failure, Prepared};
+use crate::trainer::{Ended, Failure, Ready, prepare as prepare_on};
 
 /// What the session tells the training thread.
 pub enum Order {
@@ -54,10 +54,10 @@ pub(super) fn start(
     let capturer = Capturer::start(slots, news.clone())?;
     let job = options.job.clone();
     std::thread::Builder::new().name("cairn-trainer".into()).spawn(move || {
-        let mut prepared: Option<Prepared> = None;
+        let mut prepared: Option<Box<dyn Ready>> = None;
         while let Ok(order) = orders.recv() {
             let event = match order {
-                Order::Prepare(prepare) => match guarded(|| Prepared::new(&job, &prepare, &capturer)) {
+                Order::Prepare(prepare) => match guarded(|| prepare_on(&job, &prepare, &capturer)) {
                     Ok(ready) => {
                         let identity = ready.identity();
                         prepared = Some(ready);

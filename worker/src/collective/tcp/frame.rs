@@ -19,6 +19,8 @@ pub(super) enum Kind {
     GatherF32 = 3,
     GatherBytes = 4,
     Barrier = 5,
+    ReduceI32 = 6,
+    GatherU16 = 7,
 }
 
 impl Kind {
@@ -29,11 +31,21 @@ impl Kind {
             Self::GatherF32 => "all-gather (f32)",
             Self::GatherBytes => "all-gather (bytes)",
             Self::Barrier => "barrier",
+            Self::ReduceI32 => "reduce-scatter (i32)",
+            Self::GatherU16 => "all-gather (u16)",
         }
     }
 
     fn name_of(raw: u64) -> String {
-        let all = [Self::ReduceI64, Self::ReduceF32, Self::GatherF32, Self::GatherBytes, Self::Barrier];
+        let all = [
+            Self::ReduceI64,
+            Self::ReduceF32,
+            Self::GatherF32,
+            Self::GatherBytes,
+            Self::Barrier,
+            Self::ReduceI32,
+            Self::GatherU16,
+        ];
         let known = all.into_iter().find(|kind| *kind as u64 == raw);
         known.map_or_else(|| format!("unknown operation {raw}"), |kind| kind.name().to_owned())
     }

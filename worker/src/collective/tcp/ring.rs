@@ -175,6 +175,18 @@ impl Ring {
         })
     }
 
+    fn all_gather<T: Pod + Send + Sync>(
+        &mut self,
+        kind: Kind,
+        data: &mut [T],
+        ranges: &[Range<usize>],
+    ) -> Result<()> {
+        let first = self.rank.index();
+        self.circulate(kind, data, ranges, first, |receiving, part| {
+            receiving.incoming.receive(bytemuck::cast_slice_mut(part), &receiving.deadline)
+        })
+    }
+
     /// Passes one message of each rank around.
     fn gather_messages(&mut self, kind: Kind, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
         let world = self.world.count();
@@ -279,15 +291,20 @@ impl Collective for Ring {
         self.reduce_scatter(Kind::ReduceI64, data, ranges, i64::wrapping_add)
     }
 
+    fn reduce_scatter_i32(&mut self, data: &mut [i32], ranges: &[Range<usize>]) -> Result<()> {
+        self.reduce_scatter(Kind::ReduceI32, data, ranges, i32::wrapping_add)
+    }
+
     fn reduce_scatter_f32(&mut self, data: &mut [f32], ranges: &[Range<usize>]) -> Result<()> {
         self.reduce_scatter(Kind::ReduceF32, data, ranges, |theirs, mine| theirs + mine)
     }
 
     fn all_gather_f32(&mut self, data: &mut [f32], ranges: &[Range<usize>]) -> Result<()> {
-        let first = self.rank.index();
-        self.circulate(Kind::GatherF32, data, ranges, first, |receiving, part| {
-            receiving.incoming.receive(bytemuck::cast_slice_mut(part), &receiving.deadline)
-        })
+        self.all_gather(Kind::GatherF32, data, ranges)
+    }
+
+    fn all_gather_u16(&mut self, data: &mut [u16], ranges: &[Range<usize>]) -> Result<()> {
+        self.all_gather(Kind::GatherU16, data, ranges)
     }
 
     fn all_gather_bytes(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {

@@ -9,6 +9,7 @@
 
 mod attention;
 mod attention_backward;
+mod blocks;
 mod buffer;
 mod elementwise;
 mod gemm;
@@ -22,19 +23,21 @@ mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+pub use blocks::BlockSums;
 pub use buffer::CpuBuffer;
+use std::ops::Range;
 use std::sync::Arc;
 
 use self::lanes::Isa;
 use self::pool::Pool;
 use super::{
-    AdamwParts, AttentionShape, Device, DeviceError, DeviceResult, MatmulShape, NormShape, Part, PartMut, Product,
-    Write,
+    AdamwParts, AttentionShape, Device, DeviceError, DeviceResult, ExactForm, HostDevice, HostParameters, LossShape, MatmulShape, NormShape, Part, PartMut, Product,
+    TrainDevice, Write,
 };
 use crate::exact::GradientFault;
-use crate::generation::HostDevice;
 use crate::optimizer::AdamwScalars;
 use crate::slots::SlotMap;
+use crate::state::ShardState;
 
 /// Version of the kernels' arithmetic; raised by any change that changes bits.
 const KERNELS: u32 = 1;
@@ -45,6 +48,7 @@ const LIBRARIES: [(&str, &str); 3] = [("faer", "0.24.4"), ("private-gemm-x86", "
 pub struct CpuDevice {
     pool: Pool,
     isa: Isa,
+    form: ExactForm,
 }
 
 impl std::fmt::Debug for CpuDevice {
@@ -56,14 +60,23 @@ impl std::fmt::Debug for CpuDevice {
 impl CpuDevice {
     /// A device of `threads` threads; 0 counts as 1.
     pub fn new(threads: usize) -> DeviceResult<Self> {
-        Ok(Self { pool: Pool::new(threads)?, isa: Isa::detect() })
+        Ok(Self { pool: Pool::new(threads)?, isa: Isa::detect(), form: ExactForm::Fixed })
+    }
+
+    /// The same device keeping exact sums in another form: the twin of a GPU's.
+    #[must_use]
+    pub fn with_form(self, form: ExactForm) -> Self {
+        Self { form, ..self }
     }
 }
 
 impl Device for CpuDevice {
     type Buffer = CpuBuffer;
+    type Activation = CpuBuffer;
     type Sums = Vec<i64>;
+    type BlockSums = BlockSums;
     type Tokens = Vec<u32>;
+    type Losses = Vec<f64>;
 
     fn numeric_identity(&self) -> String {
         let libraries: Vec<String> = LIBRARIES.iter().map(|(name, version)| format!("{name}-{version}")).collect();
@@ -79,12 +92,33 @@ impl Device for CpuDevice {
         self.pool.enter(work)
     }
 
+    fn loss_rows(&self, vocabulary: usize, rows: usize) -> usize {
+        // 4 Mi logits are 16 MiB; fewer than 128 rows would make thin products.
+        ((4 << 20) / vocabulary).max(128).min(rows)
+    }
+
+    fn logits_pitch(&self, vocabulary: usize) -> usize {
+        vocabulary
+    }
+
     fn allocate(&self, elements: usize, what: &'static str) -> DeviceResult<CpuBuffer> {
         CpuBuffer::zeroed(elements, what)
     }
 
+    fn allocate_activation(&self, elements: usize, what: &'static str) -> DeviceResult<CpuBuffer> {
+        CpuBuffer::zeroed(elements, what)
+    }
+
+    fn allocate_losses(&self, elements: usize) -> DeviceResult<Vec<f64>> {
+        reserve(elements, "losses")
+    }
+
     fn allocate_sums(&self, elements: usize) -> DeviceResult<Vec<i64>> {
         reserve(elements, "gradient sums")
+    }
+
+    fn allocate_block_sums(&self, elements: usize, block: usize) -> DeviceResult<BlockSums> {
+        BlockSums::zeroed(elements, block)
     }
 
     fn allocate_tokens(&self, elements: usize) -> DeviceResult<Vec<u32>> {
@@ -99,6 +133,14 @@ impl Device for CpuDevice {
     fn download(&self, from: Part<'_, CpuBuffer>, to: &mut [f32]) -> DeviceResult {
         to.copy_from_slice(&from.0[from.1..from.1 + to.len()]);
         Ok(())
+    }
+
+    fn upload_activation(&self, from: &[f32], to: PartMut<'_, CpuBuffer>) -> DeviceResult {
+        self.upload(from, to)
+    }
+
+    fn download_activation(&self, from: Part<'_, CpuBuffer>, to: &mut [f32]) -> DeviceResult {
+        self.download(from, to)
     }
 
     fn upload_tokens(&self, from: &[u32], to: &mut Vec<u32>) -> DeviceResult {
@@ -125,8 +167,23 @@ impl Device for CpuDevice {
         write: Write,
         c: PartMut<'_, CpuBuffer>,
     ) -> DeviceResult {
+        let a_row = if product == Product::TN { shape.m } else { shape.k };
+        let dense = shape.a_pitch.is_none_or(|pitch| pitch == a_row) && shape.c_pitch.is_none_or(|pitch| pitch == shape.n);
+        assert!(dense, "matrices on the CPU are dense: {shape:?}");
         gemm::gemm(&self.pool, product, shape, &a.0[a.1..], &b.0[b.1..], write, &mut c.0[c.1..]);
         Ok(())
+    }
+
+    fn matmul_gradient(
+        &self,
+        product: Product,
+        shape: MatmulShape,
+        a: Part<'_, CpuBuffer>,
+        b: Part<'_, CpuBuffer>,
+        write: Write,
+        c: PartMut<'_, CpuBuffer>,
+    ) -> DeviceResult {
+        self.matmul(product, shape, a, b, write, c)
     }
 
     fn embedding_forward(
@@ -244,15 +301,25 @@ impl Device for CpuDevice {
 
     fn cross_entropy(
         &self,
-        vocabulary: usize,
-        rows: usize,
+        shape: LossShape,
         targets: &Vec<u32>,
-        first: usize,
         gradient: Option<f32>,
         logits: &mut CpuBuffer,
-    ) -> DeviceResult<f64> {
+        write: Write,
+        losses: &mut Vec<f64>,
+        index: usize,
+    ) -> DeviceResult {
+        let LossShape { vocabulary, pitch, rows, first } = shape;
+        assert_eq!(pitch, vocabulary, "logits on the CPU are dense");
         let targets = &targets[first..first + rows];
-        Ok(loss::cross_entropy(&self.pool, self.isa, vocabulary, targets, gradient, logits))
+        let sum = loss::cross_entropy(&self.pool, self.isa, vocabulary, targets, gradient, logits);
+        losses[index] = if write == Write::Add { losses[index] + sum } else { sum };
+        Ok(())
+    }
+
+    fn read_losses(&self, losses: &Vec<f64>, to: &mut [f64]) -> DeviceResult {
+        to.copy_from_slice(&losses[..to.len()]);
+        Ok(())
     }
 
     fn accumulate_exact(
@@ -283,6 +350,101 @@ impl Device for CpuDevice {
         Ok(())
     }
 
+    fn set_exponents(&self, exponents: &[i8], sums: &mut BlockSums) -> DeviceResult {
+        sums.set_exponents(exponents);
+        Ok(())
+    }
+
+    fn accumulate_blocks(
+        &self,
+        elements: usize,
+        gradient: &CpuBuffer,
+        limit: i32,
+        write: Write,
+        sums: &mut BlockSums,
+    ) -> DeviceResult {
+        sums.accumulate(&self.pool, &gradient[..elements], limit, write);
+        Ok(())
+    }
+
+    fn read_magnitudes(&self, sums: &BlockSums, to: &mut [u8]) -> DeviceResult {
+        to.copy_from_slice(sums.magnitudes());
+        Ok(())
+    }
+
+    fn gradient_from_blocks(
+        &self,
+        elements: usize,
+        scale: f64,
+        sums: &BlockSums,
+        at: usize,
+        gradient: &mut CpuBuffer,
+    ) -> DeviceResult {
+        sums.gradient(&self.pool, scale, at, &mut gradient[..elements]);
+        Ok(())
+    }
+
+    fn scale(&self, elements: usize, alpha: f32, from: Part<'_, CpuBuffer>, to: &mut CpuBuffer) -> DeviceResult {
+        for (to, from) in to[..elements].iter_mut().zip(&from.0[from.1..]) {
+            *to = from * alpha;
+        }
+        Ok(())
+    }
+}
+
+impl TrainDevice for CpuDevice {
+    type State = ShardState<Self>;
+
+    fn exact_form(&self) -> ExactForm {
+        self.form
+    }
+
+    fn finish(&self) -> DeviceResult {
+        Ok(())
+    }
+
+    fn lend_sums<R>(
+        &self,
+        sums: &mut Vec<i64>,
+        elements: usize,
+        _: Range<usize>,
+        work: impl FnOnce(&mut [i64]) -> R,
+    ) -> DeviceResult<R> {
+        Ok(work(&mut sums[..elements]))
+    }
+
+    fn lend_block_sums<R>(
+        &self,
+        sums: &mut BlockSums,
+        elements: usize,
+        _: Range<usize>,
+        work: impl FnOnce(&mut [i32]) -> R,
+    ) -> DeviceResult<R> {
+        Ok(work(&mut sums.sums_mut()[..elements]))
+    }
+
+    fn lend_floats<R>(
+        &self,
+        buffer: &mut CpuBuffer,
+        elements: usize,
+        _: Range<usize>,
+        work: impl FnOnce(&mut [f32]) -> R,
+    ) -> DeviceResult<R> {
+        Ok(work(&mut buffer[..elements]))
+    }
+
+    fn lend_parameters<R>(
+        &self,
+        parameters: &mut CpuBuffer,
+        elements: usize,
+        _: Range<usize>,
+        work: impl FnOnce(HostParameters<'_>) -> R,
+    ) -> DeviceResult<R> {
+        Ok(work(HostParameters::F32(&mut parameters[..elements])))
+    }
+}
+
+impl HostDevice for CpuDevice {
     fn adamw(
         &self,
         elements: usize,
@@ -307,9 +469,7 @@ impl Device for CpuDevice {
         state::adamw(&self.pool, self.isa, scalars, decay, operands);
         Ok(())
     }
-}
 
-impl HostDevice for CpuDevice {
     unsafe fn over(map: &Arc<SlotMap>, first: usize, elements: usize) -> CpuBuffer {
         // SAFETY: the caller promises what the buffer asks for.
         unsafe { CpuBuffer::over(map.clone(), first, elements) }
