@@ -216,6 +216,8 @@ pub trait Driver: Send + Sync + 'static {
     /// # Safety
     /// The three addresses hold matrices of these shapes and pitches, and C overlaps neither A nor B.
     unsafe fn product(&self, key: &ProductKey, operands: [u64; 3]) -> CudaResult;
+    /// Names the rule by which algorithms are chosen, or the list they were adopted from: a word for the numeric identity.
+    fn plan_identity(&self) -> String;
     /// The algorithms chosen so far, a line each: what other workers adopt to have the same bits.
     fn plans(&self) -> String;
     /// Takes over the choices of another worker with the same device and libraries.

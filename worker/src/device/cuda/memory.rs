@@ -64,6 +64,11 @@ impl<D: Driver, T: Plain> Array<D, T> {
         assert!(fits, "elements {first}+{elements} of {}", self.len);
         self.address + (first * size_of::<T>()) as u64
     }
+
+    /// The address of element `first`, and how many there are from it on.
+    pub(super) fn from(&self, first: usize) -> (u64, usize) {
+        (self.at(first, 0), self.len - first)
+    }
 }
 
 impl<D: Driver, T: Plain> std::fmt::Debug for Array<D, T> {
@@ -96,6 +101,11 @@ impl<D: Driver> Staging<D> {
         let done = driver.event()?;
         let memory = driver.pin(bytes).inspect_err(|_| driver.release_event(done))?;
         Ok(Self { driver: driver.clone(), memory, bytes, done })
+    }
+
+    /// How many bytes it has.
+    pub(super) fn len(&self) -> usize {
+        self.bytes
     }
 
     /// Its bytes, for the host: nothing on the device may still use them.

@@ -145,6 +145,10 @@ impl Driver for Recording {
         self.note(Call::Product(*key)).map(drop)
     }
 
+    fn plan_identity(&self) -> String {
+        "plans-none".into()
+    }
+
     fn plans(&self) -> String {
         String::new()
     }

@@ -286,6 +286,10 @@ impl Driver for Emulated {
         self.enqueue(Stream::Compute, Work::Product { key: *key, operands })
     }
 
+    fn plan_identity(&self) -> String {
+        "plans-none".into()
+    }
+
     fn plans(&self) -> String {
         String::new()
     }

@@ -306,6 +306,10 @@ impl Driver for Real {
         unsafe { products.run(self, key, operands) }
     }
 
+    fn plan_identity(&self) -> String {
+        self.products.as_ref().map_or_else(String::new, Products::identity)
+    }
+
     fn plans(&self) -> String {
         self.products.as_ref().map_or_else(String::new, Products::list)
     }

@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::fmt::Write as _;
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use cudarc::cublaslt::result::{self, CublasError};
@@ -49,6 +50,7 @@ pub(super) struct Products {
     stream: driver_sys::CUstream,
     workspace: u64,
     choice: Choice,
+    adopted: AtomicBool,
     plans: Mutex<HashMap<ProductKey, Plan>>,
     /// By the text of their keys, in its order.
     chosen: Mutex<BTreeMap<String, Algorithm>>,
@@ -73,7 +75,7 @@ impl Products {
         let handle = result::create_handle()
             .map_err(|code| CudaError::Call { operation: "starting cuBLASLt".into(), code: code.to_string() })?;
         let (plans, chosen) = (Mutex::default(), Mutex::default());
-        let mut products = Self { handle, stream, workspace: 0, choice, plans, chosen };
+        let mut products = Self { handle, stream, workspace: 0, choice, adopted: AtomicBool::new(false), plans, chosen };
         let none = |_| CudaError::OutOfMemory { bytes: WORKSPACE, what: "the products' workspace" };
         // SAFETY: only products write there, and they write before they read.
         products.workspace = unsafe { driver::malloc_sync(WORKSPACE) }.map_err(none)?;
@@ -85,6 +87,16 @@ impl Products {
         // SAFETY: the library is loaded.
         let version = unsafe { sys::cublasLtGetVersion() };
         format!("{}.{}.{}", version / 10000, version / 100 % 100, version % 100)
+    }
+
+    /// The rule, or the list as it is: what was timed has a name only once all products of a step were made, or a list
+    /// was adopted.
+    pub(super) fn identity(&self) -> String {
+        let adopted = self.adopted.load(Ordering::Relaxed);
+        if self.choice == Choice::First && !adopted {
+            return "plans-first".into();
+        }
+        format!("plans-{}", &blake3::hash(self.list().as_bytes()).to_hex()[..16])
     }
 
     /// The choices made so far, a line each, below a line that says what they are good for.
@@ -117,6 +129,7 @@ impl Products {
         // Plans made otherwise so far are made again.
         self.plans.lock().unwrap_or_else(PoisonError::into_inner).clear();
         *self.chosen.lock().unwrap_or_else(PoisonError::into_inner) = adopted;
+        self.adopted.store(true, Ordering::Relaxed);
         Ok(())
     }
 
