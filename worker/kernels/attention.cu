@@ -26,3 +26,25 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     attention_forward<HEAD_DIM>(out, lse, qkv, {batch, sequence, heads, kv_heads, head_dim}, scale);
 }
 EXPORT(ATTENTION(attention_forward), ATTENTION_THREADS)
+
+// Writes the keys' and values' gradients into their places in d_qkv; dot is attention_dot's.
+extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+    ATTENTION(attention_backward_kv)(bf* d_qkv, const bf* qkv, const bf* d_out, const float* lse, const float* dot,
+                                     int batch, int sequence, int heads, int kv_heads, int head_dim, float scale) {
+    attention_backward_kv<HEAD_DIM>(
+        {d_qkv, qkv, d_out, lse, dot, {batch, sequence, heads, kv_heads, head_dim}, scale});
+}
+EXPORT(ATTENTION(attention_backward_kv), ATTENTION_THREADS)
+
+// Writes the queries' gradients into their places in d_qkv.
+extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+    ATTENTION(attention_backward_q)(bf* d_qkv, const bf* qkv, const bf* d_out, const float* lse, const float* dot,
+                                    int batch, int sequence, int heads, int kv_heads, int head_dim, float scale) {
+    attention_backward_q<HEAD_DIM>(
+        {d_qkv, qkv, d_out, lse, dot, {batch, sequence, heads, kv_heads, head_dim}, scale});
+}
+EXPORT(ATTENTION(attention_backward_q), ATTENTION_THREADS)
+
+#undef ATTENTION
+#undef ATTENTION_EXPANDED
+#undef ATTENTION_NAMED

@@ -17,6 +17,7 @@
 #define HEAD_DIM 128
 #include "../attention.cu"
 #undef HEAD_DIM
+#include "../attention_dot.cu"
 #include "../cast.cu"
 #include "../columns.cu"
 #include "../embedding.cu"
