@@ -10,6 +10,8 @@ constexpr int LANES = 32;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
+__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
+
 __device__ __forceinline__ bool aligned16(const void* at) { return (reinterpret_cast<size_t>(at) & 15u) == 0; }
 
 __device__ __forceinline__ float to_float(bf value) { return __uint_as_float(static_cast<unsigned>(value.bits) << 16); }

@@ -73,18 +73,20 @@ __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
-// Four 8 x 8 matrices of bfloat16 from shared memory; lane l brings the address of row l % 8 of matrix l / 8.
+// Four 8 x 8 matrices of bfloat16 from shared memory; lane l brings the place of row l % 8 of matrix l / 8, in numbers
+// from `base`: addresses in shared memory are of 32 bits, so the kernels compute with no more.
 template <bool TRANSPOSED>
-__device__ __forceinline__ void load_matrices(unsigned (&to)[4], const void* row) {
+__device__ __forceinline__ void load_matrices(unsigned (&to)[4], const void* base, int offset) {
+    unsigned row = shared_address(base) + 2 * offset;
     if constexpr (TRANSPOSED) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                     : "r"(shared_address(row))
+                     : "r"(row)
                      : "memory");
     } else {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                     : "r"(shared_address(row))
+                     : "r"(row)
                      : "memory");
     }
 }

@@ -130,10 +130,11 @@ inline void copy_commit() { emulator::machine->copy_commit(); }
 template <int LEFT>
 inline void copy_wait() { emulator::machine->copy_wait(LEFT); }
 
-// Lane l brings the address of row l % 8 of matrix l / 8. Of each 8 x 8 matrix it gets, in one register, elements
+// Lane l brings the place of row l % 8 of matrix l / 8. Of each 8 x 8 matrix it gets, in one register, elements
 // 2 (l % 4) and the next of row l / 4; transposed, those of column l / 4.
 template <bool TRANSPOSED>
-inline void load_matrices(unsigned (&to)[4], const void* row) {
+inline void load_matrices(unsigned (&to)[4], const void* base, int offset) {
+    const void* row = static_cast<const unsigned char*>(base) + 2 * offset;
     emulator::Machine& here = *emulator::machine;
     here.check_shared(row, 16, "a row of ldmatrix");
     const emulator::Hand* hands = here.exchange(emulator::Wait::ldmatrix, &row, sizeof row);

@@ -8,6 +8,16 @@
 #include "machine.cpp"
 
 #include "../activation.cu"
+#define HEAD_DIM 32
+#include "../attention.cu"
+#undef HEAD_DIM
+#define HEAD_DIM 64
+#include "../attention.cu"
+#undef HEAD_DIM
+#define HEAD_DIM 128
+#include "../attention.cu"
+#undef HEAD_DIM
+#include "../attention_dot.cu"
 #include "../cast.cu"
 #include "../columns.cu"
 #include "../embedding.cu"
