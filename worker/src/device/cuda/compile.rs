@@ -61,6 +61,7 @@ impl Compiler {
             return Ok(cubin);
         }
         let compiled = self.compile(module, architecture)?;
+        tracing::debug!(file = module.file, architecture, log = compiled.log, "compiled kernels");
         if let Some(path) = path {
             // A cache that cannot be written costs time at the next start and nothing else.
             let _ = write(&path, &compiled.cubin);
@@ -104,7 +105,6 @@ impl Compiler {
         let mut options = vec![
             format!("--gpu-architecture={architecture}"),
             "--std=c++17".into(),
-            "--default-device".into(),
             // Registers and spills, in the log.
             "--ptxas-options=-v".into(),
         ];

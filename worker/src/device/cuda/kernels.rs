@@ -54,7 +54,7 @@ pub(super) const HEADERS: [(&str, &str); 5] = [
 ];
 
 /// All of them.
-pub(super) const MODULES: [Module; 12] = [
+pub(super) const MODULES: [Module; 13] = [
     module!("cast.cu": "cast_to_bf16", "cast_to_float", "axpy", "scale"),
     module!("exact.cu": "accumulate_blocks", "gradient_from_blocks", "square_sums", "find_fault"),
     module!("optimizer.cu": "adamw"),
@@ -67,6 +67,7 @@ pub(super) const MODULES: [Module; 12] = [
         "embedding_forward", "embedding_backward_pieces", "embedding_backward_join", "position_backward"
     ),
     module!("loss.cu": "cross_entropy", "sum_losses"),
+    module!("attention_dot.cu": "attention_dot"),
     attention!("32"),
     attention!("64"),
     attention!("128"),
@@ -76,6 +77,8 @@ pub(super) const MODULES: [Module; 12] = [
 pub(super) fn version() -> String {
     let mut hasher = blake3::Hasher::new();
     let files = MODULES.iter().map(|module| module.text).chain(HEADERS.iter().map(|(_, text)| *text));
-    files.for_each(|text| drop(hasher.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes())));
+    for text in files {
+        hasher.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+    }
     hasher.finalize().to_hex()[..16].to_string()
 }

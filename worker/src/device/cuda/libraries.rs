@@ -128,7 +128,7 @@ fn load(kind: Kind) -> Option<Loaded> {
             if let Some(companion) = kind.companion() {
                 let named = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(companion));
                 // It must outlive the process's use of the library, so it is never closed.
-                children(folder).filter(named).for_each(|path| drop(open(&path).map(std::mem::forget)));
+                children(folder).filter(named).filter_map(|path| open(&path)).for_each(std::mem::forget);
             }
             if let Some(library) = open(&path) {
                 return Some(Loaded { path, _library: library });

@@ -37,14 +37,17 @@ mod tests;
 mod tokens;
 mod transfer;
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use bytemuck::Pod;
 
 pub use self::blocks::CudaBlockSums;
 use self::driver::{Argument, Driver, Element, Launch, ProductKey, Stream, alignment};
 use self::error::CudaResult;
 pub use self::memory::{Array, Bf16};
-use self::memory::Staging;
+use self::memory::{Plain, Staging};
 pub use self::operations::NoSums;
 pub use self::state::CudaState;
 pub use self::tokens::CudaTokens;
@@ -97,17 +100,36 @@ impl<D: Driver> CudaDevice<D> {
         self.transfer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Uploads `count` elements, each as `value` says.
-    fn send<T: memory::Plain + bytemuck::Pod>(
+    /// Uploads `count` elements to `to`, from element `first` on, each as `value` says.
+    fn send<T: Plain, H: Pod>(
         &self,
         count: usize,
         to: &Array<D, T>,
-        value: impl Fn(usize) -> T,
+        first: usize,
+        value: impl Fn(usize) -> H,
     ) -> DeviceResult {
-        let fill = |run: std::ops::Range<usize>, bytes: &mut [u8]| {
-            bytemuck::cast_slice_mut(bytes).iter_mut().zip(run).for_each(|(element, i)| *element = value(i));
+        const { assert!(size_of::<T>() == size_of::<H>()) };
+        let fill = |run: Range<usize>, bytes: &mut [u8]| {
+            let elements: &mut [H] = bytemuck::cast_slice_mut(bytes);
+            elements.iter_mut().zip(run).for_each(|(element, i)| *element = value(i));
         };
-        Ok(self.transfer().upload(count, to, 0, fill)?)
+        Ok(self.transfer().upload(count, to, first, fill)?)
+    }
+
+    /// Downloads `count` elements of `from`, from element `first` on, and shows each to `take`.
+    fn receive<T: Plain, H: Pod>(
+        &self,
+        count: usize,
+        from: &Array<D, T>,
+        first: usize,
+        mut take: impl FnMut(usize, H),
+    ) -> DeviceResult {
+        const { assert!(size_of::<T>() == size_of::<H>()) };
+        let empty = |run: Range<usize>, bytes: &[u8]| {
+            let elements: &[H] = bytemuck::cast_slice(bytes);
+            run.zip(elements).for_each(|(i, element)| take(i, *element));
+        };
+        Ok(self.transfer().download(count, from, first, empty)?)
     }
 
     /// Sets bytes to zero.

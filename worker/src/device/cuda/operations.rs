@@ -119,29 +119,19 @@ impl<D: Driver> Device for CudaDevice<D> {
     }
 
     fn upload(&self, from: &[f32], to: PartMut<'_, Floats<D>>) -> DeviceResult {
-        let fill = |run, bytes: &mut [u8]| bytes.copy_from_slice(bytemuck::cast_slice(&from[run]));
-        Ok(self.transfer().upload(from.len(), to.0, to.1, fill)?)
+        self.send(from.len(), to.0, to.1, |i| from[i])
     }
 
     fn download(&self, from: Part<'_, Floats<D>>, to: &mut [f32]) -> DeviceResult {
-        let take = |run, bytes: &[u8]| bytemuck::cast_slice_mut(&mut to[run]).copy_from_slice(bytes);
-        Ok(self.transfer().download(to.len(), from.0, from.1, take)?)
+        self.receive(to.len(), from.0, from.1, |i, value: f32| to[i] = value)
     }
 
     fn upload_activation(&self, from: &[f32], to: PartMut<'_, Halves<D>>) -> DeviceResult {
-        let fill = |run, bytes: &mut [u8]| {
-            let halves: &mut [u16] = bytemuck::cast_slice_mut(bytes);
-            halves.iter_mut().zip(&from[run]).for_each(|(half, value)| *half = bf16::round(*value));
-        };
-        Ok(self.transfer().upload(from.len(), to.0, to.1, fill)?)
+        self.send(from.len(), to.0, to.1, |i| bf16::round(from[i]))
     }
 
     fn download_activation(&self, from: Part<'_, Halves<D>>, to: &mut [f32]) -> DeviceResult {
-        let take = |run, bytes: &[u8]| {
-            let halves: &[u16] = bytemuck::cast_slice(bytes);
-            to[run].iter_mut().zip(halves).for_each(|(value, half)| *value = bf16::widen(*half));
-        };
-        Ok(self.transfer().download(to.len(), from.0, from.1, take)?)
+        self.receive(to.len(), from.0, from.1, |i, bits: u16| to[i] = bf16::widen(bits))
     }
 
     fn upload_tokens(&self, from: &[u32], to: &mut CudaTokens<D>) -> DeviceResult {
@@ -309,7 +299,8 @@ impl<D: Driver> Device for CudaDevice<D> {
         let (out, d_out) = (out.at(0, rows * shape.output_row()), d_out.at(0, rows * shape.output_row()));
         let [batches, length, heads_, kv_heads_, wide] = sizes(shape);
         let arguments = arguments![dot, d_out, out, int(rows), length, heads_, wide];
-        self.run("attention_dot", [(rows * heads).div_ceil(8), 1, 1], 256, 0, arguments)?;
+        let lanes = if head_dim <= 64 { 8 } else { 16 };
+        self.run("attention_dot", [(rows * heads * lanes).div_ceil(256), 1, 1], 256, 0, arguments)?;
 
         let scale = inverse_root(head_dim);
         let arguments = arguments![d_qkv, qkv, d_out, lse, dot, batches, length, heads_, kv_heads_, wide, scale];
@@ -368,8 +359,7 @@ impl<D: Driver> Device for CudaDevice<D> {
     }
 
     fn read_losses(&self, losses: &Array<D, f64>, to: &mut [f64]) -> DeviceResult {
-        let take = |run, bytes: &[u8]| bytemuck::cast_slice_mut(&mut to[run]).copy_from_slice(bytes);
-        Ok(self.transfer().download(to.len(), losses, 0, take)?)
+        self.receive(to.len(), losses, 0, |i, sum: f64| to[i] = sum)
     }
 
     fn accumulate_exact(
@@ -395,8 +385,7 @@ impl<D: Driver> Device for CudaDevice<D> {
     }
 
     fn set_exponents(&self, exponents: &[i8], sums: &mut CudaBlockSums<D>) -> DeviceResult {
-        let fill = |run, bytes: &mut [u8]| bytes.copy_from_slice(bytemuck::cast_slice(&exponents[run]));
-        self.transfer().upload(exponents.len(), &sums.exponents, 0, fill)?;
+        self.send(exponents.len(), &sums.exponents, 0, |block| exponents[block])?;
         let blocks = sums.maxima.len();
         self.clear(sums.maxima.at(0, blocks), 4 * blocks)
     }
@@ -417,11 +406,7 @@ impl<D: Driver> Device for CudaDevice<D> {
     }
 
     fn read_magnitudes(&self, sums: &CudaBlockSums<D>, to: &mut [u8]) -> DeviceResult {
-        let take = |run, bytes: &[u8]| {
-            let maxima: &[u32] = bytemuck::cast_slice(bytes);
-            to[run].iter_mut().zip(maxima).for_each(|(magnitude, bits)| *magnitude = (bits >> 23) as u8);
-        };
-        Ok(self.transfer().download(to.len(), &sums.maxima, 0, take)?)
+        self.receive(to.len(), &sums.maxima, 0, |block, bits: u32| to[block] = (bits >> 23) as u8)
     }
 
     fn gradient_from_blocks(
@@ -459,9 +444,8 @@ impl<D: Driver> Device for CudaDevice<D> {
             let n = (count * block).min(elements - start * block);
             let (gradient, to) = (gradient.at(start * block, n), self.scratch.at(0, 2 * count));
             self.run("square_sums", [count, 1, 1], 256, 0, arguments![to, gradient, long(n), int(block)])?;
-            let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut sums[..count]);
-            let take = |run: std::ops::Range<usize>, from: &[u8]| bytes[4 * run.start..4 * run.end].copy_from_slice(from);
-            self.transfer().download(2 * count, &self.scratch, 0, take)?;
+            let halves: &mut [u32] = bytemuck::cast_slice_mut(&mut sums[..count]);
+            self.receive(2 * count, &self.scratch, 0, |i, bits: u32| halves[i] = bits)?;
         }
         Ok(())
     }

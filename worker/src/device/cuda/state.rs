@@ -116,8 +116,8 @@ impl<D: Driver> CudaState<D> {
                 let host = rule.runs().to_vec();
                 let ends = Array::zeroed(&self.driver, host.len(), "runs of parameters")?;
                 let decay = Array::zeroed(&self.driver, host.len(), "runs of parameters")?;
-                device.send(host.len(), &ends, |i| long(host[i].0))?;
-                device.send(host.len(), &decay, |i| i32::from(host[i].1))?;
+                device.send(host.len(), &ends, 0, |i| long(host[i].0))?;
+                device.send(host.len(), &decay, 0, |i| i32::from(host[i].1))?;
                 Runs { host, ends, decay }
             }
         };

@@ -80,7 +80,7 @@ fn load() -> Result<Emulator, String> {
     list(Path::new(SOURCES), &mut sources).map_err(|error| format!("{SOURCES} cannot be read: {error}"))?;
     sources.sort();
     let mut hasher = blake3::Hasher::new();
-    FLAGS.iter().for_each(|flag| drop(hasher.update(flag.as_bytes())));
+    hasher.update(FLAGS.join(" ").as_bytes());
     for path in &sources {
         let bytes = fs::read(path).map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
         hasher.update(path.as_os_str().as_encoded_bytes()).update(&(bytes.len() as u64).to_le_bytes()).update(&bytes);

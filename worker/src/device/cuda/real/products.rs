@@ -11,7 +11,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
-use std::fmt::Write as _;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -103,9 +102,8 @@ impl Products {
     pub(super) fn list(&self) -> String {
         let mut text = format!("cublaslt {}\n", self.version());
         for (key, algorithm) in self.chosen.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            let _ = write!(text, "{key} =");
-            algorithm.iter().for_each(|word| drop(write!(text, " {word:016x}")));
-            text.push('\n');
+            let words = algorithm.map(|word| format!("{word:016x}")).join(" ");
+            text.push_str(&format!("{key} = {words}\n"));
         }
         text
     }
