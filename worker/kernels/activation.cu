@@ -108,7 +108,8 @@ extern "C" __global__ void __launch_bounds__(ACTIVATION_THREADS) gelu_backward(b
 EXPORT(gelu_backward, ACTIVATION_THREADS)
 
 // out = out + bias, the same bias for every row.
-extern "C" __global__ void __launch_bounds__(ACTIVATION_THREADS) bias_add(bf* out, const bf* bias, int rows, int width) {
+extern "C" __global__ void __launch_bounds__(ACTIVATION_THREADS)
+    bias_add(bf* out, const bf* bias, int rows, int width) {
     Place place(rows, width);
     bool vector = width % 8 == 0;
     bf* at = out + place.row * width + place.column;
