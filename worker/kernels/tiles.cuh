@@ -119,8 +119,8 @@ __device__ __forceinline__ void write_rows(const Sums<TILES, BLOCKS>& sums, floa
                                            const Tile<ROWS, WIDTH>& tile, int warp_row, bf* to, int pitch, int first,
                                            int count, int head_dim) {
     static_assert(BLOCKS * 8 == WIDTH, "the sums are as wide as the tile");
+    // The warp's last reads of its rows were warp-wide operations: no lane is still at them.
     int lane = threadIdx.x % LANES;
-    __syncwarp();
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
 #pragma unroll
