@@ -69,20 +69,20 @@ EXPORT(swiglu_backward, ACTIVATION_THREADS)
 constexpr float GELU_SLOPE = 0.7978845608028654f;   // sqrt(2 / pi)
 constexpr float GELU_CUBE = 0.044715f;
 
-// tanh(sqrt(2 / pi) (x + 0.044715 x^3)), by way of the exponential; large arguments end at 1 and -1.
-__device__ __forceinline__ float gelu_tanh(float x) {
-    float inner = GELU_SLOPE * (x + GELU_CUBE * x * x * x);
-    return 1.0f - __fdividef(2.0f, 1.0f + exp2_fast(2.0f * LOG2_E * fminf(inner, 30.0f)));
+// (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3): the sigmoid of 2 u, which keeps its precision where tanh
+// is near -1.
+__device__ __forceinline__ float gelu_share(float x) {
+    return sigmoid(2.0f * GELU_SLOPE * (x + GELU_CUBE * x * x * x));
 }
 
-// act = pre (1 + tanh(...)) / 2.
+// act = pre (1 + tanh(u)) / 2.
 extern "C" __global__ void __launch_bounds__(ACTIVATION_THREADS) gelu_forward(bf* act, const bf* pre, long long n) {
     long long first = (static_cast<long long>(blockIdx.x) * ACTIVATION_THREADS + threadIdx.x) * 8;
     int left = left_of(n, first, 8);
     float x[8];
     unpack(load8(pre + first, left, left == 8), x);
 #pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = 0.5f * x[i] * (1.0f + gelu_tanh(x[i]));
+    for (int i = 0; i < 8; i++) x[i] *= gelu_share(x[i]);
     store8(act + first, packed(x), left, left == 8);
 }
 EXPORT(gelu_forward, ACTIVATION_THREADS)
@@ -97,10 +97,10 @@ extern "C" __global__ void __launch_bounds__(ACTIVATION_THREADS) gelu_backward(b
     unpack(load8(d_act + first, left, vector), d);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        float value = x[i], t = gelu_tanh(value);
-        float inner_slope = GELU_SLOPE * (1.0f + 3.0f * GELU_CUBE * value * value);
-        x[i] = d[i] * 0.5f * (1.0f + t + value * (1.0f - t * t) * inner_slope);
-        d[i] = 0.5f * value * (1.0f + t);
+        float value = x[i], share = gelu_share(value);
+        float slope = 2.0f * GELU_SLOPE * (1.0f + 3.0f * GELU_CUBE * value * value);
+        x[i] = d[i] * (share + value * share * (1.0f - share) * slope);
+        d[i] = value * share;
     }
     store8(pre + first, packed(x), left, vector);
     store8(d_act + first, packed(d), left, vector);
@@ -108,7 +108,8 @@ extern "C" __global__ void __launch_bounds__(ACTIVATION_THREADS) gelu_backward(b
 EXPORT(gelu_backward, ACTIVATION_THREADS)
 
 // out = out + bias, the same bias for every row.
-extern "C" __global__ void __launch_bounds__(ACTIVATION_THREADS) bias_add(bf* out, const bf* bias, int rows, int width) {
+extern "C" __global__ void __launch_bounds__(ACTIVATION_THREADS)
+    bias_add(bf* out, const bf* bias, int rows, int width) {
     Place place(rows, width);
     bool vector = width % 8 == 0;
     bf* at = out + place.row * width + place.column;

@@ -2,8 +2,8 @@
 // which ends the kernels' names. head_dim is even and at most HEAD_DIM; query head h uses key head h / (heads /
 // kv_heads). Queries, keys and values are read where the packed rows [q heads | k heads | v heads] have them.
 //
-// Floors: 4 batch heads sequence^2 head_dim / 2 operations forward, half as much again twice over backward: products of
-// 2 sequence^2 head_dim / 2 operations, two forward, four in attention_backward_kv, three in attention_backward_q.
+// Floor: a product over the causal half of the scores takes batch heads sequence^2 head_dim operations. Forward makes
+// two, attention_backward_kv four, attention_backward_q three.
 //
 // Launch, with N = HEAD_DIM; all: block 128. Dynamic shared memory past 48 KiB must be asked for.
 //   attention_forward_N: grid (ceil(sequence / 128), heads, batch), dynamic shared memory 768 N bytes.

@@ -3,8 +3,8 @@
 //
 // Each of the four warps has 32 queries. Scores of 64 keys are made on the tensor cores, turned into probabilities
 // against the largest score so far, and become, without leaving the registers, the left operand of the product with the
-// values. While a tile of keys and values is worked on, the next is on its way (cp.async, two buffers). Exponentials are
-// powers of two with the scale folded into one multiplication.
+// values. While a tile of keys and values is worked on, the next is on its way (cp.async, two buffers). Exponentials
+// are powers of two with the scale folded into one multiplication.
 #pragma once
 #include "tiles.cuh"
 
@@ -39,12 +39,12 @@ struct ForwardTiles {
     using Keys = Tile<KEYS, WIDTH>;
 
     bf* shared;
-    __device__ __forceinline__ Queries queries() const { return {shared}; }
+    __device__ __forceinline__ Queries queries() const { return {shared, 0}; }
     __device__ __forceinline__ Keys keys(int stage) const {
-        return {shared + Queries::NUMBERS + 2 * stage * Keys::NUMBERS};
+        return {shared, Queries::NUMBERS + 2 * stage * Keys::NUMBERS};
     }
     __device__ __forceinline__ Keys values(int stage) const {
-        return {shared + Queries::NUMBERS + (2 * stage + 1) * Keys::NUMBERS};
+        return {shared, Queries::NUMBERS + (2 * stage + 1) * Keys::NUMBERS};
     }
 };
 
@@ -118,14 +118,17 @@ __device__ __forceinline__ void mask(Sums<TILES, BLOCKS>& s, int first_query, in
 
 // Scores become probabilities against the largest so far; what was summed before is scaled to it.
 template <int TILES, int BLOCKS, int WIDE>
-__device__ __forceinline__ void softmax(Sums<TILES, BLOCKS>& s, Rows<TILES>& rows, Sums<TILES, WIDE>& out, float scale2) {
+__device__ __forceinline__ void softmax(Sums<TILES, BLOCKS>& s, Rows<TILES>& rows, Sums<TILES, WIDE>& out,
+                                        float scale2) {
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float most = rows.most[t][half];
 #pragma unroll
-            for (int b = 0; b < BLOCKS; b++) most = fmaxf(most, fmaxf(s.value[t][b][2 * half], s.value[t][b][2 * half + 1]));
+            for (int b = 0; b < BLOCKS; b++) {
+                most = fmaxf(most, fmaxf(s.value[t][b][2 * half], s.value[t][b][2 * half + 1]));
+            }
             // The four lanes of a row agree. Its own key is never masked, so the largest is a number from tile to tile.
             most = fmaxf(most, __shfl_xor_sync(WHOLE_WARP, most, 1));
             most = fmaxf(most, __shfl_xor_sync(WHOLE_WARP, most, 2));

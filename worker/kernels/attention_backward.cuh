@@ -3,8 +3,8 @@
 // With P the probabilities, dP = dO V^T and D = rowsum(dO O): dV = P^T dO, dS = P (dP - D), dQ = dS K and dK = dS^T Q,
 // the last two times the scale. Two kernels share this out so that every sum is made by one block in one order, without
 // atomics: one block of the first has some keys of one key head and walks over all queries that see them, of all query
-// heads of the group; one block of the second has some queries and walks over the keys they see. In the first the scores
-// are computed transposed, keys down and queries across, so that P^T and dS^T are left operands where they are.
+// heads of the group; one block of the second has some queries and walks over the keys they see. In the first the
+// scores are computed transposed, keys down and queries across, so that P^T and dS^T are left operands where they are.
 #pragma once
 #include "attention.cuh"
 
@@ -32,13 +32,13 @@ struct KeyValueTiles {
     using Queries = Tile<QUERIES, WIDTH>;
 
     bf* shared;
-    __device__ __forceinline__ Keys keys() const { return {shared}; }
-    __device__ __forceinline__ Keys values() const { return {shared + Keys::NUMBERS}; }
+    __device__ __forceinline__ Keys keys() const { return {shared, 0}; }
+    __device__ __forceinline__ Keys values() const { return {shared, Keys::NUMBERS}; }
     __device__ __forceinline__ Queries queries(int stage) const {
-        return {shared + 2 * Keys::NUMBERS + 2 * stage * Queries::NUMBERS};
+        return {shared, 2 * Keys::NUMBERS + 2 * stage * Queries::NUMBERS};
     }
     __device__ __forceinline__ Queries d_out(int stage) const {
-        return {shared + 2 * Keys::NUMBERS + (2 * stage + 1) * Queries::NUMBERS};
+        return {shared, 2 * Keys::NUMBERS + (2 * stage + 1) * Queries::NUMBERS};
     }
     // For each query of the stage, lse; after them, dot.
     __device__ __forceinline__ float* statistics(int stage) const {
@@ -97,7 +97,9 @@ __device__ __forceinline__ void slopes_down(Sums<TILES, BLOCKS>& d, const Sums<T
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
 #pragma unroll
-                for (int j = i; j < 4; j += 2) d.value[t][block][j] = p.value[t][block][j] * (d.value[t][block][j] - off);
+                for (int j = i; j < 4; j += 2) {
+                    d.value[t][block][j] = p.value[t][block][j] * (d.value[t][block][j] - off);
+                }
             }
         }
     }
@@ -110,8 +112,6 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackward& a
     T tiles = {shared};
     const AttentionShape& shape = a.shape;
     int first = blockIdx.x * T::KEYS, kv = blockIdx.y, b = blockIdx.z, group = shape.heads / shape.kv_heads;
-    // Tiles of queries of one head that see any of these keys, then of the group's next head.
-    int tile = first / T::QUERIES, count = (shape.sequence + T::QUERIES - 1) / T::QUERIES - tile, all = group * count;
     int warp_row = threadIdx.x / LANES * 16 * T::TILES, key = first + warp_row;
     float scale2 = a.scale * LOG2_E;
 
@@ -120,28 +120,35 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackward& a
     d_values.clear();
     fill<ATTENTION_THREADS>(tiles.keys(), shape.rows(a.qkv, b, shape.heads + kv), first);
     fill<ATTENTION_THREADS>(tiles.values(), shape.rows(a.qkv, b, shape.heads + shape.kv_heads + kv), first);
-    fill_queries(a, tiles, 0, b, kv * group, tile * T::QUERIES);
-    for (int i = 0; i < all; i++) {
-        int stage = i % 2, next = i + 1;
+    fill_queries(a, tiles, 0, b, kv * group, first);
+    // The queries of one head that see any of these keys, 64 at a time, then those of the group's next head.
+    int head = kv * group, query = first, stage = 0;
+    while (head < (kv + 1) * group) {
+        int next_query = query + T::QUERIES, next_head = head;
+        if (next_query >= shape.sequence) {
+            next_query = first;
+            next_head++;
+        }
         copy_wait<0>();
         // All copies of this tile are here, and nobody reads the tile before it any more.
         __syncthreads();
-        if (next < all) {
-            fill_queries(a, tiles, stage ^ 1, b, kv * group + next / count, (tile + next % count) * T::QUERIES);
-        }
+        if (next_head < (kv + 1) * group) fill_queries(a, tiles, stage ^ 1, b, next_head, next_query);
 #pragma unroll 1
         for (int part = 0; part < T::QUERIES; part += T::STEP) {
-            int query = (tile + i % count) * T::QUERIES + part;
-            if (query + T::STEP - 1 < key) continue;   // none of these queries sees any of this warp's keys
+            int first_query = query + part;
+            if (first_query + T::STEP - 1 < key) continue;   // none of these queries sees any of this warp's keys
             const float* lse = tiles.statistics(stage) + part;
             Sums<T::TILES, T::STEP / 8> p, d;
-            scores(p, tiles.keys(), warp_row, tiles.queries(stage), part);
-            probabilities_down(p, lse, scale2, key, query, key + 16 * T::TILES - 1 > query);
-            add_product(d_values, p, tiles.d_out(stage), part);
             scores(d, tiles.values(), warp_row, tiles.d_out(stage), part);
+            scores(p, tiles.keys(), warp_row, tiles.queries(stage), part);
+            probabilities_down(p, lse, scale2, key, first_query, key + 16 * T::TILES - 1 > first_query);
+            add_product(d_values, p, tiles.d_out(stage), part);
             slopes_down(d, p, lse + T::QUERIES);
             add_product(d_keys, d, tiles.queries(stage), part);
         }
+        head = next_head;
+        query = next_query;
+        stage ^= 1;
     }
     // The tiles' rows of this warp were read by this warp alone.
     bf* to_keys = a.d_qkv + shape.offset(b, shape.heads + kv);
@@ -159,13 +166,13 @@ struct QueryTiles {
     using Keys = Tile<KEYS, WIDTH>;
 
     bf* shared;
-    __device__ __forceinline__ Queries queries() const { return {shared}; }
-    __device__ __forceinline__ Queries d_out() const { return {shared + Queries::NUMBERS}; }
+    __device__ __forceinline__ Queries queries() const { return {shared, 0}; }
+    __device__ __forceinline__ Queries d_out() const { return {shared, Queries::NUMBERS}; }
     __device__ __forceinline__ Keys keys(int stage) const {
-        return {shared + 2 * Queries::NUMBERS + 2 * stage * Keys::NUMBERS};
+        return {shared, 2 * Queries::NUMBERS + 2 * stage * Keys::NUMBERS};
     }
     __device__ __forceinline__ Keys values(int stage) const {
-        return {shared + 2 * Queries::NUMBERS + (2 * stage + 1) * Keys::NUMBERS};
+        return {shared, 2 * Queries::NUMBERS + (2 * stage + 1) * Keys::NUMBERS};
     }
 };
 

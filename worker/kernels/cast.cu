@@ -1,10 +1,9 @@
 // Between float32 and bfloat16, and the two vector operations on float32.
 //
-// Floor: bytes moved. cast_to_bf16 reads 4 and writes 2 an element, cast_to_float the reverse, axpy reads 8 and writes 4,
-// scale reads 4 and writes 4.
+// Floors, bytes an element: cast_to_bf16 and cast_to_float 6, axpy 12, scale 8.
 //
-// Launch, all four: block 256, grid ceil(n / 2048), no dynamic shared memory. A thread has eight elements. Pointers need
-// the alignment of their elements only; 16-byte accesses are used where both are aligned to 16 bytes.
+// Launch, all four: block 256, grid ceil(n / 2048), no dynamic shared memory. A thread has eight elements. Pointers
+// need the alignment of their elements only; 16-byte accesses are used where both are aligned to 16 bytes.
 #include "common.cuh"
 
 constexpr int CAST_THREADS = 256;

@@ -58,12 +58,12 @@ __device__ __forceinline__ Softmax joined(Softmax mine) {
     return all;
 }
 
-// logits: [rows, pitch], of which `vocabulary` columns count. row_losses[i] = log(sum exp(logits)) - logits[target], not
-// finite if the target's logit is not, or another is NaN or infinity. With `gradient`, logits become scale (softmax - one-hot) and the columns past the
-// vocabulary 0; without, they stay.
+// logits: [rows, pitch], of which `vocabulary` columns count. row_losses[i] = log(sum exp(logits)) - logits[target],
+// not finite if the target's logit is not, or another is NaN or infinity. With `gradient`, logits become
+// scale (softmax - one-hot) and the columns past the vocabulary 0; without, they stay.
 extern "C" __global__ void __launch_bounds__(LOSS_THREADS)
-    cross_entropy(bf* logits, float* row_losses, const unsigned* targets, int rows, int vocabulary, int pitch, float scale,
-                  int gradient) {
+    cross_entropy(bf* logits, float* row_losses, const unsigned* targets, int rows, int vocabulary, int pitch,
+                  float scale, int gradient) {
     if (static_cast<int>(blockIdx.x) >= rows) return;
     int target = static_cast<int>(targets[blockIdx.x]);
     bf* row = logits + static_cast<long long>(blockIdx.x) * pitch;

@@ -130,8 +130,8 @@ __device__ __forceinline__ void norm_forward(const Forward& f) {
 // normed = sum scale weight, scale = 1 / sqrt(mean(sum^2) + epsilon), sum = x + delta; without delta (null, and sum
 // too) x itself is normalised. scale: [rows].
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
-    rmsnorm_forward(bf* normed, bf* sum, float* scale, const bf* x, const bf* delta, const bf* weight, int rows, int width,
-                    float epsilon) {
+    rmsnorm_forward(bf* normed, bf* sum, float* scale, const bf* x, const bf* delta, const bf* weight, int rows,
+                    int width, float epsilon) {
     norm_forward<false>({normed, sum, scale, x, delta, weight, nullptr, rows, width, epsilon});
 }
 EXPORT(rmsnorm_forward, NORM_THREADS)

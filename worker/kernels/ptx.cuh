@@ -59,11 +59,13 @@ __device__ __forceinline__ unsigned shared_address(const void* at) {
 
 // Copies 16 (or 4) bytes from global to shared memory without waiting; writes zeros, and reads nothing, if not `there`.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(there ? 16 : 0)
                  : "memory");
 }
 __device__ __forceinline__ void copy_async_4(void* to, const void* from, bool there) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(there ? 4 : 0)
                  : "memory");
 }
 // Closes a group of copies; waits until all but the newest LEFT groups of this thread have arrived.

@@ -26,8 +26,8 @@ __device__ __forceinline__ void turn(float (&low)[8], float (&high)[8], const fl
     }
 }
 
-// Rows are [q heads | k heads | v heads]; the values stay. table: for each position of the sequence head_dim / 2 cosines,
-// then as many sines. `inverse` turns back, which is the backward.
+// Rows are [q heads | k heads | v heads]; the values stay. table: for each position of the sequence head_dim / 2
+// cosines, then as many sines. `inverse` turns back, which is the backward.
 extern "C" __global__ void __launch_bounds__(ROPE_THREADS)
     rope(bf* qkv, const float* table, int rows, int sequence, int heads, int kv_heads, int head_dim, int inverse) {
     int half = head_dim / 2, units = (half + 7) / 8, turned = heads + kv_heads, each = turned * units;

@@ -4,8 +4,8 @@
 // so that these eight lie in different banks, chunk c of row r is kept at place c ^ r (the low bits of r; rows of 64
 // bytes, two of which span the banks, use r / 2). The same holds for the copies that fill the tile.
 //
-// Fragments are what mma.m16n8k16 takes: A is 16 rows by 16, B is 16 by 8 columns, and one load_matrices gives one A, or
-// two B. A row of a tile can be a row of A, a column of B (as it lies) or a row of B (transposed).
+// Fragments are what mma.m16n8k16 takes: A is 16 rows by 16, B is 16 by 8 columns, and one load_matrices gives one A,
+// or two B. A row of a tile can be a row of A, a column of B (as it lies) or a row of B (transposed).
 #pragma once
 #include "common.cuh"
 
@@ -15,34 +15,35 @@ struct Tile {
     static constexpr int CHUNKS = WIDTH / 8;   // of a row
     static constexpr int NUMBERS = ROWS * WIDTH;
 
-    bf* at;
+    bf* base;    // of the block's shared memory
+    int start;   // of the tile, in numbers from there
 
     // Where chunk `chunk` of row `row` is, in numbers from the tile's start.
     static __device__ __forceinline__ int offset(int row, int chunk) {
         int turn = CHUNKS >= 8 ? row & 7 : row >> 1 & 3;
         return row * WIDTH + (chunk ^ turn) * 8;
     }
-    __device__ __forceinline__ bf* place(int row, int chunk) const { return at + offset(row, chunk); }
+    __device__ __forceinline__ bf* place(int row, int chunk) const { return base + start + offset(row, chunk); }
 
     // A: rows from `row`, columns from 16 `step`.
     __device__ __forceinline__ void load_a(unsigned (&a)[4], int row, int step) const {
         int lane = threadIdx.x % LANES;
-        load_matrices<false>(a, at, offset(row + lane % 16, 2 * step + lane / 16));
+        load_matrices<false>(a, base, start + offset(row + lane % 16, 2 * step + lane / 16));
     }
 
-    // Two B side by side whose 16 columns are the tile's rows from `row`, and whose rows are its columns from 16 `step`.
+    // Two B side by side: their 16 columns are the tile's rows from `row`, their rows its columns from 16 `step`.
     __device__ __forceinline__ void load_b(unsigned (&left)[2], unsigned (&right)[2], int row, int step) const {
         int lane = threadIdx.x % LANES;
         unsigned both[4];
-        load_matrices<false>(both, at, offset(row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+        load_matrices<false>(both, base, start + offset(row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
         split(both, left, right);
     }
 
-    // Two B side by side whose rows are the tile's rows from `row`, and whose 16 columns are its columns from 16 `step`.
+    // Two B side by side: their rows are the tile's rows from `row`, their 16 columns its columns from 16 `step`.
     __device__ __forceinline__ void load_b_rows(unsigned (&left)[2], unsigned (&right)[2], int row, int step) const {
         int lane = threadIdx.x % LANES;
         unsigned both[4];
-        load_matrices<true>(both, at, offset(row + lane % 16, 2 * step + lane / 16));
+        load_matrices<true>(both, base, start + offset(row + lane % 16, 2 * step + lane / 16));
         split(both, left, right);
     }
 
@@ -69,7 +70,7 @@ __device__ __forceinline__ void fill(const Tile<ROWS, WIDTH>& tile, const HeadRo
     constexpr int CHUNKS = Tile<ROWS, WIDTH>::CHUNKS;
     static_assert(ROWS * CHUNKS % THREADS == 0, "every thread copies as many chunks");
     bool vector = from.head_dim % 8 == 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
         int item = threadIdx.x + i * THREADS, row = item / CHUNKS, chunk = item % CHUNKS;
         bool there = first + row < from.count && chunk * 8 < from.head_dim;
@@ -111,14 +112,15 @@ struct Sums {
     }
 };
 
-// Writes a warp's sums, times `factor`, to 16 TILES rows of `to` from row `first` on, by way of the warp's own rows of a
-// tile, so that memory is written 16 bytes at a time. Nobody else may use those rows of the tile any more.
+// Writes a warp's sums, times `factor`, to 16 TILES rows of `to` from row `first` on, by way of the warp's own rows of
+// a tile, so that memory is written 16 bytes at a time. Nobody else may use those rows of the tile any more.
 template <int TILES, int BLOCKS, int ROWS, int WIDTH>
-__device__ __forceinline__ void write_rows(const Sums<TILES, BLOCKS>& sums, float factor, const Tile<ROWS, WIDTH>& tile,
-                                           int warp_row, bf* to, int pitch, int first, int count, int head_dim) {
+__device__ __forceinline__ void write_rows(const Sums<TILES, BLOCKS>& sums, float factor,
+                                           const Tile<ROWS, WIDTH>& tile, int warp_row, bf* to, int pitch, int first,
+                                           int count, int head_dim) {
     static_assert(BLOCKS * 8 == WIDTH, "the sums are as wide as the tile");
+    // The warp's last reads of its rows were warp-wide operations: no lane is still at them.
     int lane = threadIdx.x % LANES;
-    __syncwarp();
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
 #pragma unroll

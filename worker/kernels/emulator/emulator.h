@@ -1,7 +1,7 @@
 // CUDA's words on the CPU: enough of them for the kernels of this directory, which see this file instead of a GPU.
 //
-// Qualifiers vanish; thread and block indices come from the running fibre; barriers and warp-wide operations hand over to
-// the scheduler (machine.h); arithmetic intrinsics become the C++ operations with the same rounding. The tensor-core
+// Qualifiers vanish; thread and block indices come from the running fibre; barriers and warp-wide operations hand over
+// to the scheduler (machine.h); arithmetic intrinsics become the C++ operations with the same rounding. The tensor-core
 // and copy instructions of ptx.cuh have their twins at the end: their register layouts are those of the PTX manual.
 #pragma once
 #include <algorithm>

@@ -141,7 +141,8 @@ void Machine::copy_async(void* to, const void* from, unsigned bytes, unsigned fr
     check_shared(to, bytes, "an asynchronous copy's target");
     if (from_bytes > 0) check(from, from_bytes, bytes, "an asynchronous copy's source");
     std::memset(to, POISON, bytes);
-    fibre->copies.push_back({static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, from_bytes});
+    fibre->copies.push_back(
+        {static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, from_bytes});
 }
 
 void Machine::copy_commit() { fibre->groups.push_back(fibre->copies.size()); }

@@ -6,9 +6,9 @@
 // ahead of its sisters, and the order of lanes in it. A kernel that is right gives the same bits for every seed; one
 // that lacks a barrier reads, under some seed, what is not there yet.
 //
-// What is not there yet is visible: shared memory is filled with NaN before each block, and an asynchronous copy poisons
-// its target at once but moves its bytes only when it is waited for. Mistakes never end the process: the first one is
-// kept as words, the block's fibres are left where they are, and the launch returns the words.
+// What is not there yet is visible: shared memory is filled with NaN before each block, and an asynchronous copy
+// poisons its target at once but moves its bytes only when it is waited for. Mistakes never end the process: the first
+// one is kept as words, the block's fibres are left where they are, and the launch returns the words.
 #pragma once
 #include <atomic>
 #include <cstddef>
