@@ -441,7 +441,7 @@ Examples:
 
 --peer runs tests/peers/torch_train.py (PyTorch must be installed) in turn with Cairn and prints the ratio.")]
 pub(crate) struct BenchTrainArgs {
-    /// A preset: tiny, small, llama-15m, llama-42m, llama-110m, llama-1b.
+    /// A preset, such as small, llama-110m or gpt2-124m; docs/job-file.md lists them.
     #[arg(long, default_value = "small")]
     pub(crate) preset: String,
     /// Tokens of one sequence.

@@ -41,9 +41,11 @@ fn model() -> ModelSpec {
         intermediate_size: 53_248,
         vocab_size: 128_256,
         tie_word_embeddings: false,
-        rope_theta: 500_000.0,
-        rms_norm_eps: 1e-5,
+        rope_theta: Some(500_000.0),
+        rms_norm_eps: Some(1e-5),
         initializer_range: 0.02,
+        max_position_embeddings: None,
+        layer_norm_epsilon: None,
     }
 }
 

@@ -17,6 +17,28 @@ fn one_two_three_and_five_workers_train_the_same_bits() {
     }
 }
 
+/// The job of `examples/gpt2-tiny.toml`, cut short: learned positions, biases and LayerNorm are as exact.
+#[test]
+fn a_gpt2_trains_the_same_bits_on_one_and_two_workers() {
+    let file = tests::root().join("examples/gpt2-tiny.toml").display().to_string();
+    let train = |workers: &str| {
+        let store = tempfile::tempdir().expect("a temporary folder");
+        let place = store.path().join("store").display().to_string();
+        let short = ["training.steps=20", "training.validate_every=10", "schedule.warmup_steps=5"];
+        let short: Vec<&str> = short.iter().flat_map(|set| ["--set", set]).collect();
+        let first = ["train", &file, "--store", &place, "--output", "json", "--workers", workers];
+        Run::start(&[&first[..], &short].concat()).finish()
+    };
+    let (one, two) = (train("1"), train("2"));
+    assert_eq!(one.digest(), two.digest());
+    let losses = one.losses();
+    assert_eq!((losses.len(), &losses), (20, &two.losses()));
+    assert_eq!(one.of("validation"), two.of("validation"));
+    let loss = |step: usize| one.of("step")[step]["loss"].as_f64().expect("a loss");
+    println!("losses {} to {}", loss(0), loss(19));
+    assert!(loss(0) > 5.0 && loss(19) < 4.0, "{} to {}", loss(0), loss(19));
+}
+
 #[test]
 fn the_number_of_threads_does_not_matter() {
     let of_threads = |threads: &str| {

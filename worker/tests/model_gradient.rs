@@ -18,9 +18,24 @@ fn spec(hidden: usize, heads: [usize; 2], inner: usize, vocabulary: usize, tied:
         intermediate_size: inner,
         vocab_size: vocabulary,
         tie_word_embeddings: tied,
-        rope_theta: 10_000.0,
-        rms_norm_eps: 1e-5,
+        rope_theta: Some(10_000.0),
+        rms_norm_eps: Some(1e-5),
         initializer_range: 0.3,
+        max_position_embeddings: None,
+        layer_norm_epsilon: None,
+    }
+}
+
+/// The same sizes as a GPT-2 of so many positions; it has no grouped queries.
+fn gpt2(llama: &ModelSpec, positions: usize) -> ModelSpec {
+    ModelSpec {
+        architecture: Architecture::Gpt2,
+        num_key_value_heads: llama.num_attention_heads,
+        rope_theta: None,
+        rms_norm_eps: None,
+        max_position_embeddings: Some(positions),
+        layer_norm_epsilon: Some(1e-5),
+        ..llama.clone()
     }
 }
 
@@ -29,17 +44,32 @@ fn ids(count: usize, vocabulary: usize, lane: u32) -> Vec<u32> {
     (0..count).map(|i| (random.bits(i as u64) % vocabulary as u64) as u32).collect()
 }
 
+/// Moves gains and biases from their initial ones and zeros, at which some of their mistakes would not show.
+fn unsettle(spec: &ModelSpec, weights: &mut [f32]) {
+    let (random, mut at) = (Counter::new(6, Place::Test, 0), 0);
+    for tensor in parameters(spec) {
+        for i in at..at + tensor.elements() {
+            if tensor.shape.len() == 1 {
+                weights[i] += 0.1 * random.normal(i as u64) as f32;
+            }
+        }
+        at += tensor.elements();
+    }
+}
+
 /// The slope of the loss along the gradient of each tensor alone must be that gradient's squared length. A central
 /// difference in float32 has an error of about 1e-7/step plus step², so the step is about 1e-2 of a length of one.
 #[test]
 fn slopes_along_every_tensors_gradient() {
     let device = CpuDevice::new(2).unwrap();
-    for (tied, heads) in [(true, [4, 2]), (false, [2, 2])] {
-        let spec = spec(16, heads, 24, 19, tied);
+    let llamas = [spec(16, [4, 2], 24, 19, true), spec(16, [2, 2], 24, 19, false)];
+    let gpt2s = [gpt2(&llamas[0], 40), gpt2(&llamas[1], 33)];
+    for spec in llamas.into_iter().chain(gpt2s) {
         let (batch, sequence) = (2, 33);
         let n = parameter_count(&spec);
         let [mut weights, mut gradient] = ["weights", "gradient"].map(|w| device.allocate(n, w).unwrap());
         initialize(&spec, 11, 0..n, &mut weights);
+        unsettle(&spec, &mut weights);
         let (tokens, targets) = (ids(batch * sequence, 19, 0), ids(batch * sequence, 19, 1));
         let mut model = Model::new(&spec, batch, sequence, &device).unwrap();
         model.loss_and_gradient(&device, &weights, &tokens, &targets, &mut gradient).unwrap();
@@ -74,17 +104,23 @@ fn slopes_along_every_tensors_gradient() {
 /// Shapes large enough that products, attention and loss are really cut into tasks.
 #[test]
 fn bits_of_large_shapes_do_not_depend_on_threads() {
-    let mut spec = spec(128, [4, 2], 352, 9000, true);
-    spec.initializer_range = 0.05;
+    let mut llama = spec(128, [4, 2], 352, 9000, true);
+    llama.initializer_range = 0.05;
+    for spec in [gpt2(&llama, 220), llama] {
+        bits_do_not_depend_on_threads(&spec);
+    }
+}
+
+fn bits_do_not_depend_on_threads(spec: &ModelSpec) {
     let (batch, sequence) = (3, 200);
-    let n = parameter_count(&spec);
+    let n = parameter_count(spec);
     let (tokens, targets) = (ids(batch * sequence, 9000, 2), ids(batch * sequence, 9000, 3));
     let mut first: Option<(u64, Vec<u32>)> = None;
     for threads in 1..=4 {
         let device = CpuDevice::new(threads).unwrap();
         let [mut weights, mut gradient] = ["weights", "gradient"].map(|w| device.allocate(n, w).unwrap());
-        initialize(&spec, 1, 0..n, &mut weights);
-        let mut model = Model::new(&spec, batch, sequence, &device).unwrap();
+        initialize(spec, 1, 0..n, &mut weights);
+        let mut model = Model::new(spec, batch, sequence, &device).unwrap();
         let mut pass = || {
             let loss = model.loss_and_gradient(&device, &weights, &tokens, &targets, &mut gradient).unwrap();
             (loss.to_bits(), gradient.iter().map(|g| g.to_bits()).collect::<Vec<_>>())
@@ -111,6 +147,8 @@ fn bad_tokens_and_lengths_are_refused_and_non_finite_losses_are_seen() {
     weights[100] = f32::NAN;
     let loss = model.loss_and_gradient(&device, &weights, &[1, 2, 3, 4], &[1, 1, 3, 4], &mut gradient).unwrap();
     assert!(loss.is_nan());
+    let short = Model::new(&gpt2(&spec, 3), 1, 4, &device).err().unwrap();
+    assert!(matches!(short, ModelError::Positions { sequence: 4, positions: 3 }), "{short}");
     let error = device.allocate(usize::MAX / 8, "a test").unwrap_err();
     assert!(matches!(error, DeviceError::OutOfMemory { .. }), "{error}");
 }

@@ -1,13 +1,16 @@
 //! The model against recorded PyTorch losses and gradients, and against itself on other numbers of threads.
 //!
-//! `fixtures/make_fixtures.py` computed them in float64 from the published definition. The parameters are hashes of
-//! their canonical index, so a difference in order or layout would show too.
+//! `fixtures/make_fixtures.py` computed Llama's in float64 from the published definition, `make_gpt2_fixtures.py` those of
+//! GPT-2 with Hugging Face's model. The parameters are hashes of their canonical index, so a difference in order or layout
+//! would show too.
 
 use proto::spec::{Architecture, ModelSpec};
 use safetensors::SafeTensors;
 use worker::device::Device;
 use worker::device::cpu::{CpuBuffer, CpuDevice};
 use worker::model::{Model, parameter_count, parameters};
+
+const CASES: [&str; 6] = ["gqa_tied", "untied", "wide_head", "gpt2", "gpt2_inner", "gpt2_untied"];
 
 struct Case {
     spec: ModelSpec,
@@ -30,20 +33,25 @@ fn load(name: &str) -> Case {
     let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
     let case: serde_json::Value = serde_json::from_str(&header.metadata().as_ref().unwrap()["case"]).unwrap();
     let at = |key: &str| usize::try_from(case[key].as_u64().unwrap()).unwrap();
+    let gpt2 = case["architecture"] == "gpt2";
+    let heads = at("num_attention_heads");
     let spec = ModelSpec {
-        architecture: Architecture::Llama,
+        architecture: if gpt2 { Architecture::Gpt2 } else { Architecture::Llama },
         hidden_size: at("hidden_size"),
         num_hidden_layers: at("num_hidden_layers"),
-        num_attention_heads: at("num_attention_heads"),
-        num_key_value_heads: at("num_key_value_heads"),
-        head_dim: at("head_dim"),
+        num_attention_heads: heads,
+        num_key_value_heads: if gpt2 { heads } else { at("num_key_value_heads") },
+        head_dim: if gpt2 { at("hidden_size") / heads } else { at("head_dim") },
         intermediate_size: at("intermediate_size"),
         vocab_size: at("vocab_size"),
         tie_word_embeddings: case["tie_word_embeddings"].as_bool().unwrap(),
-        rope_theta: 10_000.0,
-        rms_norm_eps: 1e-5,
+        rope_theta: (!gpt2).then_some(10_000.0),
+        rms_norm_eps: (!gpt2).then_some(1e-5),
         initializer_range: 0.02,
+        max_position_embeddings: gpt2.then(|| at("max_position_embeddings")),
+        layer_norm_epsilon: gpt2.then_some(1e-5),
     };
+    spec.validate(name).unwrap();
     let (batch, sequence) = (at("batch"), at("sequence"));
     let (mut tokens, mut targets) = (Vec::new(), Vec::new());
     let ids: Vec<u32> =
@@ -62,7 +70,7 @@ fn load(name: &str) -> Case {
     Case { spec, batch, sequence, tokens, targets, loss, gradient }
 }
 
-/// The parameters `make_fixtures.py` uses.
+/// The parameters the scripts use.
 fn hashed_parameters(spec: &ModelSpec, device: &CpuDevice) -> CpuBuffer {
     let mut buffer = device.allocate(parameter_count(spec), "parameters").unwrap();
     let mut at = 0;
@@ -70,7 +78,11 @@ fn hashed_parameters(spec: &ModelSpec, device: &CpuDevice) -> CpuBuffer {
         for i in at..at + tensor.elements() {
             let hash = (i as u64 * 2_654_435_761 % (1 << 32)) >> 16;
             let value = hash as f32 / 65536.0 - 0.5;
-            buffer[i] = if tensor.shape.len() == 1 { value + 1.0 } else { value * 0.5 };
+            buffer[i] = match tensor.shape.len() {
+                1 if tensor.name.ends_with("bias") => value,
+                1 => value + 1.0,
+                _ => value * 0.5,
+            };
         }
         at += tensor.elements();
     }
@@ -90,7 +102,7 @@ fn run(case: &Case, threads: usize) -> (f64, f64, Vec<f32>) {
 
 #[test]
 fn losses_and_gradients_agree_with_pytorch() {
-    for name in ["gqa_tied", "untied", "wide_head"] {
+    for name in CASES {
         let case = load(name);
         let (loss, alone, gradient) = run(&case, 1);
         assert_eq!(loss.to_bits(), alone.to_bits(), "{name}: the loss without a gradient");
@@ -115,7 +127,7 @@ fn losses_and_gradients_agree_with_pytorch() {
 
 #[test]
 fn bits_do_not_depend_on_threads() {
-    for name in ["gqa_tied", "untied", "wide_head"] {
+    for name in CASES {
         let case = load(name);
         let first = run(&case, 1);
         for threads in 2..=4 {

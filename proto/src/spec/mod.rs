@@ -2,15 +2,19 @@
 //!
 //! A [`JobSpec`] is complete: presets are expanded, defaults filled in, paths absolute. It is read from a TOML job file
 //! by [`JobSpec::load`], checked as a whole, and kept as JSON beside the job's records. Every value a user can set is a
-//! field here, with its default beside it in `read.rs`.
+//! field here, with its default beside it in `read.rs` and `read_model.rs`.
 
+mod architecture;
 mod compare;
 pub mod detect;
 mod model;
 mod read;
+mod read_model;
 mod reader;
 mod validate;
 
+#[cfg(test)]
+mod model_tests;
 #[cfg(test)]
 mod tests;
 
@@ -18,6 +22,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use architecture::{Block, FeedForward, Layout, Norm, Positions};
 pub use compare::Difference;
 pub use detect::Detection;
 pub use model::{Architecture, ModelSpec, PRESETS};

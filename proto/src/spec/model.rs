@@ -1,6 +1,16 @@
 //! The model's shape, in Hugging Face's names, and the presets.
+//!
+//! One record serves all architectures: the sizes they share are plain fields, what only some have is optional and
+//! absent elsewhere. [`super::architecture`] says what a model of each is made of.
 
 use serde::{Deserialize, Serialize};
+
+/// The default of `rope_theta`.
+pub(crate) const ROPE_THETA: f64 = 10_000.0;
+/// The default of `rms_norm_eps` and `layer_norm_epsilon`.
+pub(crate) const EPSILON: f64 = 1e-5;
+/// The default of `max_position_embeddings`.
+pub(crate) const POSITIONS: usize = 1024;
 
 /// A family of models.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -8,9 +18,11 @@ use serde::{Deserialize, Serialize};
 pub enum Architecture {
     /// Decoder-only transformer with RMSNorm, rotary positions, grouped-query attention and SwiGLU.
     Llama,
+    /// Decoder-only transformer with LayerNorm, learned positions, multi-head attention, GELU, and biases throughout.
+    Gpt2,
 }
 
-/// `[model]`: field names and meanings of a Hugging Face `config.json`.
+/// `[model]`: field names and meanings of a Hugging Face `config.json`, in Llama's naming for all architectures.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelSpec {
     /// The family.
@@ -21,9 +33,9 @@ pub struct ModelSpec {
     pub num_hidden_layers: usize,
     /// Query heads; divides `hidden_size` unless `head_dim` is given.
     pub num_attention_heads: usize,
-    /// Key and value heads; divides `num_attention_heads`.
+    /// Key and value heads; divides `num_attention_heads`, and is the same number for GPT-2.
     pub num_key_value_heads: usize,
-    /// Width of one head; even, for rotary positions.
+    /// Width of one head; even. For GPT-2 always `hidden_size / num_attention_heads`.
     pub head_dim: usize,
     /// Inner width of the feed-forward block.
     pub intermediate_size: usize,
@@ -31,76 +43,96 @@ pub struct ModelSpec {
     pub vocab_size: usize,
     /// Whether the output head is the embedding matrix.
     pub tie_word_embeddings: bool,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
-    /// Added under the root in RMSNorm.
-    pub rms_norm_eps: f64,
+    /// Llama: base of the rotary frequencies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_theta: Option<f64>,
+    /// Llama: added under the root in RMSNorm.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rms_norm_eps: Option<f64>,
     /// Standard deviation of the initial weights.
     pub initializer_range: f64,
+    /// GPT-2: the number of learned positions, the longest sequence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_position_embeddings: Option<usize>,
+    /// GPT-2: added under the root in LayerNorm.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer_norm_epsilon: Option<f64>,
 }
 
 /// Names of the presets, smallest first.
-pub const PRESETS: [&str; 6] = ["tiny", "small", "llama-15m", "llama-42m", "llama-110m", "llama-1b"];
+pub const PRESETS: [&str; 11] = [
+    "tiny",
+    "small",
+    "llama-15m",
+    "llama-42m",
+    "llama-110m",
+    "gpt2-124m",
+    "gpt2-350m",
+    "gpt2-774m",
+    "llama-1b",
+    "gpt2-1.5b",
+    "llama-8b",
+];
 
 impl ModelSpec {
     /// The shape of a named preset, or `None` if there is none of that name.
     pub fn preset(name: &str) -> Option<Self> {
-        let (hidden, layers, heads, kv, ffn, vocab, tied) = match name {
-            "tiny" => (128, 4, 4, 2, 352, 256, true),
-            "small" => (256, 6, 8, 8, 768, 256, true),
-            "llama-15m" => (288, 6, 6, 6, 768, 32000, true),
-            "llama-42m" => (512, 8, 8, 8, 1376, 32000, true),
-            "llama-110m" => (768, 12, 12, 12, 2048, 32000, true),
-            "llama-1b" => (2048, 22, 32, 4, 5632, 32000, false),
-            _ => return None,
-        };
-        Some(Self {
+        match name {
+            "tiny" => Some(Self::llama([128, 4, 4, 2, 352, 256], true)),
+            "small" => Some(Self::llama([256, 6, 8, 8, 768, 256], true)),
+            "llama-15m" => Some(Self::llama([288, 6, 6, 6, 768, 32_000], true)),
+            "llama-42m" => Some(Self::llama([512, 8, 8, 8, 1376, 32_000], true)),
+            "llama-110m" => Some(Self::llama([768, 12, 12, 12, 2048, 32_000], true)),
+            "llama-1b" => Some(Self::llama([2048, 22, 32, 4, 5632, 32_000], false)),
+            "llama-8b" => {
+                let shape = Self::llama([4096, 32, 32, 8, 14_336, 128_256], false);
+                Some(Self { rope_theta: Some(500_000.0), ..shape })
+            }
+            "gpt2-124m" => Some(Self::gpt2(768, 12, 12)),
+            "gpt2-350m" => Some(Self::gpt2(1024, 24, 16)),
+            "gpt2-774m" => Some(Self::gpt2(1280, 36, 20)),
+            "gpt2-1.5b" => Some(Self::gpt2(1600, 48, 25)),
+            _ => None,
+        }
+    }
+
+    /// A Llama with the defaults of all but its sizes.
+    fn llama([hidden, layers, heads, kv_heads, inner, vocabulary]: [usize; 6], tied: bool) -> Self {
+        Self {
             architecture: Architecture::Llama,
             hidden_size: hidden,
             num_hidden_layers: layers,
             num_attention_heads: heads,
-            num_key_value_heads: kv,
+            num_key_value_heads: kv_heads,
             head_dim: hidden / heads,
-            intermediate_size: ffn,
-            vocab_size: vocab,
+            intermediate_size: inner,
+            vocab_size: vocabulary,
             tie_word_embeddings: tied,
-            rope_theta: 10_000.0,
-            rms_norm_eps: 1e-5,
+            rope_theta: Some(ROPE_THETA),
+            rms_norm_eps: Some(EPSILON),
             initializer_range: 0.02,
-        })
+            max_position_embeddings: None,
+            layer_norm_epsilon: None,
+        }
     }
-}
 
-impl ModelSpec {
-    /// All parameters in canonical order: name and row-major shape (`[out, in]` for a matrix).
-    ///
-    /// Names and shapes are those of Hugging Face's `LlamaForCausalLM`. Laid end to end in this order, with no padding,
-    /// they are the canonical space: a function of the model alone, the same for training, sharding and checkpoints.
-    /// The order makes neighbours of matrices that multiply the same input: `[q; k; v]` and `[gate; up]` are each one
-    /// taller matrix, and one product.
-    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let mut list = Vec::with_capacity(3 + 9 * self.num_hidden_layers);
-        let (d, f) = (self.hidden_size, self.intermediate_size);
-        let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
-        list.push(("model.embed_tokens.weight".to_string(), vec![self.vocab_size, d]));
-        for layer in 0..self.num_hidden_layers {
-            let mut add = |part: &str, shape: Vec<usize>| {
-                list.push((format!("model.layers.{layer}.{part}.weight"), shape));
-            };
-            add("input_layernorm", vec![d]);
-            add("self_attn.q_proj", vec![q, d]);
-            add("self_attn.k_proj", vec![kv, d]);
-            add("self_attn.v_proj", vec![kv, d]);
-            add("self_attn.o_proj", vec![d, q]);
-            add("post_attention_layernorm", vec![d]);
-            add("mlp.gate_proj", vec![f, d]);
-            add("mlp.up_proj", vec![f, d]);
-            add("mlp.down_proj", vec![d, f]);
+    /// A GPT-2 as it was published, of the given width.
+    fn gpt2(hidden: usize, layers: usize, heads: usize) -> Self {
+        Self {
+            architecture: Architecture::Gpt2,
+            hidden_size: hidden,
+            num_hidden_layers: layers,
+            num_attention_heads: heads,
+            num_key_value_heads: heads,
+            head_dim: hidden / heads,
+            intermediate_size: 4 * hidden,
+            vocab_size: 50_257,
+            tie_word_embeddings: true,
+            rope_theta: None,
+            rms_norm_eps: None,
+            initializer_range: 0.02,
+            max_position_embeddings: Some(POSITIONS),
+            layer_norm_epsilon: Some(EPSILON),
         }
-        list.push(("model.norm.weight".to_string(), vec![d]));
-        if !self.tie_word_embeddings {
-            list.push(("lm_head.weight".to_string(), vec![self.vocab_size, d]));
-        }
-        list
     }
 }

@@ -1,15 +1,17 @@
-//! From a TOML job file to a [`JobSpec`]: the one place that names every key and its default.
+//! From a TOML job file to a [`JobSpec`]: the place that names every key and its default, with
+//! `read_model.rs` for those of `[model]`.
 
 use std::io::Read;
 use std::path::Path;
 
 use toml::{Table, Value};
 
+use super::read_model::model;
 use super::reader::{BELOW_ONE, NOT_NEGATIVE, POSITIVE, Reader, SpecError, set_place};
 use super::{
     Architecture, BestOrder, CheckpointSpec, DataSpec, DeviceKind, FaultSpec, JobSpec, MOST_SEED, MOST_SPARES,
-    MOST_THREADS, ModelSpec, OptimizerKind, OptimizerSpec, Overrides, PRESETS, PRIORITIES, Reduction, ResourcesSpec,
-    SECONDS, SPEC_FORMAT, STRAGGLER, ScheduleKind, ScheduleSpec, TrainingSpec, VALIDATION_LOSS, Workers,
+    MOST_THREADS, OptimizerKind, OptimizerSpec, Overrides, PRIORITIES, Reduction, ResourcesSpec, SECONDS, SPEC_FORMAT,
+    STRAGGLER, ScheduleKind, ScheduleSpec, TrainingSpec, VALIDATION_LOSS, Workers,
 };
 use crate::ids::JobName;
 
@@ -51,13 +53,13 @@ impl JobSpec {
         let name = name.ok_or_else(|| top.missing("name", "the job's name, such as name = \"tiny\""))?;
         let name = JobName::new(&name)
             .map_err(|error| top.refuse("name", format!("{name:?}"), format!("a usable name: {error}")))?;
-        let training = training(in_training)?;
+        let (training, model) = (training(in_training)?, model(in_model)?);
         let spec = Self {
             format: SPEC_FORMAT,
             name,
-            model: model(in_model)?,
             data: data(in_data, folder)?,
-            optimizer: optimizer(in_optimizer)?,
+            optimizer: optimizer(in_optimizer, model.architecture)?,
+            model,
             schedule: schedule(in_schedule, training.steps)?,
             checkpoint: checkpoint(in_checkpoint, folder)?,
             resources: resources(in_resources)?,
@@ -96,59 +98,6 @@ fn apply(table: &mut Table, key: &str, text: &str) -> Result<(), SpecError> {
     }
     at.insert(last.to_string(), value);
     Ok(())
-}
-
-fn model(mut r: Reader) -> Result<ModelSpec, SpecError> {
-    let base = match r.text("preset")? {
-        None => None,
-        Some(name) => Some(ModelSpec::preset(&name).ok_or_else(|| {
-            r.refuse("preset", format!("{name:?}"), format!("one of {}", PRESETS.map(|p| format!("{p:?}")).join(", ")))
-        })?),
-    };
-    let architecture = r.choice("architecture", &[("llama", Architecture::Llama)], Architecture::Llama)?;
-    let mut size = |key: &'static str, of: fn(&ModelSpec) -> usize| {
-        Ok(r.whole_if(key, 1)?.map(|value| value as usize).or_else(|| base.as_ref().map(of)))
-    };
-    let hidden_size = size("hidden_size", |m| m.hidden_size)?;
-    let num_hidden_layers = size("num_hidden_layers", |m| m.num_hidden_layers)?;
-    let num_attention_heads = size("num_attention_heads", |m| m.num_attention_heads)?;
-    let intermediate_size = size("intermediate_size", |m| m.intermediate_size)?;
-    let vocab_size = size("vocab_size", |m| m.vocab_size)?;
-    let num_key_value_heads = r.whole_if("num_key_value_heads", 1)?;
-    let head_dim = r.whole_if("head_dim", 2)?;
-    let tie_word_embeddings = r.boolean("tie_word_embeddings", base.as_ref().is_some_and(|m| m.tie_word_embeddings))?;
-    let rope_theta = r.number("rope_theta", (1.0, POSITIVE.1), 10_000.0)?;
-    let rms_norm_eps = r.number("rms_norm_eps", (POSITIVE.0, 1.0), 1e-5)?;
-    let initializer_range = r.number("initializer_range", (0.0, 10.0), 0.02)?;
-    r.finish()?;
-    let given = |key: &str, value: Option<usize>| {
-        value.ok_or_else(|| r.missing(key, "a whole number of at least 1, or give model.preset"))
-    };
-    let hidden_size = given("hidden_size", hidden_size)?;
-    let num_attention_heads = given("num_attention_heads", num_attention_heads)?;
-    let kv_default = base.as_ref().map_or(num_attention_heads, |m| m.num_key_value_heads.min(num_attention_heads));
-    let head_dim = match head_dim {
-        Some(head_dim) => head_dim as usize,
-        None if hidden_size.is_multiple_of(num_attention_heads) => hidden_size / num_attention_heads,
-        None => {
-            let wanted = format!("a divisor of model.hidden_size = {hidden_size} (or give model.head_dim)");
-            return Err(r.refuse("num_attention_heads", num_attention_heads.to_string(), wanted));
-        }
-    };
-    Ok(ModelSpec {
-        architecture,
-        hidden_size,
-        num_hidden_layers: given("num_hidden_layers", num_hidden_layers)?,
-        num_attention_heads,
-        num_key_value_heads: num_key_value_heads.map_or(kv_default, |heads| heads as usize),
-        head_dim,
-        intermediate_size: given("intermediate_size", intermediate_size)?,
-        vocab_size: given("vocab_size", vocab_size)?,
-        tie_word_embeddings,
-        rope_theta,
-        rms_norm_eps,
-        initializer_range,
-    })
 }
 
 fn data(mut r: Reader, folder: &Path) -> Result<DataSpec, SpecError> {
@@ -228,7 +177,7 @@ fn training(mut r: Reader) -> Result<TrainingSpec, SpecError> {
     Ok(spec)
 }
 
-fn optimizer(mut r: Reader) -> Result<OptimizerSpec, SpecError> {
+fn optimizer(mut r: Reader, architecture: Architecture) -> Result<OptimizerSpec, SpecError> {
     let kind = r.choice("kind", &[("adamw", OptimizerKind::Adamw)], OptimizerKind::Adamw)?;
     let learning_rate = r.number("learning_rate", POSITIVE, 1e-3)?;
     let betas = match r.take("betas") {
@@ -244,7 +193,7 @@ fn optimizer(mut r: Reader) -> Result<OptimizerSpec, SpecError> {
         betas,
         epsilon: r.number("epsilon", POSITIVE, 1e-8)?,
         weight_decay: r.number("weight_decay", NOT_NEGATIVE, 0.1)?,
-        no_decay: r.texts("no_decay", &["norm"])?,
+        no_decay: r.texts("no_decay", architecture.no_decay())?,
         clip_norm: match r.take("clip_norm") {
             None => Some(1.0),
             Some(Value::Boolean(false)) => None,

@@ -287,9 +287,9 @@ fn a_complete_spec_is_held_to_the_same_ranges() {
         ("fault.heartbeat", |s| s.fault.heartbeat = f64::NAN),
         ("fault.restart", |s| s.fault.restart = f64::INFINITY),
         ("fault.grace", |s| s.fault.grace = -1.0),
-        ("model.rope_theta", |s| s.model.rope_theta = 0.5),
-        ("model.rms_norm_eps", |s| s.model.rms_norm_eps = 0.0),
-        ("model.rms_norm_eps", |s| s.model.rms_norm_eps = 1e-39),
+        ("model.rope_theta", |s| s.model.rope_theta = Some(0.5)),
+        ("model.rms_norm_eps", |s| s.model.rms_norm_eps = Some(0.0)),
+        ("model.rms_norm_eps", |s| s.model.rms_norm_eps = Some(1e-39)),
         ("model.initializer_range", |s| s.model.initializer_range = 11.0),
         ("model.num_key_value_heads", |s| s.model.num_key_value_heads = 0),
     ];

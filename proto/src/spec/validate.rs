@@ -6,12 +6,13 @@
 
 use super::detect::Misfit;
 use super::read::scheme;
+use super::read_model::not_ours;
 use super::reader::{
     BELOW_ONE, MOST, NOT_NEGATIVE, POSITIVE, SpecError, is_within, number_wanted, signed_wanted, whole_wanted,
 };
 use super::{
-    DataSpec, DeviceKind, JobSpec, MOST_SEED, MOST_SPARES, MOST_THREADS, ModelSpec, PRIORITIES, SECONDS, STRAGGLER,
-    VALIDATION_LOSS,
+    Architecture, DataSpec, DeviceKind, JobSpec, MOST_SEED, MOST_SPARES, MOST_THREADS, ModelSpec, PRIORITIES, SECONDS,
+    STRAGGLER, VALIDATION_LOSS,
 };
 
 /// Most micro-batches of one update: their losses travel in one message, and the exact grid leaves room for so many.
@@ -144,6 +145,10 @@ impl JobSpec {
             Err(SpecError::Value { place: place.into(), key: key.into(), found, wanted })
         };
         let t = &self.training;
+        if let Some(most) = self.model.max_position_embeddings.filter(|most| t.sequence_length > *most) {
+            let wanted = format!("at most model.max_position_embeddings = {most}");
+            return refuse("training.sequence_length", t.sequence_length.to_string(), wanted);
+        }
         if !t.global_batch.is_multiple_of(t.micro_batch) {
             let down = t.global_batch - t.global_batch % t.micro_batch;
             let near = if down == 0 { t.micro_batch } else { down };
@@ -237,17 +242,56 @@ impl ModelSpec {
             return refuse("num_key_value_heads", self.num_key_value_heads, wanted);
         }
         if !self.head_dim.is_multiple_of(2) {
-            return refuse("head_dim", self.head_dim, "even, for rotary positions".into());
+            return refuse("head_dim", self.head_dim, "even".into());
         }
         if self.num_hidden_layers > 4096 {
             return refuse("num_hidden_layers", self.num_hidden_layers, "at most 4096".into());
         }
-        let ranges = [
-            ("model.rope_theta", self.rope_theta, (1.0, POSITIVE.1)),
-            ("model.rms_norm_eps", self.rms_norm_eps, (POSITIVE.0, 1.0)),
-            ("model.initializer_range", self.initializer_range, (0.0, 10.0)),
+        if self.architecture == Architecture::Gpt2 {
+            let (hidden, heads) = (self.hidden_size, self.num_attention_heads);
+            if self.num_key_value_heads != heads {
+                let wanted = format!("model.num_attention_heads = {heads}, for \"gpt2\" has no grouped queries");
+                return refuse("num_key_value_heads", self.num_key_value_heads, wanted);
+            }
+            if self.head_dim.checked_mul(heads) != Some(hidden) {
+                let wanted = format!("model.hidden_size / model.num_attention_heads = {hidden} / {heads}");
+                return refuse("head_dim", self.head_dim, wanted);
+            }
+            let positions = self.max_position_embeddings.unwrap_or(1);
+            if positions == 0 || positions > MOST {
+                return refuse("max_position_embeddings", positions, format!("from 1 to {MOST}"));
+            }
+        }
+        self.validate_own(place)?;
+        check_numbers(place, &[("model.initializer_range", self.initializer_range, (0.0, 10.0))])
+    }
+
+    /// The keys that only some architectures have: there where they belong, within their ranges, and nowhere else.
+    fn validate_own(&self, place: &str) -> Result<(), SpecError> {
+        let epsilon = (POSITIVE.0, 1.0);
+        let positions = self.max_position_embeddings.map(|most| most as f64);
+        let own = [
+            (Architecture::Llama, "model.rope_theta", self.rope_theta, (1.0, POSITIVE.1)),
+            (Architecture::Llama, "model.rms_norm_eps", self.rms_norm_eps, epsilon),
+            (Architecture::Gpt2, "model.max_position_embeddings", positions, (1.0, POSITIVE.1)),
+            (Architecture::Gpt2, "model.layer_norm_epsilon", self.layer_norm_epsilon, epsilon),
         ];
-        check_numbers(place, &ranges)
+        for (architecture, key, value, range) in own {
+            let (place, key) = (place.to_string(), key.to_string());
+            match value {
+                Some(value) if architecture == self.architecture => check_numbers(&place, &[(&key, value, range)])?,
+                Some(value) => {
+                    let wanted = not_ours(architecture, self.architecture);
+                    return Err(SpecError::Value { place, key, found: value.to_string(), wanted });
+                }
+                None if architecture == self.architecture => {
+                    let wanted = format!("architecture {:?} has it", architecture.name());
+                    return Err(SpecError::Missing { place, key, wanted });
+                }
+                None => {}
+            }
+        }
+        Ok(())
     }
 }
 

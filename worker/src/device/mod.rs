@@ -10,8 +10,10 @@
 
 pub mod cpu;
 pub mod cuda;
+mod shape;
 mod train;
 
+pub use shape::{AdamwParts, AttentionShape, LossShape, MatmulShape, NormShape, Part, PartMut, Product, Write};
 pub use train::{Arrival, ExactForm, Frozen, HostDevice, HostParameters, RankState, TrainDevice, Update};
 
 use crate::exact::GradientFault;
@@ -46,96 +48,6 @@ pub enum DeviceError {
 
 /// The result of a device operation.
 pub type DeviceResult<T = ()> = Result<T, DeviceError>;
-
-/// A place in a buffer to read from: the buffer and the first element.
-#[derive(Debug)]
-pub struct Part<'a, B>(pub &'a B, pub usize);
-
-/// A place in a buffer to write to: the buffer and the first element.
-#[derive(Debug)]
-pub struct PartMut<'a, B>(pub &'a mut B, pub usize);
-
-/// Which operand of a product is transposed. `C` is always `m × n`, the inner dimension is `k`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Product {
-    /// `C = A·B`, A is `m × k`, B is `k × n`: the gradient of a layer's input.
-    NN,
-    /// `C = A·Bᵀ`, A is `m × k`, B is `n × k`: a layer's output from its weights.
-    NT,
-    /// `C = Aᵀ·B`, A is `k × m`, B is `k × n`: the gradient of a layer's weights.
-    TN,
-}
-
-/// The shape of a matrix product.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MatmulShape {
-    /// Rows of C.
-    pub m: usize,
-    /// Columns of C.
-    pub n: usize,
-    /// Length of the sums.
-    pub k: usize,
-    /// Elements from one row of A to the next, where rows are not dense.
-    pub a_pitch: Option<usize>,
-    /// Elements from one row of C to the next, where rows are not dense.
-    pub c_pitch: Option<usize>,
-}
-
-impl MatmulShape {
-    /// The shape of dense matrices.
-    pub fn dense(m: usize, n: usize, k: usize) -> Self {
-        Self { m, n, k, a_pitch: None, c_pitch: None }
-    }
-}
-
-/// The shape of a chunk of the loss.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LossShape {
-    /// Columns of logits.
-    pub vocabulary: usize,
-    /// Elements from one row of logits to the next; what lies between rows becomes zero with the gradient.
-    pub pitch: usize,
-    /// Rows of logits.
-    pub rows: usize,
-    /// The first row's place in the targets.
-    pub first: usize,
-}
-
-/// Whether an operation overwrites its output or adds to it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Write {
-    /// The output's old value is not read.
-    Replace,
-    /// The result is added to the output.
-    Add,
-}
-
-/// The shape of causal attention. Rows of the query-key-value matrix are `[q heads | k heads | v heads]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct AttentionShape {
-    /// Sequences.
-    pub batch: usize,
-    /// Tokens of a sequence.
-    pub sequence: usize,
-    /// Query heads.
-    pub heads: usize,
-    /// Key and value heads; divides `heads`, query head `h` uses key head `h / (heads / kv_heads)`.
-    pub kv_heads: usize,
-    /// Width of a head; even.
-    pub head_dim: usize,
-}
-
-impl AttentionShape {
-    /// Width of a row of the query-key-value matrix.
-    pub fn row(&self) -> usize {
-        (self.heads + 2 * self.kv_heads) * self.head_dim
-    }
-
-    /// Width of a row of the output.
-    pub fn output_row(&self) -> usize {
-        self.heads * self.head_dim
-    }
-}
 
 /// One kind of device. See the module's text for what every implementation promises.
 pub trait Device: Send + Sync + Sized {
@@ -222,13 +134,15 @@ pub trait Device: Send + Sync + Sized {
         c: PartMut<'_, Self::Buffer>,
     ) -> DeviceResult;
 
-    /// `out[i] = table[tokens[i]]`, rows of `width`.
+    /// `out[i] = table[tokens[i]]`, rows of `width`. With learned `positions`, given with the tokens of a sequence, row
+    /// `i` also gets the vector of position `i mod sequence`.
     fn embedding_forward(
         &self,
         width: usize,
         rows: usize,
         tokens: &Self::Tokens,
         table: Part<'_, Self::Activation>,
+        positions: Option<(Part<'_, Self::Activation>, usize)>,
         out: &mut Self::Activation,
     ) -> DeviceResult;
     /// `d_table[tokens[i]] += d_out[i]`, in row order.
@@ -240,6 +154,38 @@ pub trait Device: Send + Sync + Sized {
         d_out: &Self::Activation,
         d_table: PartMut<'_, Self::Buffer>,
     ) -> DeviceResult;
+
+    /// The gradient of learned positions: `d_positions[t] = Σ d_out[b·sequence + t]` over the sequences in order, for the
+    /// first `sequence` positions.
+    fn position_backward(
+        &self,
+        width: usize,
+        batch: usize,
+        sequence: usize,
+        d_out: &Self::Activation,
+        d_positions: PartMut<'_, Self::Buffer>,
+    ) -> DeviceResult;
+
+    /// `out[i] += bias` for each of `rows` rows of `width`.
+    fn add_bias(
+        &self,
+        width: usize,
+        rows: usize,
+        bias: Part<'_, Self::Activation>,
+        out: &mut Self::Activation,
+    ) -> DeviceResult;
+    /// The bias's gradient, `Σ d_out[i]` over the rows in an order of the shape's own, replaces `d_bias`. `workspace`
+    /// holds [`Device::bias_workspace`] elements.
+    fn bias_gradient(
+        &self,
+        width: usize,
+        rows: usize,
+        d_out: &Self::Activation,
+        d_bias: PartMut<'_, Self::Buffer>,
+        workspace: &mut Self::Buffer,
+    ) -> DeviceResult;
+    /// Elements of workspace a bias's gradient needs.
+    fn bias_workspace(&self, width: usize, rows: usize) -> usize;
 
     /// Residual addition and RMSNorm (Zhang and Sennrich, 2019) in one pass:
     /// `sum = x + delta` (or `x` itself where `delta` is absent: then `sum` is not written), `scale =
@@ -272,10 +218,48 @@ pub trait Device: Send + Sync + Sized {
     /// Elements of workspace a norm's backward needs.
     fn norm_workspace(&self, norm: NormShape) -> usize;
 
+    /// Residual addition and LayerNorm (Ba, Kiros and Hinton, 2016) in one pass, as [`Device::rmsnorm_forward`]:
+    /// `normed = (sum − mean)/σ·gain + bias` with `σ² = mean((sum − mean)²)+ε`. `affine` is the gain and, behind it, the
+    /// bias; `statistics` gets mean and `1/σ` of each row, `[rows, 2]`.
+    #[allow(clippy::too_many_arguments)]
+    fn layernorm_forward(
+        &self,
+        norm: NormShape,
+        x: &Self::Activation,
+        delta: Option<(&Self::Activation, &mut Self::Activation)>,
+        affine: Part<'_, Self::Activation>,
+        normed: &mut Self::Activation,
+        statistics: &mut Self::Buffer,
+    ) -> DeviceResult;
+    /// The backward of [`Device::layernorm_forward`]: `d_x` gets (or is increased by) the gradient of `x`; the gradients
+    /// of gain and bias, one behind the other, replace `d_affine`. `workspace` holds [`Device::layernorm_workspace`]
+    /// elements.
+    #[allow(clippy::too_many_arguments)]
+    fn layernorm_backward(
+        &self,
+        norm: NormShape,
+        x: &Self::Activation,
+        statistics: &Self::Buffer,
+        affine: Part<'_, Self::Activation>,
+        d_normed: &Self::Activation,
+        write: Write,
+        d_x: &mut Self::Activation,
+        d_affine: PartMut<'_, Self::Buffer>,
+        workspace: &mut Self::Buffer,
+    ) -> DeviceResult;
+    /// Elements of workspace a LayerNorm's backward needs.
+    fn layernorm_workspace(&self, norm: NormShape) -> usize;
+
     /// Rotates queries and keys in place (Su et al., 2021), in the half-split layout of Hugging Face: element `i` of a
     /// head pairs with `i + head_dim/2`. `table` holds, for each position, `head_dim/2` cosines then as many sines.
     /// `inverse` rotates back, which is the backward.
-    fn rope(&self, shape: AttentionShape, inverse: bool, table: &Self::Buffer, qkv: &mut Self::Activation) -> DeviceResult;
+    fn rope(
+        &self,
+        shape: AttentionShape,
+        inverse: bool,
+        table: &Self::Buffer,
+        qkv: &mut Self::Activation,
+    ) -> DeviceResult;
 
     /// Causal softmax attention, scaled by `1/√head_dim`; also stores what the backward needs to compute each row's
     /// probabilities again: two numbers a row, `[batch, heads, sequence, 2]`, in a form of the device's own.
@@ -303,8 +287,13 @@ pub trait Device: Send + Sync + Sized {
     fn attention_workspace(&self, shape: AttentionShape) -> usize;
 
     /// `act = silu(gate)·up` with rows `[gate | up]` of twice `width` (Shazeer, 2020).
-    fn swiglu_forward(&self, width: usize, rows: usize, gate_up: &Self::Activation, act: &mut Self::Activation)
-    -> DeviceResult;
+    fn swiglu_forward(
+        &self,
+        width: usize,
+        rows: usize,
+        gate_up: &Self::Activation,
+        act: &mut Self::Activation,
+    ) -> DeviceResult;
     /// The backward, in place: `gate_up` becomes its own gradient, and `d_act` becomes `act` again (which the gradient
     /// of the next matrix needs, and which is cheaper to compute than to keep).
     fn swiglu_backward(
@@ -314,6 +303,11 @@ pub trait Device: Send + Sync + Sized {
         gate_up: &mut Self::Activation,
         d_act: &mut Self::Activation,
     ) -> DeviceResult;
+
+    /// `act = x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³)))` of `elements` elements (Hendrycks and Gimpel, 2016).
+    fn gelu_forward(&self, elements: usize, pre: &Self::Activation, act: &mut Self::Activation) -> DeviceResult;
+    /// The backward, in place as [`Device::swiglu_backward`]: `pre` becomes its own gradient, `d_act` becomes `act`.
+    fn gelu_backward(&self, elements: usize, pre: &mut Self::Activation, d_act: &mut Self::Activation) -> DeviceResult;
 
     /// Softmax cross-entropy of `shape.rows` rows of logits against `targets[shape.first..]`. The losses' sum, added in
     /// float64 in an order of the shape's own, is written or added to `losses[index]`. With `gradient = Some(scale)`,
@@ -377,13 +371,7 @@ pub trait Device: Send + Sync + Sized {
         gradient: &mut Self::Buffer,
     ) -> DeviceResult;
     /// `to[i] = alpha·from[at + i]`.
-    fn scale(
-        &self,
-        elements: usize,
-        alpha: f32,
-        from: Part<'_, Self::Buffer>,
-        to: &mut Self::Buffer,
-    ) -> DeviceResult;
+    fn scale(&self, elements: usize, alpha: f32, from: Part<'_, Self::Buffer>, to: &mut Self::Buffer) -> DeviceResult;
     /// The sum of squares of each block of `block` elements (the last may be short), in float64, in a fixed order.
     fn block_square_sums(
         &self,
@@ -392,30 +380,4 @@ pub trait Device: Send + Sync + Sized {
         gradient: &Self::Buffer,
         out: &mut [f64],
     ) -> DeviceResult;
-}
-
-/// The operands of an AdamW update.
-#[derive(Debug)]
-pub struct AdamwParts<'a, B> {
-    /// Updated in place.
-    pub parameters: PartMut<'a, B>,
-    /// Gets the new parameters too, for a snapshot.
-    pub mirror: Option<PartMut<'a, B>>,
-    /// First and second moment before the update; in place if not given.
-    pub from: Option<[Part<'a, B>; 2]>,
-    /// First and second moment after it.
-    pub to: [PartMut<'a, B>; 2],
-    /// The mean gradient.
-    pub gradient: Part<'a, B>,
-}
-
-/// The shape of a norm.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct NormShape {
-    /// Token rows.
-    pub rows: usize,
-    /// Elements of a row.
-    pub width: usize,
-    /// Added to the mean square.
-    pub epsilon: f32,
 }

@@ -1,36 +1,38 @@
 //! Memory of one micro-batch: what the forward saves for the backward, and scratch shared by all layers.
 //!
-//! Saved per layer are the inputs of every product and norm. The inner activation of SwiGLU is not: the backward
+//! Saved per layer are the inputs of every product and norm. The feed-forward block's inner activation is not: the backward
 //! computes it again in the buffer of its own gradient.
 
-use proto::spec::ModelSpec;
+use proto::spec::{ModelSpec, Norm, Positions};
 
 use super::Sizes;
-use crate::device::{Device, DeviceResult, PartMut};
+use super::parameters::inner_inputs;
+use crate::device::{AttentionShape, Device, DeviceResult, PartMut};
 use crate::math;
 
 /// What one layer saves.
 pub(super) struct LayerActs<D: Device> {
     /// The residual stream entering the layer, `[rows, hidden]`.
     pub(super) stream: D::Activation,
-    /// `1/rms` of each of its rows.
-    pub(super) input_scale: D::Buffer,
+    /// What its norm's backward needs of each of its rows.
+    pub(super) input_statistics: D::Buffer,
     /// Its norm.
     pub(super) input_normed: D::Activation,
-    /// Rotated queries and keys, and values, `[rows, (heads + 2·kv_heads)·head_dim]`.
+    /// Queries and keys, rotated if positions are, and values, `[rows, (heads + 2·kv_heads)·head_dim]`.
     pub(super) qkv: D::Activation,
     /// Attention's output, `[rows, heads·head_dim]`.
     pub(super) attention: D::Activation,
     /// Softmax statistics of attention.
-    pub(super) statistics: D::Buffer,
+    pub(super) softmax: D::Buffer,
     /// The stream after attention.
     pub(super) middle: D::Activation,
-    /// `1/rms` of each of its rows.
-    pub(super) post_scale: D::Buffer,
+    /// What its norm's backward needs of each of its rows.
+    pub(super) post_statistics: D::Buffer,
     /// Its norm.
     pub(super) post_normed: D::Activation,
-    /// `[gate | up]`, `[rows, 2·inner]`; the backward turns it into its gradient.
-    pub(super) gate_up: D::Activation,
+    /// What the feed-forward block's activation reads: `[gate | up]`, `[rows, 2·inner]`, of SwiGLU, else `[rows, inner]`.
+    /// The backward turns it into its gradient.
+    pub(super) up: D::Activation,
 }
 
 /// Everything of one micro-batch.
@@ -38,13 +40,13 @@ pub(super) struct Activations<D: Device> {
     pub(super) tokens: D::Tokens,
     pub(super) targets: D::Tokens,
     pub(super) layers: Vec<LayerActs<D>>,
-    /// The stream after the last layer, its scale and norm.
+    /// The stream after the last layer, what its norm's backward needs of it, and its norm.
     pub(super) last: D::Activation,
-    pub(super) last_scale: D::Buffer,
+    pub(super) last_statistics: D::Buffer,
     pub(super) last_normed: D::Activation,
     /// What a block adds to the stream; its gradient's norm-side scratch in the backward.
     pub(super) delta: D::Activation,
-    /// SwiGLU's output, and its gradient.
+    /// The feed-forward block's activation, and its gradient.
     pub(super) act: D::Activation,
     /// The gradient of the stream.
     pub(super) d_stream: D::Activation,
@@ -54,9 +56,10 @@ pub(super) struct Activations<D: Device> {
     pub(super) d_qkv: D::Activation,
     /// Logits of one chunk of rows, and their gradient.
     pub(super) logits: D::Activation,
-    /// Cosines and sines of every position.
-    pub(super) rope: D::Buffer,
-    pub(super) norm_workspace: D::Buffer,
+    /// Cosines and sines of every position, if positions are rotary.
+    pub(super) rope: Option<D::Buffer>,
+    /// For sums over rows: gradients of gains and biases.
+    pub(super) sums_workspace: D::Buffer,
     pub(super) attention_workspace: D::Buffer,
 }
 
@@ -67,31 +70,37 @@ impl<D: Device> Activations<D> {
         let buffer = |width: usize| device.allocate_activation(rows.saturating_mul(width), "activations");
         let floats = |width: usize| device.allocate(rows.saturating_mul(width), "activations");
         let (hidden, heads, qkv) = (sizes.hidden, attention.output_row(), attention.row());
+        let up = inner_inputs(sizes.block.feed_forward, sizes.inner);
+        let per_row = match sizes.block.norm {
+            Norm::Rms => 1,
+            Norm::Layer => 2,
+        };
         let layers = (0..spec.num_hidden_layers)
             .map(|_| {
                 Ok(LayerActs {
                     stream: buffer(hidden)?,
-                    input_scale: floats(1)?,
+                    input_statistics: floats(per_row)?,
                     input_normed: buffer(hidden)?,
                     qkv: buffer(qkv)?,
                     attention: buffer(heads)?,
-                    statistics: floats(2 * attention.heads)?,
+                    softmax: floats(2 * attention.heads)?,
                     middle: buffer(hidden)?,
-                    post_scale: floats(1)?,
+                    post_statistics: floats(per_row)?,
                     post_normed: buffer(hidden)?,
-                    gate_up: buffer(2 * sizes.inner)?,
+                    up: buffer(up)?,
                 })
             })
             .collect::<DeviceResult<Vec<_>>>()?;
-        let table = rope_table(spec, attention.sequence);
-        let mut rope = device.allocate(table.len(), "rotary table")?;
-        device.upload(&table, PartMut(&mut rope, 0))?;
+        let rope = match sizes.block.positions {
+            Positions::Rotary { theta } => Some(upload_rope(device, &rope_table(theta, attention))?),
+            Positions::Learned { .. } => None,
+        };
         Ok(Self {
             tokens: device.allocate_tokens(rows)?,
             targets: device.allocate_tokens(rows)?,
             layers,
             last: buffer(hidden)?,
-            last_scale: floats(1)?,
+            last_statistics: floats(per_row)?,
             last_normed: buffer(hidden)?,
             delta: buffer(hidden)?,
             act: buffer(sizes.inner)?,
@@ -100,20 +109,40 @@ impl<D: Device> Activations<D> {
             d_qkv: buffer(qkv)?,
             logits: device.allocate_activation(sizes.loss_rows * sizes.logits_pitch, "logits")?,
             rope,
-            norm_workspace: device.allocate(device.norm_workspace(sizes.norm), "norm workspace")?,
+            sums_workspace: device.allocate(sums_workspace(sizes, device), "workspace of sums over rows")?,
             attention_workspace: device.allocate(device.attention_workspace(attention), "attention workspace")?,
         })
     }
 }
 
+/// Elements for the sums over rows of the widest gradient of gains or biases.
+fn sums_workspace<D: Device>(sizes: &Sizes, device: &D) -> usize {
+    let norm = match sizes.block.norm {
+        Norm::Rms => device.norm_workspace(sizes.norm),
+        Norm::Layer => device.layernorm_workspace(sizes.norm),
+    };
+    if !sizes.block.biases {
+        return norm;
+    }
+    let up = inner_inputs(sizes.block.feed_forward, sizes.inner);
+    let widths = [sizes.attention.row(), sizes.hidden, up];
+    widths.into_iter().map(|width| device.bias_workspace(width, sizes.rows)).fold(norm, usize::max)
+}
+
+fn upload_rope<D: Device>(device: &D, table: &[f32]) -> DeviceResult<D::Buffer> {
+    let mut rope = device.allocate(table.len(), "rotary table")?;
+    device.upload(table, PartMut(&mut rope, 0))?;
+    Ok(rope)
+}
+
 /// For each position, the cosines then the sines of its `head_dim/2` angles `position·θ^(−2i/head_dim)`.
-fn rope_table(spec: &ModelSpec, sequence_length: usize) -> Vec<f32> {
-    let half = spec.head_dim / 2;
-    let log_theta = math::ln(spec.rope_theta);
+fn rope_table(theta: f64, shape: AttentionShape) -> Vec<f32> {
+    let AttentionShape { sequence, head_dim, .. } = shape;
+    let log_theta = math::ln(theta);
     let frequencies: Vec<f64> =
-        (0..half).map(|i| math::exp(-log_theta * 2.0 * i as f64 / spec.head_dim as f64)).collect();
-    let mut table = Vec::with_capacity(sequence_length * spec.head_dim);
-    for position in 0..sequence_length {
+        (0..head_dim / 2).map(|i| math::exp(-log_theta * 2.0 * i as f64 / head_dim as f64)).collect();
+    let mut table = Vec::with_capacity(sequence * head_dim);
+    for position in 0..sequence {
         let angles: Vec<(f64, f64)> = frequencies.iter().map(|f| math::sin_cos(position as f64 * f)).collect();
         table.extend(angles.iter().map(|(_, cosine)| *cosine as f32));
         table.extend(angles.iter().map(|(sine, _)| *sine as f32));

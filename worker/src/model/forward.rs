@@ -4,6 +4,7 @@
 //! writes the new stream and its norm. The output head runs over chunks of token rows, loss and gradient together, so
 //! the logits of the whole micro-batch never exist.
 
+use super::parts::{Normed, Parts};
 use super::{Model, Sizes, whole};
 use crate::device::{Device, DeviceResult, LossShape, MatmulShape, Part, PartMut, Product, Write};
 
@@ -13,61 +14,54 @@ pub(super) struct LossAt<'a, D: Device>(pub(super) &'a mut D::Losses, pub(super)
 impl<D: Device> Model<D> {
     /// Runs all layers and the last norm, saving what the backward needs.
     pub(super) fn forward(&mut self, device: &D, parameters: &D::Activation) -> DeviceResult {
-        let Sizes { rows, hidden, .. } = self.sizes;
-        let norm = self.sizes.norm;
-        let table = Part(parameters, self.offsets.embedding);
+        let Sizes { rows, hidden, attention, .. } = self.sizes;
+        let parts = Parts { device, parameters, sizes: self.sizes };
+        let positions = self.offsets.positions.map(|(at, _)| (parts.at(at), attention.sequence));
+        let table = parts.at(self.offsets.embedding);
         let first = self.acts.layers.first_mut().map_or(&mut self.acts.last, |layer| &mut layer.stream);
-        device.embedding_forward(hidden, rows, &self.acts.tokens, table, first)?;
+        device.embedding_forward(hidden, rows, &self.acts.tokens, table, positions, first)?;
         for index in 0..self.acts.layers.len() {
-            self.layer_forward(device, parameters, index)?;
+            self.layer_forward(&parts, index)?;
         }
         let acts = &mut self.acts;
-        let weight = Part(parameters, self.offsets.final_norm);
+        let to = Normed { normed: &mut acts.last_normed, statistics: &mut acts.last_statistics };
         match acts.layers.last() {
-            Some(layer) => device.rmsnorm_forward(
-                norm,
-                &layer.middle,
-                Some((&acts.delta, &mut acts.last)),
-                weight,
-                &mut acts.last_normed,
-                &mut acts.last_scale,
-            ),
-            None => device.rmsnorm_forward(norm, &acts.last, None, weight, &mut acts.last_normed, &mut acts.last_scale),
+            Some(layer) => {
+                let delta = Some((&acts.delta, &mut acts.last));
+                parts.norm(self.offsets.final_norm, &layer.middle, delta, to)
+            }
+            None => parts.norm(self.offsets.final_norm, &acts.last, None, to),
         }
     }
 
     /// One layer; leaves its last output in `delta`, not yet added to the stream.
-    fn layer_forward(&mut self, device: &D, parameters: &D::Activation, index: usize) -> DeviceResult {
-        let sizes = self.sizes;
-        let Sizes { rows, hidden, inner, attention, norm, .. } = sizes;
+    fn layer_forward(&mut self, parts: &Parts<'_, D>, index: usize) -> DeviceResult {
+        let attention = self.sizes.attention;
         let at = self.offsets.layers[index];
         let acts = &mut self.acts;
         let (before, rest) = acts.layers.split_at_mut(index);
         let layer = &mut rest[0];
-        let weight = |offset| Part(parameters, offset);
 
-        let (normed, scale) = (&mut layer.input_normed, &mut layer.input_scale);
+        let to = Normed { normed: &mut layer.input_normed, statistics: &mut layer.input_statistics };
         if let Some(previous) = before.last() {
             let delta = Some((&acts.delta, &mut layer.stream));
-            device.rmsnorm_forward(norm, &previous.middle, delta, weight(at.input_norm), normed, scale)?;
+            parts.norm(at.input_norm, &previous.middle, delta, to)?;
         } else {
-            device.rmsnorm_forward(norm, &layer.stream, None, weight(at.input_norm), normed, scale)?;
+            parts.norm(at.input_norm, &layer.stream, None, to)?;
         }
-        let product = |shape, a: &D::Activation, w: usize, c: &mut D::Activation| {
-            device.matmul(Product::NT, shape, whole(a), weight(w), Write::Replace, PartMut(c, 0))
-        };
-        product(sizes.by_rows(attention.row(), hidden), &layer.input_normed, at.qkv, &mut layer.qkv)?;
-        device.rope(attention, false, &acts.rope, &mut layer.qkv)?;
-        let (out, statistics) = (&mut layer.attention, &mut layer.statistics);
-        device.attention_forward(attention, &layer.qkv, out, statistics, &mut acts.attention_workspace)?;
-        product(sizes.by_rows(hidden, attention.output_row()), &layer.attention, at.output, &mut acts.delta)?;
+        parts.linear(at.qkv, &layer.input_normed, &mut layer.qkv)?;
+        if let Some(table) = &acts.rope {
+            parts.device.rope(attention, false, table, &mut layer.qkv)?;
+        }
+        let (out, softmax) = (&mut layer.attention, &mut layer.softmax);
+        parts.device.attention_forward(attention, &layer.qkv, out, softmax, &mut acts.attention_workspace)?;
+        parts.linear(at.output, &layer.attention, &mut acts.delta)?;
 
-        let delta = Some((&acts.delta, &mut layer.middle));
-        let (normed, scale) = (&mut layer.post_normed, &mut layer.post_scale);
-        device.rmsnorm_forward(norm, &layer.stream, delta, weight(at.post_norm), normed, scale)?;
-        product(sizes.by_rows(2 * inner, hidden), &layer.post_normed, at.gate_up, &mut layer.gate_up)?;
-        device.swiglu_forward(inner, rows, &layer.gate_up, &mut acts.act)?;
-        product(sizes.by_rows(hidden, inner), &acts.act, at.down, &mut acts.delta)
+        let to = Normed { normed: &mut layer.post_normed, statistics: &mut layer.post_statistics };
+        parts.norm(at.post_norm, &layer.stream, Some((&acts.delta, &mut layer.middle)), to)?;
+        parts.linear(at.up, &layer.post_normed, &mut layer.up)?;
+        parts.activate(&layer.up, &mut acts.act)?;
+        parts.linear(at.down, &acts.act, &mut acts.delta)
     }
 
     /// The losses' sum, chunk by chunk, into `to`.

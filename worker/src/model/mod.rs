@@ -1,4 +1,5 @@
-//! The Llama model: forward and backward written by hand over a [`Device`].
+//! The model: forward and backward written by hand over a [`Device`], for Llama and GPT-2 alike. What a layer is made of
+//! is data ([`Block`]); `parts` has the device operation of each kind.
 //!
 //! One [`Model`] serves micro-batches of one shape. Everything it needs is allocated by [`Model::new`] (see
 //! `activations`), and [`Model::loss_and_gradient`] runs `forward`, then `backward`, which reads the saved activations
@@ -8,15 +9,16 @@ mod activations;
 mod backward;
 mod forward;
 mod parameters;
+mod parts;
 
-use proto::spec::ModelSpec;
+use proto::spec::{Block, ModelSpec};
 
 pub use parameters::{ParamDecl, parameter_count, parameters};
 
 use self::activations::Activations;
 use self::forward::LossAt;
 use self::parameters::Offsets;
-use crate::device::{AttentionShape, Device, DeviceError, MatmulShape, NormShape, Part};
+use crate::device::{AttentionShape, Device, DeviceError, NormShape, Part};
 
 /// Why a micro-batch could not be computed.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +35,14 @@ pub enum ModelError {
         expected: usize,
         /// Number given.
         given: usize,
+    },
+    /// More tokens in a sequence than the model has positions.
+    #[error("sequences of {sequence} tokens need as many positions, but the model has {positions}")]
+    Positions {
+        /// Tokens of a sequence.
+        sequence: usize,
+        /// Learned positions.
+        positions: usize,
     },
     /// A token the model has no row for.
     #[error("{what}[{position}] is token {token}, but the vocabulary has {vocabulary} (ids 0 to {})", vocabulary - 1)]
@@ -62,11 +72,12 @@ struct Sizes {
     logits_pitch: usize,
     attention: AttentionShape,
     norm: NormShape,
+    block: Block,
 }
 
 impl Sizes {
     fn new<D: Device>(spec: &ModelSpec, micro_batch: usize, sequence_length: usize, device: &D) -> Self {
-        let rows = micro_batch * sequence_length;
+        let (rows, block) = (micro_batch * sequence_length, spec.block());
         Self {
             rows,
             hidden: spec.hidden_size,
@@ -81,18 +92,9 @@ impl Sizes {
                 kv_heads: spec.num_key_value_heads,
                 head_dim: spec.head_dim,
             },
-            norm: NormShape { rows, width: spec.hidden_size, epsilon: spec.rms_norm_eps as f32 },
+            norm: NormShape { rows, width: spec.hidden_size, epsilon: block.epsilon as f32 },
+            block,
         }
-    }
-
-    /// The shape of `rows × n` from sums of length `k`.
-    fn by_rows(&self, n: usize, k: usize) -> MatmulShape {
-        MatmulShape::dense(self.rows, n, k)
-    }
-
-    /// The shape of a weight gradient `m × n`.
-    fn over_rows(&self, m: usize, n: usize) -> MatmulShape {
-        MatmulShape::dense(m, n, self.rows)
     }
 }
 
@@ -120,8 +122,12 @@ impl<D: Device> Model<D> {
     /// The specification is taken to be valid, as `JobSpec::load` checks it.
     pub fn new(spec: &ModelSpec, micro_batch: usize, sequence_length: usize, device: &D) -> Result<Self, ModelError> {
         let sizes = Sizes::new(spec, micro_batch, sequence_length, device);
+        let offsets = Offsets::new(spec);
+        if let Some((_, positions)) = offsets.positions.filter(|(_, most)| *most < sequence_length) {
+            return Err(ModelError::Positions { sequence: sequence_length, positions });
+        }
         let acts = Activations::new(spec, &sizes, device)?;
-        Ok(Self { sizes, offsets: Offsets::new(spec), acts, loss: None })
+        Ok(Self { sizes, offsets, acts, loss: None })
     }
 
     /// Elements of the canonical space: the length of `parameters` and `gradient`.

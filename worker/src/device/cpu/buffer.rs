@@ -6,8 +6,7 @@ use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::reserve;
-use crate::device::DeviceResult;
+use crate::device::{DeviceError, DeviceResult};
 use crate::slots::SlotMap;
 
 #[derive(Clone, Copy, Default, Pod, Zeroable)]
@@ -80,4 +79,13 @@ impl DerefMut for CpuBuffer {
             },
         }
     }
+}
+
+/// Zeroed memory, or an error where there is none.
+pub(super) fn reserve<T: Clone + Default>(elements: usize, what: &'static str) -> DeviceResult<Vec<T>> {
+    let mut list = Vec::new();
+    let bytes = elements.saturating_mul(size_of::<T>());
+    list.try_reserve_exact(elements).map_err(|_| DeviceError::OutOfMemory { bytes, what })?;
+    list.resize(elements, T::default());
+    Ok(list)
 }

@@ -12,14 +12,28 @@ pub(super) const ROWS: usize = 32;
 /// Columns of one task where work is cut by columns.
 const COLUMNS: usize = 64;
 
-/// `out[i] = table[tokens[i]]`.
-pub(super) fn embedding_forward(pool: &Pool, width: usize, tokens: &[u32], table: &[f32], out: &mut [f32]) {
+/// `out[i] = table[tokens[i]]`, plus the vector of the row's place in its sequence if there are learned positions: the
+/// table of them and the tokens of a sequence.
+pub(super) fn embedding_forward(
+    pool: &Pool,
+    width: usize,
+    tokens: &[u32],
+    table: &[f32],
+    positions: Option<(&[f32], usize)>,
+    out: &mut [f32],
+) {
     let rows = Shared::new(&mut out[..tokens.len() * width]);
     pool.each(tokens.len().div_ceil(ROWS), |task| {
         for i in chunk(task, ROWS, tokens.len()) {
             let from = tokens[i] as usize * width;
             // SAFETY: row i belongs to this task.
-            unsafe { rows.part(i * width, width) }.copy_from_slice(&table[from..from + width]);
+            let row = unsafe { rows.part(i * width, width) };
+            row.copy_from_slice(&table[from..from + width]);
+            if let Some((positions, sequence)) = positions {
+                for (value, position) in row.iter_mut().zip(&positions[i % sequence * width..]) {
+                    *value += position;
+                }
+            }
         }
     });
 }

@@ -1,7 +1,7 @@
 //! The CPU device: faer's matrix products, and vectorised kernels on a pool of threads.
 //!
 //! `lanes` and `x86` are the vector types, `pool` the threads, `gemm` the products, `attention*` with `micro`
-//! attention, `elementwise` and `loss` the rest of the model, `state` the update. A kernel's bits depend on its shape:
+//! attention, `elementwise`, `layernorm`, `gelu`, `bias` and `loss` the rest of the model, `state` the update. A kernel's bits depend on its shape:
 //! not on threads, and, but for matrix products, not on the instruction set either.
 
 // Vector code must inline into the function that enables its instruction set; see `lanes`.
@@ -9,35 +9,34 @@
 
 mod attention;
 mod attention_backward;
+mod bias;
 mod blocks;
 mod buffer;
 mod elementwise;
+mod gelu;
 mod gemm;
 mod lanes;
+mod layernorm;
 mod loss;
 mod micro;
 mod pool;
 mod state;
 #[cfg(test)]
 mod tests;
+mod train;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 pub use blocks::BlockSums;
 pub use buffer::CpuBuffer;
-use std::ops::Range;
-use std::sync::Arc;
+use buffer::reserve;
 
 use self::lanes::Isa;
 use self::pool::Pool;
 use super::{
-    AdamwParts, AttentionShape, Device, DeviceError, DeviceResult, ExactForm, HostDevice, HostParameters, LossShape, MatmulShape, NormShape, Part, PartMut, Product,
-    TrainDevice, Write,
+    AttentionShape, Device, DeviceResult, ExactForm, LossShape, MatmulShape, NormShape, Part, PartMut, Product, Write,
 };
 use crate::exact::GradientFault;
-use crate::optimizer::AdamwScalars;
-use crate::slots::SlotMap;
-use crate::state::ShardState;
 
 /// Version of the kernels' arithmetic; raised by any change that changes bits.
 const KERNELS: u32 = 1;
@@ -168,7 +167,8 @@ impl Device for CpuDevice {
         c: PartMut<'_, CpuBuffer>,
     ) -> DeviceResult {
         let a_row = if product == Product::TN { shape.m } else { shape.k };
-        let dense = shape.a_pitch.is_none_or(|pitch| pitch == a_row) && shape.c_pitch.is_none_or(|pitch| pitch == shape.n);
+        let dense =
+            shape.a_pitch.is_none_or(|pitch| pitch == a_row) && shape.c_pitch.is_none_or(|pitch| pitch == shape.n);
         assert!(dense, "matrices on the CPU are dense: {shape:?}");
         gemm::gemm(&self.pool, product, shape, &a.0[a.1..], &b.0[b.1..], write, &mut c.0[c.1..]);
         Ok(())
@@ -192,9 +192,11 @@ impl Device for CpuDevice {
         rows: usize,
         tokens: &Vec<u32>,
         table: Part<'_, CpuBuffer>,
+        positions: Option<(Part<'_, CpuBuffer>, usize)>,
         out: &mut CpuBuffer,
     ) -> DeviceResult {
-        elementwise::embedding_forward(&self.pool, width, &tokens[..rows], &table.0[table.1..], out);
+        let positions = positions.map(|(table, sequence)| (&table.0[table.1..], sequence));
+        elementwise::embedding_forward(&self.pool, width, &tokens[..rows], &table.0[table.1..], positions, out);
         Ok(())
     }
 
@@ -208,6 +210,39 @@ impl Device for CpuDevice {
     ) -> DeviceResult {
         elementwise::embedding_backward(&self.pool, width, &tokens[..rows], d_out, &mut d_table.0[d_table.1..]);
         Ok(())
+    }
+
+    fn position_backward(
+        &self,
+        width: usize,
+        batch: usize,
+        sequence: usize,
+        d_out: &CpuBuffer,
+        d_positions: PartMut<'_, CpuBuffer>,
+    ) -> DeviceResult {
+        bias::position_backward(&self.pool, width, batch, sequence, d_out, &mut d_positions.0[d_positions.1..]);
+        Ok(())
+    }
+
+    fn add_bias(&self, width: usize, rows: usize, bias: Part<'_, CpuBuffer>, out: &mut CpuBuffer) -> DeviceResult {
+        bias::add(&self.pool, width, rows, &bias.0[bias.1..], out);
+        Ok(())
+    }
+
+    fn bias_gradient(
+        &self,
+        width: usize,
+        rows: usize,
+        d_out: &CpuBuffer,
+        d_bias: PartMut<'_, CpuBuffer>,
+        _: &mut CpuBuffer,
+    ) -> DeviceResult {
+        bias::gradient(&self.pool, self.isa, width, rows, d_out, &mut d_bias.0[d_bias.1..]);
+        Ok(())
+    }
+
+    fn bias_workspace(&self, _: usize, _: usize) -> usize {
+        0
     }
 
     fn rmsnorm_forward(
@@ -245,6 +280,43 @@ impl Device for CpuDevice {
 
     fn norm_workspace(&self, norm: NormShape) -> usize {
         elementwise::norm_workspace(norm)
+    }
+
+    fn layernorm_forward(
+        &self,
+        norm: NormShape,
+        x: &CpuBuffer,
+        delta: Option<(&CpuBuffer, &mut CpuBuffer)>,
+        affine: Part<'_, CpuBuffer>,
+        normed: &mut CpuBuffer,
+        statistics: &mut CpuBuffer,
+    ) -> DeviceResult {
+        let delta = delta.map(|(delta, sum)| (&delta[..], &mut sum[..]));
+        let affine = &affine.0[affine.1..];
+        layernorm::forward(&self.pool, self.isa, norm, x, delta, affine, normed, statistics);
+        Ok(())
+    }
+
+    fn layernorm_backward(
+        &self,
+        norm: NormShape,
+        x: &CpuBuffer,
+        statistics: &CpuBuffer,
+        affine: Part<'_, CpuBuffer>,
+        d_normed: &CpuBuffer,
+        write: Write,
+        d_x: &mut CpuBuffer,
+        d_affine: PartMut<'_, CpuBuffer>,
+        workspace: &mut CpuBuffer,
+    ) -> DeviceResult {
+        let (gain, d_affine) = (&affine.0[affine.1..], &mut d_affine.0[d_affine.1..]);
+        let (pool, isa) = (&self.pool, self.isa);
+        layernorm::backward(pool, isa, norm, x, statistics, gain, d_normed, write, d_x, d_affine, workspace);
+        Ok(())
+    }
+
+    fn layernorm_workspace(&self, norm: NormShape) -> usize {
+        layernorm::workspace(norm)
     }
 
     fn rope(&self, shape: AttentionShape, inverse: bool, table: &CpuBuffer, qkv: &mut CpuBuffer) -> DeviceResult {
@@ -296,6 +368,16 @@ impl Device for CpuDevice {
         d_act: &mut CpuBuffer,
     ) -> DeviceResult {
         elementwise::swiglu_backward(&self.pool, self.isa, width, rows, gate_up, d_act);
+        Ok(())
+    }
+
+    fn gelu_forward(&self, elements: usize, pre: &CpuBuffer, act: &mut CpuBuffer) -> DeviceResult {
+        gelu::forward(&self.pool, self.isa, &pre[..elements], act);
+        Ok(())
+    }
+
+    fn gelu_backward(&self, elements: usize, pre: &mut CpuBuffer, d_act: &mut CpuBuffer) -> DeviceResult {
+        gelu::backward(&self.pool, self.isa, &mut pre[..elements], d_act);
         Ok(())
     }
 
@@ -390,97 +472,4 @@ impl Device for CpuDevice {
         }
         Ok(())
     }
-}
-
-impl TrainDevice for CpuDevice {
-    type State = ShardState<Self>;
-
-    fn exact_form(&self) -> ExactForm {
-        self.form
-    }
-
-    fn finish(&self) -> DeviceResult {
-        Ok(())
-    }
-
-    fn lend_sums<R>(
-        &self,
-        sums: &mut Vec<i64>,
-        elements: usize,
-        _: Range<usize>,
-        work: impl FnOnce(&mut [i64]) -> R,
-    ) -> DeviceResult<R> {
-        Ok(work(&mut sums[..elements]))
-    }
-
-    fn lend_block_sums<R>(
-        &self,
-        sums: &mut BlockSums,
-        elements: usize,
-        _: Range<usize>,
-        work: impl FnOnce(&mut [i32]) -> R,
-    ) -> DeviceResult<R> {
-        Ok(work(&mut sums.sums_mut()[..elements]))
-    }
-
-    fn lend_floats<R>(
-        &self,
-        buffer: &mut CpuBuffer,
-        elements: usize,
-        _: Range<usize>,
-        work: impl FnOnce(&mut [f32]) -> R,
-    ) -> DeviceResult<R> {
-        Ok(work(&mut buffer[..elements]))
-    }
-
-    fn lend_parameters<R>(
-        &self,
-        parameters: &mut CpuBuffer,
-        elements: usize,
-        _: Range<usize>,
-        work: impl FnOnce(HostParameters<'_>) -> R,
-    ) -> DeviceResult<R> {
-        Ok(work(HostParameters::F32(&mut parameters[..elements])))
-    }
-}
-
-impl HostDevice for CpuDevice {
-    fn adamw(
-        &self,
-        elements: usize,
-        scalars: &AdamwScalars,
-        decay: bool,
-        state: AdamwParts<'_, CpuBuffer>,
-    ) -> DeviceResult {
-        fn read(part: Part<'_, CpuBuffer>, elements: usize) -> &[f32] {
-            &part.0[part.1..][..elements]
-        }
-        fn write(part: PartMut<'_, CpuBuffer>, elements: usize) -> &mut [f32] {
-            &mut part.0[part.1..][..elements]
-        }
-        let AdamwParts { parameters, mirror, from, to, gradient } = state;
-        let operands = state::Operands {
-            parameters: write(parameters, elements),
-            mirror: mirror.map(|part| write(part, elements)),
-            from: from.map(|parts| parts.map(|part| read(part, elements))),
-            to: to.map(|part| write(part, elements)),
-            gradient: read(gradient, elements),
-        };
-        state::adamw(&self.pool, self.isa, scalars, decay, operands);
-        Ok(())
-    }
-
-    unsafe fn over(map: &Arc<SlotMap>, first: usize, elements: usize) -> CpuBuffer {
-        // SAFETY: the caller promises what the buffer asks for.
-        unsafe { CpuBuffer::over(map.clone(), first, elements) }
-    }
-}
-
-/// Zeroed memory, or an error where there is none.
-fn reserve<T: Clone + Default>(elements: usize, what: &'static str) -> DeviceResult<Vec<T>> {
-    let mut list = Vec::new();
-    let bytes = elements.saturating_mul(size_of::<T>());
-    list.try_reserve_exact(elements).map_err(|_| DeviceError::OutOfMemory { bytes, what })?;
-    list.resize(elements, T::default());
-    Ok(list)
 }

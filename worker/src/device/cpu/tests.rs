@@ -1,5 +1,7 @@
 //! Kernels against scalar definitions in float64, on every instruction set this CPU has, with equal bits on all.
 
+mod gpt2;
+
 use super::lanes::Isa;
 use super::pool::Pool;
 use super::{attention, attention_backward, elementwise, loss, state};
@@ -248,7 +250,7 @@ fn embedding_rows_are_fetched_and_added_in_order() {
     let (table, d_out) = (random(4 * width, 0), random(4 * width, 1));
     let got = on_all("embedding", |pool, _| {
         let (mut out, mut d) = (vec![0.0; 4 * width], vec![0.5; 4 * width]);
-        elementwise::embedding_forward(pool, width, &tokens, &table, &mut out);
+        elementwise::embedding_forward(pool, width, &tokens, &table, None, &mut out);
         elementwise::embedding_backward(pool, width, &tokens, &d_out, &mut d);
         [out, d].concat()
     });
