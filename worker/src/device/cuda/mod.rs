@@ -22,12 +22,14 @@ pub mod memory;
 pub mod probe;
 pub mod real;
 
+mod attention;
 mod blocks;
 mod compile;
 #[cfg(any(test, feature = "emulator"))]
 pub mod emulated;
 mod kernels;
 mod lend;
+mod norms;
 mod operations;
 #[cfg(test)]
 mod recording;

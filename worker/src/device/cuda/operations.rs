@@ -5,7 +5,8 @@
 
 use super::driver::{Driver, Element};
 use super::memory::{Array, Bf16};
-use super::{CudaBlockSums, CudaDevice, CudaTokens, arguments, bf16, int, kernels, long};
+use super::norms::{self, Norm};
+use super::{CudaBlockSums, CudaDevice, CudaTokens, arguments, attention, bf16, int, kernels, long};
 use crate::device::{
     AttentionShape, Device, DeviceError, DeviceResult, LossShape, MatmulShape, NormShape, Part, PartMut, Product, Write,
 };
@@ -15,51 +16,21 @@ use crate::exact::GradientFault;
 const LOGITS: usize = 1 << 29;
 /// Rows of logits begin at multiples of so many, for whole tiles of the products.
 const PITCH: usize = 128;
-/// Blocks of a norm's backward, at most: two for each multiprocessor of an H100.
-const NORM_BLOCKS: usize = 264;
-/// The widest rows that the norms' kernels hold in registers.
-const WIDEST: usize = 8192;
-
 /// Sums on the fixed grid, which this device does not keep: its exact sums are in blocks.
 #[derive(Debug)]
 pub enum NoSums {}
+
+/// Parts of the rows that a bias's gradient is first summed over: by the shape alone.
+fn bias_parts(rows: usize) -> usize {
+    rows.div_ceil(64).min(128)
+}
 
 fn flag(write: Write) -> i32 {
     i32::from(write == Write::Add)
 }
 
-/// Rows that a norm's block has at a time.
-fn norm_rows(norm: NormShape) -> DeviceResult<usize> {
-    match norm.width {
-        0..=1024 => Ok(8),
-        1025..=2048 => Ok(4),
-        2049..=4096 => Ok(2),
-        4097..=WIDEST => Ok(1),
-        width => Err(DeviceError::Unsupported(format!("rows of {width} numbers: the norms take up to {WIDEST}"))),
-    }
-}
-
-fn norm_blocks(norm: NormShape) -> DeviceResult<usize> {
-    Ok(norm.rows.div_ceil(norm_rows(norm)?).min(NORM_BLOCKS))
-}
-
-/// An attention kernel's name for heads of this width, and the width it is compiled for.
-fn attention_kernel(of: [&'static str; 3], head_dim: usize) -> DeviceResult<(&'static str, usize)> {
-    let widths = [32, 64, 128];
-    let fitting = widths.iter().zip(of).find(|(width, _)| head_dim <= **width);
-    let none = || DeviceError::Unsupported(format!("heads of {head_dim} numbers: attention takes up to 128"));
-    fitting.map(|(width, name)| (name, *width)).ok_or_else(none)
-}
-
 type Floats<D> = Array<D, f32>;
 type Halves<D> = Array<D, Bf16>;
-
-impl<D: Driver> CudaDevice<D> {
-    /// `parts` rows of partial sums, added in order.
-    fn column_sums(&self, parts: usize, width: usize, partial: u64, to: u64) -> DeviceResult {
-        self.run("column_sums", [width.div_ceil(32), 1, 1], 256, 0, arguments![to, partial, int(parts), int(width)])
-    }
-}
 
 impl<D: Driver> Device for CudaDevice<D> {
     type Buffer = Floats<D>;
@@ -177,10 +148,14 @@ impl<D: Driver> Device for CudaDevice<D> {
         rows: usize,
         tokens: &CudaTokens<D>,
         table: Part<'_, Halves<D>>,
+        positions: Option<(Part<'_, Halves<D>>, usize)>,
         out: &mut Halves<D>,
     ) -> DeviceResult {
         let (table, _) = table.0.from(table.1);
-        let arguments = arguments![out.at(0, rows * width), table, 0u64, tokens.ids(0, rows), int(rows), int(width), 0];
+        let position = |(table, sequence): (Part<'_, Halves<D>>, usize)| (table.0.at(table.1, sequence * width), sequence);
+        let (positions, sequence) = positions.map_or((0, 1), position);
+        let (out, ids, wide) = (out.at(0, rows * width), tokens.ids(0, rows), int(width));
+        let arguments = arguments![out, table, positions, ids, int(rows), wide, int(sequence)];
         self.run("embedding_forward", [(rows * width.div_ceil(8)).div_ceil(128), 1, 1], 128, 0, arguments)
     }
 
@@ -209,6 +184,49 @@ impl<D: Driver> Device for CudaDevice<D> {
         Ok(())
     }
 
+    fn position_backward(
+        &self,
+        width: usize,
+        batch: usize,
+        sequence: usize,
+        d_out: &Halves<D>,
+        d_positions: PartMut<'_, Floats<D>>,
+    ) -> DeviceResult {
+        let (d_out, to) = (d_out.at(0, batch * sequence * width), d_positions.0.at(d_positions.1, sequence * width));
+        let arguments = arguments![to, d_out, int(batch), int(sequence), int(width)];
+        self.run("position_backward", [(sequence * width.div_ceil(8)).div_ceil(128), 1, 1], 128, 0, arguments)
+    }
+
+    fn add_bias(
+        &self,
+        width: usize,
+        rows: usize,
+        bias: Part<'_, Halves<D>>,
+        out: &mut Halves<D>,
+    ) -> DeviceResult {
+        let arguments = arguments![out.at(0, rows * width), bias.0.at(bias.1, width), int(rows), int(width)];
+        self.run("bias_add", [(rows * width.div_ceil(8)).div_ceil(256), 1, 1], 256, 0, arguments)
+    }
+
+    fn bias_gradient(
+        &self,
+        width: usize,
+        rows: usize,
+        d_out: &Halves<D>,
+        d_bias: PartMut<'_, Floats<D>>,
+        workspace: &mut Floats<D>,
+    ) -> DeviceResult {
+        let (parts, d_out) = (bias_parts(rows), d_out.at(0, rows * width));
+        let partial = workspace.at(0, parts * width);
+        let arguments = arguments![partial, d_out, int(rows), int(width)];
+        self.run("bias_gradient", [width.div_ceil(256), parts, 1], 256, 0, arguments)?;
+        self.column_sums(parts, width, partial, d_bias.0.at(d_bias.1, width))
+    }
+
+    fn bias_workspace(&self, width: usize, rows: usize) -> usize {
+        bias_parts(rows) * width
+    }
+
     fn rmsnorm_forward(
         &self,
         norm: NormShape,
@@ -218,13 +236,7 @@ impl<D: Driver> Device for CudaDevice<D> {
         normed: &mut Halves<D>,
         scale: &mut Floats<D>,
     ) -> DeviceResult {
-        let NormShape { rows, width, epsilon } = norm;
-        let n = rows * width;
-        let (delta, sum) = delta.map_or((0, 0), |(delta, sum)| (delta.at(0, n), sum.at(0, n)));
-        let (x, weight, normed) = (x.at(0, n), weight.0.at(weight.1, width), normed.at(0, n));
-        let scale = scale.at(0, rows);
-        let arguments = arguments![normed, sum, scale, x, delta, weight, int(rows), int(width), epsilon];
-        self.run("rmsnorm_forward", [rows.div_ceil(norm_rows(norm)?), 1, 1], 256, 0, arguments)
+        self.norm_forward(Norm::Rms, norm, (x, delta), weight, normed, scale)
     }
 
     fn rmsnorm_backward(
@@ -239,18 +251,44 @@ impl<D: Driver> Device for CudaDevice<D> {
         d_weight: PartMut<'_, Floats<D>>,
         workspace: &mut Floats<D>,
     ) -> DeviceResult {
-        let NormShape { rows, width, .. } = norm;
-        let (n, blocks) = (rows * width, norm_blocks(norm)?);
-        let partial = workspace.at(0, blocks * width);
-        let (x, scale, weight) = (x.at(0, n), scale.at(0, rows), weight.0.at(weight.1, width));
-        let (d_x, d_normed) = (d_x.at(0, n), d_normed.at(0, n));
-        let arguments = arguments![d_x, partial, x, scale, weight, d_normed, int(rows), int(width), flag(write)];
-        self.run("rmsnorm_backward", [blocks, 1, 1], 256, 4 * width, arguments)?;
-        self.column_sums(blocks, width, partial, d_weight.0.at(d_weight.1, width))
+        let saved = norms::Saved { x, statistics: scale, affine: weight, d_normed };
+        self.norm_backward(Norm::Rms, norm, saved, write, d_x, d_weight, workspace)
     }
 
     fn norm_workspace(&self, norm: NormShape) -> usize {
-        norm_blocks(norm).unwrap_or(0) * norm.width
+        Norm::Rms.workspace(norm)
+    }
+
+    fn layernorm_forward(
+        &self,
+        norm: NormShape,
+        x: &Halves<D>,
+        delta: Option<(&Halves<D>, &mut Halves<D>)>,
+        affine: Part<'_, Halves<D>>,
+        normed: &mut Halves<D>,
+        statistics: &mut Floats<D>,
+    ) -> DeviceResult {
+        self.norm_forward(Norm::Layer, norm, (x, delta), affine, normed, statistics)
+    }
+
+    fn layernorm_backward(
+        &self,
+        norm: NormShape,
+        x: &Halves<D>,
+        statistics: &Floats<D>,
+        affine: Part<'_, Halves<D>>,
+        d_normed: &Halves<D>,
+        write: Write,
+        d_x: &mut Halves<D>,
+        d_affine: PartMut<'_, Floats<D>>,
+        workspace: &mut Floats<D>,
+    ) -> DeviceResult {
+        let saved = norms::Saved { x, statistics, affine, d_normed };
+        self.norm_backward(Norm::Layer, norm, saved, write, d_x, d_affine, workspace)
+    }
+
+    fn layernorm_workspace(&self, norm: NormShape) -> usize {
+        Norm::Layer.workspace(norm)
     }
 
     fn rope(&self, shape: AttentionShape, inverse: bool, table: &Floats<D>, qkv: &mut Halves<D>) -> DeviceResult {
@@ -271,15 +309,7 @@ impl<D: Driver> Device for CudaDevice<D> {
         statistics: &mut Floats<D>,
         _workspace: &mut Floats<D>,
     ) -> DeviceResult {
-        let AttentionShape { batch, sequence, heads, head_dim, .. } = shape;
-        let rows = batch * sequence;
-        let names = ["attention_forward_32", "attention_forward_64", "attention_forward_128"];
-        let (kernel, width) = attention_kernel(names, head_dim)?;
-        let (qkv, out) = (qkv.at(0, rows * shape.row()), out.at(0, rows * shape.output_row()));
-        let lse = statistics.at(0, rows * heads);
-        let [batches, length, heads_, kv_heads, wide] = sizes(shape);
-        let arguments = arguments![out, lse, qkv, batches, length, heads_, kv_heads, wide, inverse_root(head_dim)];
-        self.run(kernel, [sequence.div_ceil(128), heads, batch], 128, 768 * width, arguments)
+        self.attend(shape, qkv, out, statistics)
     }
 
     fn attention_backward(
@@ -292,27 +322,7 @@ impl<D: Driver> Device for CudaDevice<D> {
         d_qkv: &mut Halves<D>,
         workspace: &mut Floats<D>,
     ) -> DeviceResult {
-        let AttentionShape { batch, sequence, heads, kv_heads, head_dim } = shape;
-        let rows = batch * sequence;
-        let (dot, lse) = (workspace.at(0, rows * heads), statistics.at(0, rows * heads));
-        let (qkv, d_qkv) = (qkv.at(0, rows * shape.row()), d_qkv.at(0, rows * shape.row()));
-        let (out, d_out) = (out.at(0, rows * shape.output_row()), d_out.at(0, rows * shape.output_row()));
-        let [batches, length, heads_, kv_heads_, wide] = sizes(shape);
-        let arguments = arguments![dot, d_out, out, int(rows), length, heads_, wide];
-        let lanes = if head_dim <= 64 { 8 } else { 16 };
-        self.run("attention_dot", [(rows * heads * lanes).div_ceil(256), 1, 1], 256, 0, arguments)?;
-
-        let scale = inverse_root(head_dim);
-        let arguments = arguments![d_qkv, qkv, d_out, lse, dot, batches, length, heads_, kv_heads_, wide, scale];
-        let names = ["attention_backward_kv_32", "attention_backward_kv_64", "attention_backward_kv_128"];
-        let (kernel, width) = attention_kernel(names, head_dim)?;
-        let keys = if width == 128 { 64 } else { 128 };
-        let shared = 4 * (keys + 128) * width + 1024;
-        self.run(kernel, [sequence.div_ceil(keys), kv_heads, batch], 128, shared, arguments)?;
-        let names = ["attention_backward_q_32", "attention_backward_q_64", "attention_backward_q_128"];
-        let (kernel, width) = attention_kernel(names, head_dim)?;
-        let keys = if width == 128 { 32 } else { 64 };
-        self.run(kernel, [sequence.div_ceil(128), heads, batch], 128, 4 * (128 + 2 * keys) * width, arguments)
+        self.attend_backward(shape, attention::Saved { qkv, out, statistics, d_out }, d_qkv, workspace)
     }
 
     fn attention_workspace(&self, shape: AttentionShape) -> usize {
@@ -335,6 +345,16 @@ impl<D: Driver> Device for CudaDevice<D> {
         let (gate_up, d_act) = (gate_up.at(0, 2 * rows * width), d_act.at(0, rows * width));
         let arguments = arguments![gate_up, d_act, int(rows), int(width)];
         self.run("swiglu_backward", [(rows * width.div_ceil(8)).div_ceil(256), 1, 1], 256, 0, arguments)
+    }
+
+    fn gelu_forward(&self, elements: usize, pre: &Halves<D>, act: &mut Halves<D>) -> DeviceResult {
+        let arguments = arguments![act.at(0, elements), pre.at(0, elements), long(elements)];
+        self.run("gelu_forward", [elements.div_ceil(2048), 1, 1], 256, 0, arguments)
+    }
+
+    fn gelu_backward(&self, elements: usize, pre: &mut Halves<D>, d_act: &mut Halves<D>) -> DeviceResult {
+        let arguments = arguments![pre.at(0, elements), d_act.at(0, elements), long(elements)];
+        self.run("gelu_backward", [elements.div_ceil(2048), 1, 1], 256, 0, arguments)
     }
 
     fn cross_entropy(
@@ -449,14 +469,4 @@ impl<D: Driver> Device for CudaDevice<D> {
         }
         Ok(())
     }
-}
-
-/// An attention's sizes as its kernels take them: sequences, tokens, query heads, key heads, width.
-fn sizes(shape: AttentionShape) -> [i32; 5] {
-    let AttentionShape { batch, sequence, heads, kv_heads, head_dim } = shape;
-    [batch, sequence, heads, kv_heads, head_dim].map(int)
-}
-
-fn inverse_root(head_dim: usize) -> f32 {
-    1.0 / (head_dim as f32).sqrt()
 }

@@ -14,13 +14,13 @@ fn embeddings<D: Driver>(bench: &mut Bench<'_, D>) {
         let twin_tokens = tokens.clone();
         let (ttable, td_out) = (bench.twin(&table), bench.twin(&d_out));
         let (mut tout, mut td_table) = (bench.twin(&vec![0.0; 200 * width]), bench.twin(&d_table));
-        bench.cpu.embedding_forward(width, 200, &twin_tokens, Part(&ttable, width), &mut tout).unwrap();
+        bench.cpu.embedding_forward(width, 200, &twin_tokens, Part(&ttable, width), None, &mut tout).unwrap();
         bench.cpu.embedding_backward(width, 200, &twin_tokens, &td_out, PartMut(&mut td_table, 1)).unwrap();
 
         let (cuda, tokens) = (bench.cuda, bench.tokens(&tokens));
         let (ctable, cd_out, mut cd_table) = (bench.halves(&table), bench.halves(&d_out), bench.floats(&d_table));
         let mut out = cuda.allocate_activation(200 * width, "test").unwrap();
-        cuda.embedding_forward(width, 200, &tokens, Part(&ctable, width), &mut out).unwrap();
+        cuda.embedding_forward(width, 200, &tokens, Part(&ctable, width), None, &mut out).unwrap();
         cuda.embedding_backward(width, 200, &tokens, &cd_out, PartMut(&mut cd_table, 1)).unwrap();
         bench.halves_are("embedding", &out, &tout, 0.0);
         bench.floats_are("gradient of the table", &cd_table, &td_table, 1e-6);
