@@ -8,9 +8,11 @@
 mod asked;
 mod compiled;
 mod elementwise;
+mod gpt;
 mod model;
 mod products;
 mod sums;
+mod training;
 
 use super::driver::Driver;
 use super::emulated::Emulated;
