@@ -47,30 +47,15 @@ part() {
     fi
 }
 
-# The job of the speed tests: 64 sequences of 1,024 tokens, on synthetic data.
-job() {
-    cat <<'JOB'
-name = "bench"
-model.preset = "gpt2-124m"
-data.train = "unused"
-[training]
-steps = 1000
-sequence_length = 1024
-global_batch = 64
-micro_batch = 64
-[resources]
-device = "cuda"
-JOB
-}
-job >"$OUT/bench.toml"
-
 part card nvidia-smi
 part doctor "$BINARIES/cairn" doctor
 part tests "$BINARIES/worker-tests" --test-threads 1 gpu::
 part kernels "$BINARIES/worker-tests" --nocapture every_kernel_compiles
-part train "$BINARIES/cairn" bench train "$OUT/bench.toml" --seconds 30
+# 124M parameters, 64 sequences of 1,024 tokens a step, in one micro-batch.
+part train "$BINARIES/cairn" bench train --device cuda --preset gpt2-124m --sequence-length 1024 --global-batch 64 \
+    --micro-batch 64 --seconds 20
 if python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
-    part torch python3 tests/peers/torch_train.py --device cuda --model gpt2-124m --batch 64 --sequence 1024 --seconds 30
+    part torch python3 tests/peers/torch_gpu.py --batch 64 --sequence 1024 --seconds 30
 else
     echo "== torch: python3 has no PyTorch that sees a GPU"
 fi

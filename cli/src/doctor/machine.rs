@@ -62,7 +62,9 @@ pub(super) fn device() -> Finding {
         let found = match error {
             CudaError::LibraryAbsent { .. } => "no CUDA driver found: the CPU is used".to_string(),
             CudaError::NoDevice { .. } => "the CUDA driver sees no device: the CPU is used".to_string(),
-            other => return Finding::warn(CHECK, format!("the CPU is used: {other}"), "mend or remove it").with(values),
+            other => {
+                return Finding::warn(CHECK, format!("the CPU is used: {other}"), "mend or remove it").with(values);
+            }
         };
         return Finding::ok(CHECK, found).with(values);
     }

@@ -200,7 +200,8 @@ fn said(status: sys::nvrtcResult) -> String {
 }
 
 fn text(text: &str) -> CudaResult<CString> {
-    CString::new(text).map_err(|_| CudaError::Call { operation: "compiling".into(), code: "a text contains a zero".into() })
+    CString::new(text)
+        .map_err(|_| CudaError::Call { operation: "compiling".into(), code: "a text contains a zero".into() })
 }
 
 #[cfg(test)]

@@ -20,8 +20,7 @@ const TOOLKITS: [&str; 2] = ["CUDA_HOME", "CUDA_PATH"];
 /// Where toolkits lie by default.
 const DEFAULTS: [&str; 3] = ["/usr/local/cuda", "/opt/cuda", "/usr/lib/cuda"];
 /// Where the system's own libraries lie; the loader knows these, they are named for those who read what was searched.
-const SYSTEM: [&str; 4] =
-    ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib/wsl/lib"];
+const SYSTEM: [&str; 4] = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib/wsl/lib"];
 
 /// A library of the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,8 +54,12 @@ impl Kind {
     fn advice(self) -> &'static str {
         match self {
             Self::Driver => "install the NVIDIA driver",
-            Self::Nvrtc => "install the wheel nvidia-cuda-nvrtc or a CUDA toolkit, or name its folder in CAIRN_CUDA_LIBRARIES",
-            Self::CublasLt => "install the wheel nvidia-cublas or a CUDA toolkit, or name its folder in CAIRN_CUDA_LIBRARIES",
+            Self::Nvrtc => {
+                "install the wheel nvidia-cuda-nvrtc or a CUDA toolkit, or name its folder in CAIRN_CUDA_LIBRARIES"
+            }
+            Self::CublasLt => {
+                "install the wheel nvidia-cublas or a CUDA toolkit, or name its folder in CAIRN_CUDA_LIBRARIES"
+            }
         }
     }
 
@@ -98,13 +101,20 @@ fn toolkits() -> impl Iterator<Item = PathBuf> {
 
 /// Folders to search, but for the loader's own.
 fn folders() -> Vec<PathBuf> {
-    let mut folders: Vec<PathBuf> =
-        FOLDERS.into_iter().filter_map(env::var_os).flat_map(|list| env::split_paths(&list).collect::<Vec<_>>()).collect();
+    let mut folders: Vec<PathBuf> = FOLDERS
+        .into_iter()
+        .filter_map(env::var_os)
+        .flat_map(|list| env::split_paths(&list).collect::<Vec<_>>())
+        .collect();
     for toolkit in toolkits() {
-        folders.extend(["lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"].map(|way| toolkit.join(way)));
+        folders.extend(
+            ["lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"].map(|way| toolkit.join(way)),
+        );
     }
     // Wheels of an active virtual environment.
-    for packages in env::var_os("VIRTUAL_ENV").map(PathBuf::from).iter().flat_map(|folder| children(&folder.join("lib"))) {
+    for packages in
+        env::var_os("VIRTUAL_ENV").map(PathBuf::from).iter().flat_map(|folder| children(&folder.join("lib")))
+    {
         folders.extend(children(&packages.join("site-packages/nvidia")).map(|package| package.join("lib")));
     }
     folders.retain(|folder| !folder.as_os_str().is_empty());
@@ -112,7 +122,8 @@ fn folders() -> Vec<PathBuf> {
 }
 
 fn children(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
-    let mut names: Vec<_> = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    let mut names: Vec<_> =
+        std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
     names.sort();
     names.into_iter()
 }
@@ -126,7 +137,8 @@ fn load(kind: Kind) -> Option<Loaded> {
                 continue;
             }
             if let Some(companion) = kind.companion() {
-                let named = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(companion));
+                let named =
+                    |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(companion));
                 // It must outlive the process's use of the library, so it is never closed.
                 children(folder).filter(named).filter_map(|path| open(&path)).for_each(std::mem::forget);
             }
@@ -166,7 +178,11 @@ fn searched(kind: Kind) -> String {
 
 fn list(folders: &[PathBuf]) -> String {
     let names: Vec<String> = folders.iter().map(|folder| folder.display().to_string()).collect();
-    if names.is_empty() { "the loader's folders".into() } else { format!("{} and the loader's folders", names.join(", ")) }
+    if names.is_empty() {
+        "the loader's folders".into()
+    } else {
+        format!("{} and the loader's folders", names.join(", "))
+    }
 }
 
 #[cfg(test)]

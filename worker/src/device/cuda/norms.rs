@@ -99,7 +99,8 @@ impl<D: Driver> CudaDevice<D> {
         let (n, blocks, columns) = (rows * width, blocks(norm)?, width * kind.numbers());
         let partial = workspace.at(0, blocks * columns);
         let Saved { x, statistics, affine, d_normed } = saved;
-        let (x, statistics, gain) = (x.at(0, n), statistics.at(0, rows * kind.numbers()), affine.0.at(affine.1, columns));
+        let (x, statistics, gain) =
+            (x.at(0, n), statistics.at(0, rows * kind.numbers()), affine.0.at(affine.1, columns));
         let (d_x, d_normed, add) = (d_x.at(0, n), d_normed.at(0, n), i32::from(write == Write::Add));
         let arguments = arguments![d_x, partial, x, statistics, gain, d_normed, int(rows), int(width), add];
         let (kernel, block) = match kind {

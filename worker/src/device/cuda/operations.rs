@@ -44,9 +44,13 @@ impl<D: Driver> Device for CudaDevice<D> {
         let identity = self.driver.identity();
         let (major, minor) = identity.capability;
         let name = identity.name.replace(' ', "-");
-        let libraries: Vec<String> = identity.libraries.iter().map(|(name, version)| format!("{name}-{version}")).collect();
+        let libraries: Vec<String> =
+            identity.libraries.iter().map(|(name, version)| format!("{name}-{version}")).collect();
         let (count, sources, libraries) = (identity.multiprocessors, kernels::version(), libraries.join(" "));
-        format!("cuda {name} sm_{major}{minor}x{count} bf16 kernels-{sources} {libraries} {}", self.driver.plan_identity())
+        format!(
+            "cuda {name} sm_{major}{minor}x{count} bf16 kernels-{sources} {libraries} {}",
+            self.driver.plan_identity()
+        )
     }
 
     fn threads(&self) -> usize {
@@ -152,7 +156,8 @@ impl<D: Driver> Device for CudaDevice<D> {
         out: &mut Halves<D>,
     ) -> DeviceResult {
         let (table, _) = table.0.from(table.1);
-        let position = |(table, sequence): (Part<'_, Halves<D>>, usize)| (table.0.at(table.1, sequence * width), sequence);
+        let position =
+            |(table, sequence): (Part<'_, Halves<D>>, usize)| (table.0.at(table.1, sequence * width), sequence);
         let (positions, sequence) = positions.map_or((0, 1), position);
         let (out, ids, wide) = (out.at(0, rows * width), tokens.ids(0, rows), int(width));
         let arguments = arguments![out, table, positions, ids, int(rows), wide, int(sequence)];
@@ -170,7 +175,8 @@ impl<D: Driver> Device for CudaDevice<D> {
         // Partial sums go through the scratch memory, as many runs at a time as fit.
         let most = self.scratch.len() / width.max(1);
         let unfit = || DeviceError::Unsupported(format!("{rows} rows of {width} numbers with one token"));
-        let (d_out, partial, (d_table, _)) = (d_out.at(0, rows * width), self.scratch.at(0, 0), d_table.0.from(d_table.1));
+        let (d_out, partial, (d_table, _)) =
+            (d_out.at(0, rows * width), self.scratch.at(0, 0), d_table.0.from(d_table.1));
         for group in tokens.runs.groups(most).ok_or_else(unfit)? {
             let (pieces, columns) = (tokens.runs.pieces(&group), width.div_ceil(1024));
             let [order, piece_start, run_piece, run_token] = tokens.order(rows, &group);
@@ -197,13 +203,7 @@ impl<D: Driver> Device for CudaDevice<D> {
         self.run("position_backward", [(sequence * width.div_ceil(8)).div_ceil(128), 1, 1], 128, 0, arguments)
     }
 
-    fn add_bias(
-        &self,
-        width: usize,
-        rows: usize,
-        bias: Part<'_, Halves<D>>,
-        out: &mut Halves<D>,
-    ) -> DeviceResult {
+    fn add_bias(&self, width: usize, rows: usize, bias: Part<'_, Halves<D>>, out: &mut Halves<D>) -> DeviceResult {
         let arguments = arguments![out.at(0, rows * width), bias.0.at(bias.1, width), int(rows), int(width)];
         self.run("bias_add", [(rows * width.div_ceil(8)).div_ceil(256), 1, 1], 256, 0, arguments)
     }
@@ -449,13 +449,7 @@ impl<D: Driver> Device for CudaDevice<D> {
         self.run("scale", [elements.div_ceil(2048), 1, 1], 256, 0, arguments![to, from, alpha, long(elements)])
     }
 
-    fn block_square_sums(
-        &self,
-        elements: usize,
-        block: usize,
-        gradient: &Floats<D>,
-        out: &mut [f64],
-    ) -> DeviceResult {
+    fn block_square_sums(&self, elements: usize, block: usize, gradient: &Floats<D>, out: &mut [f64]) -> DeviceResult {
         assert_eq!(out.len(), elements.div_ceil(block), "one sum for each block");
         // A sum is as long as two of the scratch memory's numbers.
         for start in (0..out.len()).step_by(self.scratch.len() / 2) {

@@ -71,10 +71,13 @@ impl Default for Probe {
 /// Loads and starts the driver; says which version of CUDA it supports.
 pub(super) fn start() -> CudaResult<Version> {
     libraries::find(Kind::Driver)?;
-    let failed = |what: &str, code: result::DriverError| CudaError::Call { operation: what.into(), code: code.to_string() };
+    let failed =
+        |what: &str, code: result::DriverError| CudaError::Call { operation: what.into(), code: code.to_string() };
     let mut number = 0;
     // SAFETY: the library is loaded, and the call only writes the number.
-    unsafe { sys::cuDriverGetVersion(&raw mut number) }.result().map_err(|e| failed("asking the driver's version", e))?;
+    unsafe { sys::cuDriverGetVersion(&raw mut number) }
+        .result()
+        .map_err(|e| failed("asking the driver's version", e))?;
     let version = Version::from_number(number);
     if version < DRIVER {
         return Err(CudaError::DriverTooOld { found: version, needed: DRIVER });
@@ -103,10 +106,9 @@ pub(super) fn capable(name: &str, capability: (u32, u32)) -> CudaResult {
 /// How many devices the driver shows, once it is started.
 pub(super) fn count() -> CudaResult<usize> {
     let count = result::device::get_count();
-    count.map(|count| count.max(0) as usize).map_err(|code| CudaError::Call {
-        operation: "counting devices".into(),
-        code: code.to_string(),
-    })
+    count
+        .map(|count| count.max(0) as usize)
+        .map_err(|code| CudaError::Call { operation: "counting devices".into(), code: code.to_string() })
 }
 
 /// Name and compute capability of a device.
@@ -148,7 +150,10 @@ mod tests {
             return; // a machine with one
         }
         assert!(probe.devices.is_empty());
-        assert!(matches!(probe.usable(0), Err(CudaError::LibraryAbsent { .. } | CudaError::NoDevice { .. })), "{probe:?}");
+        assert!(
+            matches!(probe.usable(0), Err(CudaError::LibraryAbsent { .. } | CudaError::NoDevice { .. })),
+            "{probe:?}"
+        );
     }
 
     #[test]
@@ -156,7 +161,10 @@ mod tests {
         assert_eq!(Version::from_number(13000).to_string(), "13.0");
         assert_eq!(Version::from_number(12080).to_string(), "12.8");
         assert_eq!(Version::from_number(-1).to_string(), "0.0");
-        assert_eq!(capable("old", (7, 5)).unwrap_err().to_string().split(',').next(), Some("old has compute capability 7.5"));
+        assert_eq!(
+            capable("old", (7, 5)).unwrap_err().to_string().split(',').next(),
+            Some("old has compute capability 7.5")
+        );
         assert_eq!(capable("new", (9, 0)), Ok(()));
     }
 }

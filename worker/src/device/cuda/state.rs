@@ -138,9 +138,9 @@ impl<D: Driver> RankState<CudaDevice<D>> for CudaState<D> {
                 Mark::new(&driver)?,
             ))
         })();
-        let (states, scalars, updated, copied) = made.inspect_err(|_: &super::error::CudaError| slots.give_back(spare.index))?;
+        let (states, scalars, updated, copied) =
+            made.inspect_err(|_: &super::error::CudaError| slots.give_back(spare.index))?;
         Ok(Some(Self {
-
             slots,
             elements,
             states,
@@ -202,8 +202,7 @@ impl<D: Driver> RankState<CudaDevice<D>> for CudaState<D> {
         parameters.at(shard.start, n);
         let (whole, gradient, scalars) = (parameters.at(0, shard.end), gradient.at(0, n), self.scalars.at(0, 9));
         let (runs, start) = (super::int(count), long(shard.start));
-        let arguments =
-            arguments![master, first, second, whole, gradient, ends, decay, runs, start, long(n), scalars];
+        let arguments = arguments![master, first, second, whole, gradient, ends, decay, runs, start, long(n), scalars];
         device.run("adamw", [n.div_ceil(2048), 1, 1], 256, 0, arguments)?;
         Ok(true)
     }

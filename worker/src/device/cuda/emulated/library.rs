@@ -18,8 +18,7 @@ use crate::device::cuda::driver::{Argument, Launch};
 const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels");
 const BUILT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/emulator");
 /// How they are compiled. Contraction would make other bits than the kernels ask for.
-const FLAGS: [&str; 7] =
-    ["-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-DCAIRN_EMULATOR"];
+const FLAGS: [&str; 7] = ["-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-DCAIRN_EMULATOR"];
 /// Bytes for words about a launch that failed.
 const WORDS: usize = 1 << 10;
 
@@ -98,7 +97,8 @@ fn load() -> Result<Emulator, String> {
 fn list(folder: &Path, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
-        let source = |path: &Path| path.extension().is_some_and(|e| ["cu", "cuh", "h", "cpp"].iter().any(|known| e == *known));
+        let source =
+            |path: &Path| path.extension().is_some_and(|e| ["cu", "cuh", "h", "cpp"].iter().any(|known| e == *known));
         if path.is_dir() {
             list(&path, files)?;
         } else if source(&path) {
@@ -113,7 +113,8 @@ fn build(path: &Path) -> Result<(), String> {
     fs::create_dir_all(BUILT).map_err(|error| said(BUILT, &error))?;
     let lock = fs::File::create(Path::new(BUILT).join("lock")).map_err(|error| said("the lock file", &error))?;
     // Until this process has it: a build takes a minute at most, and the lock goes with its process.
-    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).map_err(|error| said("the lock file", &error))?;
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)
+        .map_err(|error| said("the lock file", &error))?;
     if path.is_file() {
         return Ok(());
     }

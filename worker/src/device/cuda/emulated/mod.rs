@@ -27,11 +27,31 @@ const TOTAL: u64 = 64 << 30;
 
 /// Work that is enqueued.
 enum Work {
-    CopyIn { from: usize, to: u64, bytes: usize },
-    CopyOut { from: u64, to: usize, bytes: usize },
-    Zero { to: u64, bytes: usize },
-    Launch { kernel: &'static str, grid: [u32; 3], block: [u32; 3], shared: usize, arguments: Vec<Argument> },
-    Product { key: ProductKey, operands: [u64; 3] },
+    CopyIn {
+        from: usize,
+        to: u64,
+        bytes: usize,
+    },
+    CopyOut {
+        from: u64,
+        to: usize,
+        bytes: usize,
+    },
+    Zero {
+        to: u64,
+        bytes: usize,
+    },
+    Launch {
+        kernel: &'static str,
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared: usize,
+        arguments: Vec<Argument>,
+    },
+    Product {
+        key: ProductKey,
+        operands: [u64; 3],
+    },
     /// The event's `n`-th mark.
     Record(Event, u64),
     Wait(Event, u64),
@@ -224,10 +244,12 @@ impl Driver for Emulated {
         let _ = self.drain(&mut state);
         let Some(bytes) = state.memory.remove(&address) else { return };
         let start = (address as usize - GUARD) as *mut u8;
-        let guard = |from: usize| (from..from + GUARD).all(|i| {
-            // SAFETY: within the piece that was allocated.
-            unsafe { *start.add(i) == POISON }
-        });
+        let guard = |from: usize| {
+            (from..from + GUARD).all(|i| {
+                // SAFETY: within the piece that was allocated.
+                unsafe { *start.add(i) == POISON }
+            })
+        };
         let whole = guard(0) && guard(GUARD + bytes);
         if let Some(layout) = guarded(bytes) {
             // SAFETY: allocated with this layout, and not given back before.

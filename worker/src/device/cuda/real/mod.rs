@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
-use self::products::Products;
 pub use self::products::Choice;
+use self::products::Products;
 use super::compile::{Compiler, cache_folder};
 use super::driver::{Argument, Driver, Event, Identity, Launch, Memory, ProductKey, Stream};
 use super::error::{CudaError, CudaResult};
@@ -68,7 +68,10 @@ impl Real {
         if index >= count {
             return Err(CudaError::NoDevice { wanted: index, found: count });
         }
-        let call = |operation: &str, code: DriverError| CudaError::Call { operation: operation.into(), code: code.to_string() };
+        let call = |operation: &str, code: DriverError| CudaError::Call {
+            operation: operation.into(),
+            code: code.to_string(),
+        };
         let device = result::device::get(index as i32).map_err(|e| call("opening the device", e))?;
         let (name, capability) = probe::facts(device).map_err(|e| call("asking what the device is", e))?;
         probe::capable(&name, capability)?;
@@ -106,7 +109,8 @@ impl Real {
         let cubins: Vec<CudaResult<Vec<u8>>> = std::thread::scope(|scope| {
             let compile = |module| scope.spawn(move || compiler.cubin(module, architecture));
             let running: Vec<_> = MODULES.iter().map(compile).collect();
-            let panicked = || Err(CudaError::Call { operation: "compiling".into(), code: "its thread panicked".into() });
+            let panicked =
+                || Err(CudaError::Call { operation: "compiling".into(), code: "its thread panicked".into() });
             running.into_iter().map(|thread| thread.join().unwrap_or_else(|_| panicked())).collect()
         });
         for (module, cubin) in MODULES.iter().zip(cubins) {
@@ -200,7 +204,9 @@ impl Driver for Real {
         // SAFETY: nothing reads the memory before it is written.
         match unsafe { result::malloc_sync(bytes.max(1)) } {
             Ok(address) => Ok(address),
-            Err(code) if code.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Err(CudaError::OutOfMemory { bytes, what }),
+            Err(code) if code.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                Err(CudaError::OutOfMemory { bytes, what })
+            }
             Err(code) => Err(self.failed("allocating memory", code)),
         }
     }
@@ -240,7 +246,8 @@ impl Driver for Real {
     unsafe fn register(&self, memory: NonNull<u8>, bytes: usize) -> CudaResult {
         self.bind()?;
         // SAFETY: the caller keeps it mapped.
-        let status = unsafe { sys::cuMemHostRegister_v2(memory.as_ptr().cast(), bytes, sys::CU_MEMHOSTREGISTER_PORTABLE) };
+        let status =
+            unsafe { sys::cuMemHostRegister_v2(memory.as_ptr().cast(), bytes, sys::CU_MEMHOSTREGISTER_PORTABLE) };
         status.result().map_err(|code| self.failed("pinning host memory", code))
     }
 

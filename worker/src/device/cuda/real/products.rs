@@ -74,7 +74,8 @@ impl Products {
         let handle = result::create_handle()
             .map_err(|code| CudaError::Call { operation: "starting cuBLASLt".into(), code: code.to_string() })?;
         let (plans, chosen) = (Mutex::default(), Mutex::default());
-        let mut products = Self { handle, stream, workspace: 0, choice, adopted: AtomicBool::new(false), plans, chosen };
+        let mut products =
+            Self { handle, stream, workspace: 0, choice, adopted: AtomicBool::new(false), plans, chosen };
         let none = |_| CudaError::OutOfMemory { bytes: WORKSPACE, what: "the products' workspace" };
         // SAFETY: only products write there, and they write before they read.
         products.workspace = unsafe { driver::malloc_sync(WORKSPACE) }.map_err(none)?;
@@ -174,7 +175,8 @@ impl Products {
         let mut found: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
         // SAFETY: the descriptors are alive.
         unsafe {
-            sys::cublasLtMatmulAlgoCheck(self.handle, description.product, b, a, c, c, algorithm, &raw mut found).result()?;
+            sys::cublasLtMatmulAlgoCheck(self.handle, description.product, b, a, c, c, algorithm, &raw mut found)
+                .result()?;
         }
         let fits = found.workspaceSize <= WORKSPACE;
         fits.then_some(()).ok_or(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED))
@@ -207,8 +209,19 @@ impl Products {
         unsafe {
             let (room, list) = (CANDIDATES as i32, found.as_mut_ptr());
             let (product, preference) = (description.product, preference.0);
-            sys::cublasLtMatmulAlgoGetHeuristic(self.handle, product, b, a, c, c, preference, room, list, &raw mut count)
-                .result()?;
+            sys::cublasLtMatmulAlgoGetHeuristic(
+                self.handle,
+                product,
+                b,
+                a,
+                c,
+                c,
+                preference,
+                room,
+                list,
+                &raw mut count,
+            )
+            .result()?;
         }
         let good = found.iter().take(count.max(0) as usize).filter(|found| found.state.result().is_ok());
         Ok(good.map(|found| found.algo).collect())
@@ -259,7 +272,8 @@ impl Products {
         operands: [u64; 3],
     ) -> Result<(), CublasError> {
         let (one, old) = (1.0f32, if key.add { 1.0f32 } else { 0.0 });
-        let ([a, b, c], [a_layout, b_layout, c_layout]) = (operands.map(|address| address as *mut c_void), description.layouts);
+        let ([a, b, c], [a_layout, b_layout, c_layout]) =
+            (operands.map(|address| address as *mut c_void), description.layouts);
         // SAFETY: the caller vouches for the operands; the rest lives as long as this.
         unsafe {
             result::matmul(

@@ -66,12 +66,15 @@ fn copies_come_before_their_use_and_areas_are_filled_again_only_when_copied() {
     ready.compute(&device, 0).unwrap();
     let calls = device.driver().take();
     let at = |wanted: &dyn Fn(&Call) -> bool| calls.iter().position(wanted).unwrap();
-    let launched = |name: &'static str| move |call: &Call| matches!(call, Call::Launch { kernel, .. } if *kernel == name);
-    let copies: Vec<usize> = (0..calls.len()).filter(|i| matches!(calls[*i], Call::CopyIn(Stream::Compute, _))).collect();
+    let launched =
+        |name: &'static str| move |call: &Call| matches!(call, Call::Launch { kernel, .. } if *kernel == name);
+    let copies: Vec<usize> =
+        (0..calls.len()).filter(|i| matches!(calls[*i], Call::CopyIn(Stream::Compute, _))).collect();
     assert_eq!(copies.len(), 2, "tokens and targets, in the order of the computation");
     assert!(copies.iter().all(|copy| *copy < at(&launched("embedding_forward"))));
     for copy in copies {
-        let (Call::WaitHost(waited), Call::Record(recorded, Stream::Compute)) = (&calls[copy - 1], &calls[copy + 1]) else {
+        let (Call::WaitHost(waited), Call::Record(recorded, Stream::Compute)) = (&calls[copy - 1], &calls[copy + 1])
+        else {
             panic!("around the copy: {:?}", &calls[copy - 1..copy + 2]);
         };
         assert_eq!(waited, recorded);
@@ -94,8 +97,12 @@ fn a_value_is_read_after_its_copy_is_done() {
     device.driver().take();
     device.download(crate::device::Part(&buffer, 2), &mut [0.0; 5]).unwrap();
     let calls = device.driver().take();
-    let [Call::WaitHost(area), Call::CopyOut(Stream::Compute, 20), Call::Record(done, Stream::Compute), Call::WaitHost(waited)] =
-        calls.as_slice()
+    let [
+        Call::WaitHost(area),
+        Call::CopyOut(Stream::Compute, 20),
+        Call::Record(done, Stream::Compute),
+        Call::WaitHost(waited),
+    ] = calls.as_slice()
     else {
         panic!("{calls:?}");
     };
@@ -104,7 +111,8 @@ fn a_value_is_read_after_its_copy_is_done() {
 
 #[test]
 fn every_error_of_a_call_comes_through() {
-    let lost = CudaError::Lost { device: "a".into(), operation: "b".into(), code: "CUDA_ERROR_ECC_UNCORRECTABLE".into() };
+    let lost =
+        CudaError::Lost { device: "a".into(), operation: "b".into(), code: "CUDA_ERROR_ECC_UNCORRECTABLE".into() };
     let device = device();
     let mut ready = Ready::new(&device);
     device.driver().take();
@@ -135,7 +143,8 @@ fn a_lack_of_memory_names_what_it_was_for_and_what_to_do() {
 fn what_no_kernel_takes_is_refused() {
     let device = device();
     let norm = crate::device::NormShape { rows: 1, width: 8193, epsilon: 1e-5 };
-    let (x, mut normed) = (device.allocate_activation(8193, "x").unwrap(), device.allocate_activation(8193, "x").unwrap());
+    let (x, mut normed) =
+        (device.allocate_activation(8193, "x").unwrap(), device.allocate_activation(8193, "x").unwrap());
     let mut scale = device.allocate(1, "x").unwrap();
     let refused = device.rmsnorm_forward(norm, &x, None, crate::device::Part(&x, 0), &mut normed, &mut scale);
     assert!(matches!(refused, Err(DeviceError::Unsupported(why)) if why.contains("8193")));

@@ -18,9 +18,8 @@ struct Usage {
 
 /// Reads the log of `--ptxas-options=-v`.
 fn usage(log: &str) -> Vec<Usage> {
-    let number_before = |line: &str, word: &str| -> Option<u32> {
-        line.split(word).next()?.split_whitespace().last()?.parse().ok()
-    };
+    let number_before =
+        |line: &str, word: &str| -> Option<u32> { line.split(word).next()?.split_whitespace().last()?.parse().ok() };
     let mut found: Vec<Usage> = Vec::new();
     for line in log.lines() {
         if let Some(rest) = line.split("Compiling entry function '").nth(1) {

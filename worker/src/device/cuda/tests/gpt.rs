@@ -74,7 +74,8 @@ fn biases<D: Driver>(bench: &mut Bench<'_, D>) {
         bench.cpu.bias_gradient(width, rows, &tout, PartMut(&mut td_bias, 1), &mut work).unwrap();
         bench.cpu.add_bias(width, rows, Part(&tbias, 3), &mut tout).unwrap();
         let cuda = bench.cuda;
-        let (cbias, mut cout, mut cd_bias) = (bench.halves(&bias), bench.halves(&out), bench.floats(&vec![9.0; width + 1]));
+        let (cbias, mut cout, mut cd_bias) =
+            (bench.halves(&bias), bench.halves(&out), bench.floats(&vec![9.0; width + 1]));
         let mut work = bench.floats(&vec![f32::NAN; cuda.bias_workspace(width, rows)]);
         cuda.bias_gradient(width, rows, &cout, PartMut(&mut cd_bias, 1), &mut work).unwrap();
         cuda.add_bias(width, rows, Part(&cbias, 3), &mut cout).unwrap();

@@ -13,6 +13,7 @@ mod model;
 mod products;
 mod sums;
 mod training;
+mod worlds;
 
 use super::driver::Driver;
 use super::emulated::Emulated;

@@ -17,8 +17,9 @@ fn operands(product: Product, m: usize, n: usize, k: usize) -> (usize, usize) {
 /// Operands are exact and sums are float32 on both sides, in another order: the result is rounded once to bfloat16, or
 /// differs by float32's own roundings.
 fn products_of_every_kind<D: Driver>(bench: &mut Bench<'_, D>) {
-    for (product, (m, n, k)) in
-        [Product::NN, Product::NT, Product::TN].into_iter().flat_map(|p| [(5, 7, 9), (16, 40, 33), (64, 24, 8)].map(|s| (p, s)))
+    for (product, (m, n, k)) in [Product::NN, Product::NT, Product::TN]
+        .into_iter()
+        .flat_map(|p| [(5, 7, 9), (16, 40, 33), (64, 24, 8)].map(|s| (p, s)))
     {
         let shape = MatmulShape::dense(m, n, k);
         let (a_len, b_len) = operands(product, m, n, k);
@@ -49,7 +50,10 @@ fn products_of_padded_rows<D: Driver>(bench: &mut Bench<'_, D>) {
 
     let shape = MatmulShape::dense(rows, vocabulary, hidden);
     let mut expected = bench.twin(&vec![0.0; rows * vocabulary]);
-    bench.cpu.matmul(Product::NT, shape, Part(&tx, 8), Part(&tw, 3), Write::Replace, PartMut(&mut expected, 0)).unwrap();
+    bench
+        .cpu
+        .matmul(Product::NT, shape, Part(&tx, 8), Part(&tw, 3), Write::Replace, PartMut(&mut expected, 0))
+        .unwrap();
     let mut logits = cuda.allocate_activation(rows * pitch, "logits").unwrap();
     let padded = MatmulShape { c_pitch: Some(pitch), ..shape };
     cuda.matmul(Product::NT, padded, Part(&cx, 8), Part(&cw, 3), Write::Replace, PartMut(&mut logits, 0)).unwrap();
@@ -65,7 +69,10 @@ fn products_of_padded_rows<D: Driver>(bench: &mut Bench<'_, D>) {
     let dense = bench.twin(&dense);
     let shape = MatmulShape::dense(rows, hidden, vocabulary);
     let mut expected = bench.twin(&vec![0.0; rows * hidden]);
-    bench.cpu.matmul(Product::NN, shape, Part(&dense, 0), Part(&tw, 3), Write::Replace, PartMut(&mut expected, 0)).unwrap();
+    bench
+        .cpu
+        .matmul(Product::NN, shape, Part(&dense, 0), Part(&tw, 3), Write::Replace, PartMut(&mut expected, 0))
+        .unwrap();
     let mut d_x = cuda.allocate_activation(rows * hidden, "gradient").unwrap();
     let padded = MatmulShape { a_pitch: Some(pitch), ..shape };
     cuda.matmul(Product::NN, padded, Part(&logits, 0), Part(&cw, 3), Write::Replace, PartMut(&mut d_x, 0)).unwrap();
@@ -73,10 +80,14 @@ fn products_of_padded_rows<D: Driver>(bench: &mut Bench<'_, D>) {
 
     let shape = MatmulShape::dense(vocabulary, hidden, rows);
     let mut expected = bench.twin(&vec![0.0; vocabulary * hidden]);
-    bench.cpu.matmul(Product::TN, shape, Part(&dense, 0), Part(&tx, 8), Write::Replace, PartMut(&mut expected, 0)).unwrap();
+    bench
+        .cpu
+        .matmul(Product::TN, shape, Part(&dense, 0), Part(&tx, 8), Write::Replace, PartMut(&mut expected, 0))
+        .unwrap();
     let mut d_w = cuda.allocate(vocabulary * hidden, "gradient").unwrap();
     let padded = MatmulShape { a_pitch: Some(pitch), ..shape };
-    cuda.matmul_gradient(Product::TN, padded, Part(&logits, 0), Part(&cx, 8), Write::Replace, PartMut(&mut d_w, 0)).unwrap();
+    cuda.matmul_gradient(Product::TN, padded, Part(&logits, 0), Part(&cx, 8), Write::Replace, PartMut(&mut d_w, 0))
+        .unwrap();
     bench.floats_are("gradient of the weights", &d_w, &expected, 1e-5);
 }
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use proto::spec::{OptimizerKind, OptimizerSpec};
 
 use super::{Bench, cases, full};
-use crate::device::cuda::driver::Driver;
 use crate::device::cuda::bf16;
+use crate::device::cuda::driver::Driver;
 use crate::device::{Device, Frozen, HostParameters, Part, PartMut, RankState, TrainDevice, Update, Write};
 use crate::model::ParamDecl;
 use crate::optimizer::AdamW;
@@ -123,8 +123,11 @@ fn sums_are_lent<D: Driver>(bench: &mut Bench<'_, D>) {
     assert_eq!(shown.unwrap(), (0..1000).collect::<Vec<i32>>());
     let mut back = bench.floats(&vec![0.0; 1000]);
     cuda.gradient_from_blocks(1000, 1.0, &sums, 0, &mut back).unwrap();
-    let expected: Vec<f32> =
-        values.iter().enumerate().map(|(i, value)| if (100..600).contains(&i) { 2.0 * value } else { *value }).collect();
+    let expected: Vec<f32> = values
+        .iter()
+        .enumerate()
+        .map(|(i, value)| if (100..600).contains(&i) { 2.0 * value } else { *value })
+        .collect();
     bench.floats_are("sums", &back, &expected, 0.0);
 
     let mut floats = bench.floats(&values);
