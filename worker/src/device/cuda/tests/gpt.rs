@@ -28,6 +28,7 @@ fn layernorm_and_its_backward<D: Driver>(bench: &mut Bench<'_, D>) {
             bench.halves_are("norm", &normed, &tnormed, 2.0);
 
             // Both sides go on from the same stream, and from the statistics of that.
+            let cpu = &bench.cpu;
             let mut stream = vec![0.0; n];
             cuda.download_activation(Part(&sum, 0), &mut stream).unwrap();
             let (tx, td_normed) = (bench.twin(&stream), bench.twin(&d_normed));
