@@ -70,6 +70,7 @@ impl Compiler {
     }
 
     /// Compiles a module, whatever the cache has.
+    #[allow(clippy::unused_self)] // a value of this type says that the library is loaded
     pub(super) fn compile(&self, module: &Module, architecture: &str) -> CudaResult<Compiled> {
         let failed = |log: String| CudaError::Compile { file: module.file, architecture: architecture.into(), log };
         let source = text(module.text)?;
@@ -121,8 +122,13 @@ impl Compiler {
         part(&self.version());
         part(module.file);
         part(module.text);
-        HEADERS.iter().for_each(|(name, body)| [name, body].into_iter().for_each(|text| part(text)));
-        options.iter().for_each(|option| part(option));
+        for (name, body) in HEADERS {
+            part(name);
+            part(body);
+        }
+        for option in options {
+            part(option);
+        }
         hasher.finalize()
     }
 }

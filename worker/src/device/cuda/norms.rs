@@ -32,6 +32,9 @@ impl Norm {
     }
 }
 
+/// What is added to the stream, and where the sum goes.
+type Fused<'a, D> = Option<(&'a Array<D, Bf16>, &'a mut Array<D, Bf16>)>;
+
 /// What a backward reads.
 pub(super) struct Saved<'a, D: Driver> {
     pub(super) x: &'a Array<D, Bf16>,
@@ -61,7 +64,7 @@ impl<D: Driver> CudaDevice<D> {
         &self,
         kind: Norm,
         norm: NormShape,
-        streams: (&Array<D, Bf16>, Option<(&Array<D, Bf16>, &mut Array<D, Bf16>)>),
+        streams: (&Array<D, Bf16>, Fused<'_, D>),
         affine: Part<'_, Array<D, Bf16>>,
         normed: &mut Array<D, Bf16>,
         statistics: &mut Array<D, f32>,
@@ -90,8 +93,7 @@ impl<D: Driver> CudaDevice<D> {
         kind: Norm,
         norm: NormShape,
         saved: Saved<'_, D>,
-        write: Write,
-        d_x: &mut Array<D, Bf16>,
+        (write, d_x): (Write, &mut Array<D, Bf16>),
         d_affine: PartMut<'_, Array<D, f32>>,
         workspace: &mut Array<D, f32>,
     ) -> DeviceResult {

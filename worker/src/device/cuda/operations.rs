@@ -252,7 +252,7 @@ impl<D: Driver> Device for CudaDevice<D> {
         workspace: &mut Floats<D>,
     ) -> DeviceResult {
         let saved = norms::Saved { x, statistics: scale, affine: weight, d_normed };
-        self.norm_backward(Norm::Rms, norm, saved, write, d_x, d_weight, workspace)
+        self.norm_backward(Norm::Rms, norm, saved, (write, d_x), d_weight, workspace)
     }
 
     fn norm_workspace(&self, norm: NormShape) -> usize {
@@ -284,7 +284,7 @@ impl<D: Driver> Device for CudaDevice<D> {
         workspace: &mut Floats<D>,
     ) -> DeviceResult {
         let saved = norms::Saved { x, statistics, affine, d_normed };
-        self.norm_backward(Norm::Layer, norm, saved, write, d_x, d_affine, workspace)
+        self.norm_backward(Norm::Layer, norm, saved, (write, d_x), d_affine, workspace)
     }
 
     fn layernorm_workspace(&self, norm: NormShape) -> usize {

@@ -83,6 +83,7 @@ impl Products {
     }
 
     /// The library's version.
+    #[allow(clippy::unused_self)] // a value of this type says that the library is loaded
     pub(super) fn version(&self) -> String {
         // SAFETY: the library is loaded.
         let version = unsafe { sys::cublasLtGetVersion() };
@@ -104,7 +105,7 @@ impl Products {
         let mut text = format!("cublaslt {}\n", self.version());
         for (key, algorithm) in self.chosen.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             let words = algorithm.map(|word| format!("{word:016x}")).join(" ");
-            text.push_str(&format!("{key} = {words}\n"));
+            text.extend([&key[..], " = ", &words, "\n"]);
         }
         text
     }

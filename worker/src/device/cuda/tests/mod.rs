@@ -53,6 +53,7 @@ impl<'a, D: Driver> Bench<'a, D> {
     }
 
     /// The twin's memory.
+    #[allow(clippy::unused_self)] // reads like its neighbours
     fn twin(&self, values: &[f32]) -> CpuBuffer {
         let mut buffer = CpuBuffer::zeroed(values.len(), "test").unwrap();
         buffer.copy_from_slice(values);

@@ -52,7 +52,9 @@ fn steps<V: TrainDevice>(device: &V) -> (Vec<f32>, Vec<Vec<f32>>) {
     for (lane, part) in state.fill().into_iter().enumerate() {
         part.copy_from_slice(&full(SHARD.len(), lane as u32));
         if lane == 2 {
-            part.iter_mut().for_each(|value| *value *= *value);
+            for value in part {
+                *value *= *value;
+            }
         }
     }
     let mut parameters = device.allocate_activation(SPACE, "parameters").unwrap();
@@ -117,7 +119,9 @@ fn sums_are_lent<D: Driver>(bench: &mut Bench<'_, D>) {
     cuda.accumulate_blocks(1000, &gradient, 1 << 20, Write::Replace, &mut sums).unwrap();
     let shown = cuda.lend_block_sums(&mut sums, 1000, 100..600, |host| {
         let shown = host.to_vec();
-        host.iter_mut().for_each(|value| *value *= 2);
+        for value in host {
+            *value *= 2;
+        }
         shown
     });
     assert_eq!(shown.unwrap(), (0..1000).collect::<Vec<i32>>());
