@@ -11,6 +11,7 @@
 
 constexpr int COLUMN_THREADS = 256;
 constexpr int COLUMN_WARPS = COLUMN_THREADS / LANES;
+constexpr int COLUMN_LOADS = 4;   // under way at a time
 
 // Adds what the eight warps have for the same column, in order; all threads must call.
 template <int EACH>
@@ -32,9 +33,15 @@ extern "C" __global__ void __launch_bounds__(COLUMN_THREADS)
     SHARED_ARRAY(float, shared, COLUMN_THREADS);
     int warp = threadIdx.x / LANES, column = blockIdx.x * LANES + threadIdx.x % LANES;
     float sum[1] = {0.0f};
-    if (column < width) {
-#pragma unroll 4
-        for (int i = warp; i < parts; i += COLUMN_WARPS) sum[0] += partial[static_cast<long long>(i) * width + column];
+    for (int first = warp; first < parts && column < width; first += COLUMN_WARPS * COLUMN_LOADS) {
+        float part[COLUMN_LOADS];
+#pragma unroll
+        for (int l = 0; l < COLUMN_LOADS; l++) {
+            int i = first + l * COLUMN_WARPS;
+            part[l] = i < parts ? partial[static_cast<long long>(i) * width + column] : 0.0f;
+        }
+#pragma unroll
+        for (int l = 0; l < COLUMN_LOADS; l++) sum[0] += part[l];
     }
     add_warps(sum, shared);
     if (warp == 0 && column < width) out[column] = sum[0];
@@ -48,11 +55,19 @@ extern "C" __global__ void __launch_bounds__(COLUMN_THREADS)
     int warp = threadIdx.x / LANES, column = (blockIdx.x * LANES + threadIdx.x % LANES) * 8, left = width - column;
     int run = (rows + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * run, end = min(begin + run, rows);
     float sum[8] = {};
-#pragma unroll 4
-    for (int row = begin + warp; row < end; row += COLUMN_WARPS) {
-        Words words = load8(d_out + static_cast<long long>(row) * width + column, left, width % 8 == 0);
+    for (int first = begin + warp; first < end; first += COLUMN_WARPS * COLUMN_LOADS) {
+        Words words[COLUMN_LOADS];
 #pragma unroll
-        for (int i = 0; i < 8; i++) sum[i] += unpacked(words, i);
+        for (int l = 0; l < COLUMN_LOADS; l++) {
+            int row = first + l * COLUMN_WARPS;
+            const bf* from = d_out + static_cast<long long>(row) * width + column;
+            words[l] = load8(from, row < end ? left : 0, width % 8 == 0);
+        }
+#pragma unroll
+        for (int l = 0; l < COLUMN_LOADS; l++) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum[i] += unpacked(words[l], i);
+        }
     }
     add_warps(sum, shared);
     if (warp != 0) return;

@@ -15,6 +15,7 @@
 #include "common.cuh"
 
 constexpr int EMBEDDING_THREADS = 128;
+constexpr int EMBEDDING_LOADS = 4;   // under way at a time
 
 __device__ __forceinline__ void add8(float (&sum)[8], const Words& words) {
 #pragma unroll
@@ -60,9 +61,16 @@ extern "C" __global__ void __launch_bounds__(EMBEDDING_THREADS)
     bool vector = width % 8 == 0;
     int end = piece_start[piece + 1];
     float sum[8] = {};
-#pragma unroll 4
-    for (int i = piece_start[piece]; i < end; i++) {
-        add8(sum, load8(d_out + static_cast<long long>(order[i]) * width + column, left, vector));
+    for (int first = piece_start[piece]; first < end; first += EMBEDDING_LOADS) {
+        Words words[EMBEDDING_LOADS];
+#pragma unroll
+        for (int l = 0; l < EMBEDDING_LOADS; l++) {
+            bool there = first + l < end;
+            long long row = there ? order[first + l] : 0;
+            words[l] = load8(d_out + row * width + column, there ? left : 0, vector);
+        }
+#pragma unroll
+        for (int l = 0; l < EMBEDDING_LOADS; l++) add8(sum, words[l]);
     }
     store8_floats(partial + static_cast<long long>(piece) * width + column, sum, left, vector);
 }
@@ -104,9 +112,15 @@ extern "C" __global__ void __launch_bounds__(EMBEDDING_THREADS)
     if (position >= sequence) return;
     bool vector = width % 8 == 0;
     float sum[8] = {};
-#pragma unroll 4
-    for (int b = 0; b < batch; b++) {
-        add8(sum, load8(d_out + (static_cast<long long>(b) * sequence + position) * width + column, left, vector));
+    for (int first = 0; first < batch; first += EMBEDDING_LOADS) {
+        Words words[EMBEDDING_LOADS];
+#pragma unroll
+        for (int l = 0; l < EMBEDDING_LOADS; l++) {
+            long long row = static_cast<long long>(first + l) * sequence + position;
+            words[l] = load8(d_out + row * width + column, first + l < batch ? left : 0, vector);
+        }
+#pragma unroll
+        for (int l = 0; l < EMBEDDING_LOADS; l++) add8(sum, words[l]);
     }
     store8_floats(d_positions + static_cast<long long>(position) * width + column, sum, left,
                   vector && aligned16(d_positions));

@@ -124,13 +124,16 @@ extern "C" __global__ void __launch_bounds__(SQUARE_THREADS)
     double sums[2] = {0, 0};
     for (int i = threadIdx.x * 4; i < count; i += SQUARE_THREADS * 8) {
         // Two accesses under way at a time; squares of floats are exact in double.
+        float g[2][4];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int at = i + half * SQUARE_THREADS * 4;
-            float g[4];
-            load4(from + at, count - at, vector, g);
+            load4(from + at, count - at, vector, g[half]);
+        }
 #pragma unroll
-            for (int j = 0; j < 4; j++) sums[half] += static_cast<double>(g[j]) * static_cast<double>(g[j]);
+        for (int j = 0; j < 8; j++) {
+            double value = g[j / 4][j % 4];
+            sums[j / 4] += value * value;
         }
     }
     double sum = group_sum(sums[0] + sums[1], SQUARE_THREADS / LANES);

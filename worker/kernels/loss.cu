@@ -58,10 +58,23 @@ __device__ __forceinline__ Softmax joined(Softmax mine) {
     return all;
 }
 
+// scale (softmax - one-hot) of eight logits from `column` on; 0 past the vocabulary. log_sum is to base 2.
+__device__ __forceinline__ Words slopes(const Words& words, int column, int vocabulary, int target, float scale,
+                                        float log_sum) {
+    float x[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float value = scale * exp2_fast(unpacked(words, i) * LOG2_E - log_sum);
+        if (column + i == target) value -= scale;
+        x[i] = column + i < vocabulary ? value : 0.0f;
+    }
+    return packed(x);
+}
+
 // logits: [rows, pitch], of which `vocabulary` columns count. row_losses[i] = log(sum exp(logits)) - logits[target],
 // not finite if the target's logit is not, or another is NaN or infinity. With `gradient`, logits become
 // scale (softmax - one-hot) and the columns past the vocabulary 0; without, they stay.
-extern "C" __global__ void __launch_bounds__(LOSS_THREADS)
+extern "C" __global__ void __launch_bounds__(LOSS_THREADS, 2)
     cross_entropy(bf* logits, float* row_losses, const unsigned* targets, int rows, int vocabulary, int pitch,
                   float scale, int gradient) {
     if (static_cast<int>(blockIdx.x) >= rows) return;
@@ -89,17 +102,18 @@ extern "C" __global__ void __launch_bounds__(LOSS_THREADS)
     float log_sum = all.most + log2f(all.sum);
     if (threadIdx.x == 0) row_losses[blockIdx.x] = (log_sum - wanted) * LN_2;
     if (!gradient) return;
-#pragma unroll LOSS_VECTORS
-    for (int column = threadIdx.x * 8; column < pitch; column += STRIDE) {
-        float x[8];
-        unpack(load8(row + column, pitch - column, vector), x);
+    for (int base = threadIdx.x * 8; base < pitch; base += STRIDE * LOSS_VECTORS) {
+        Words words[LOSS_VECTORS];
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float value = scale * exp2_fast(x[i] * LOG2_E - log_sum);
-            if (column + i == target) value -= scale;
-            x[i] = column + i < vocabulary ? value : 0.0f;
+        for (int v = 0; v < LOSS_VECTORS; v++) {
+            int column = base + v * STRIDE;
+            words[v] = load8(row + column, pitch - column, vector);
         }
-        store8(row + column, packed(x), pitch - column, vector);
+#pragma unroll
+        for (int v = 0; v < LOSS_VECTORS; v++) {
+            int column = base + v * STRIDE;
+            store8(row + column, slopes(words[v], column, vocabulary, target, scale, log_sum), pitch - column, vector);
+        }
     }
 }
 EXPORT(cross_entropy, LOSS_THREADS)

@@ -89,7 +89,10 @@ extern "C" __global__ void __launch_bounds__(ADAMW_THREADS)
         if (left == 4 && (reinterpret_cast<size_t>(to) & 7u) == 0) {
             store_pair(to, pack2(value[0], value[1]), pack2(value[2], value[3]));
         } else {
-            for (int i = 0; i < left; i++) to[i] = to_bf(value[i]);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (i < left) to[i] = to_bf(value[i]);
+            }
         }
     }
 }
