@@ -11,8 +11,8 @@ use super::reader::{
     BELOW_ONE, MOST, NOT_NEGATIVE, POSITIVE, SpecError, is_within, number_wanted, signed_wanted, whole_wanted,
 };
 use super::{
-    Architecture, DataSpec, JobSpec, MOST_SEED, MOST_SPARES, MOST_THREADS, ModelSpec, PRIORITIES, SECONDS,
-    STRAGGLER, VALIDATION_LOSS,
+    Architecture, DataSpec, JobSpec, MOST_SEED, MOST_SPARES, MOST_THREADS, ModelSpec, PRIORITIES, SECONDS, STRAGGLER,
+    VALIDATION_LOSS,
 };
 
 /// Most micro-batches of one update: their losses travel in one message, and the exact grid leaves room for so many.
