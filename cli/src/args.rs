@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use proto::ids::{JobName, NodeName, WorkerId};
 
+use crate::bench::BenchDevice;
 use crate::bench_collective::BenchCollectiveArgs;
 use crate::certs::CertsCommand;
 use crate::checkpoint::CheckpointCommand;
@@ -453,6 +454,9 @@ pub(crate) struct BenchTrainArgs {
     /// Sequences of one micro-batch.
     #[arg(long, default_value_t = 4)]
     pub(crate) micro_batch: usize,
+    /// What to compute on; with cuda all workers share the first GPU.
+    #[arg(long, value_enum, default_value = "cpu")]
+    pub(crate) device: BenchDevice,
     /// Workers.
     #[arg(long, default_value_t = 1)]
     pub(crate) workers: u32,

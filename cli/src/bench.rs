@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use proto::spec::{JobSpec, Overrides, PRESETS};
+use proto::spec::{DeviceKind, JobSpec, Overrides, PRESETS};
 use serde_json::{Value, json};
 
 use crate::args::{BenchCommand, BenchTrainArgs, Output};
@@ -12,6 +12,22 @@ use crate::{bench_capture, bench_collective, bench_coordinator, bench_store, ben
 
 /// Measurements of each side; they alternate, so that a machine that drifts slows both.
 const ROUNDS: usize = 3;
+
+/// What a benchmark computes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum BenchDevice {
+    Cpu,
+    Cuda,
+}
+
+impl BenchDevice {
+    pub(crate) fn kind(self) -> DeviceKind {
+        match self {
+            Self::Cpu => DeviceKind::Cpu,
+            Self::Cuda => DeviceKind::Cuda,
+        }
+    }
+}
 
 pub(crate) async fn run(command: BenchCommand) -> Result<u8, Failure> {
     match command {
@@ -36,10 +52,13 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let threads = if args.threads == 0 { (cores / args.workers as usize).max(1) } else { args.threads };
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let (mut device, mut parameters) = (String::new(), 0);
     for _ in 0..ROUNDS {
-        let report = worker::bench::bench_train(&spec, threads, args.workers as usize, args.seconds, false)
-            .map_err(|error| Failure::job(chain(&error)))?;
+        let report =
+            worker::bench::bench_train(&spec, args.device.kind(), threads, args.workers as usize, args.seconds, false)
+                .map_err(|error| Failure::job(chain(&error)))?;
         ours.push(report.tokens_per_second);
+        (device, parameters) = (report.device, report.parameters);
         if args.peer {
             theirs.push(peer(args, threads)?);
         }
@@ -49,7 +68,7 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
     let m = &spec.model;
     if args.output == Output::Json {
         let line = json!({
-            "event": "bench_train", "preset": args.preset, "workers": args.workers, "threads": threads,
+            "event": "bench_train", "preset": args.preset, "device": device, "parameters": parameters, "workers": args.workers, "threads": threads,
             "tokens_per_second": mine, "rounds": ours, "peer_tokens_per_second": peer, "peer_rounds": theirs,
             "ratio": peer.map(|peer| mine / peer),
         });
@@ -67,6 +86,7 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
         args.global_batch,
         args.sequence_length
     );
+    say!("{parameters} parameters on {device}");
     say!("{} workers × {threads} threads, median of {ROUNDS} runs of {} s", args.workers, args.seconds);
     let row = |name: &str, rate: f64, all: &[f64]| {
         let each: Vec<String> = all.iter().map(|rate| table::count(*rate)).collect();

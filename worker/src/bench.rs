@@ -8,13 +8,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proto::ids::Generation;
-use proto::spec::JobSpec;
+use proto::spec::{DeviceKind, JobSpec};
 
 use checkpoint_store::Space;
 
 use crate::collective::{CollectiveError, RingListener, RingMembership, RingTimeouts, connect};
 use crate::device::cpu::CpuDevice;
-use crate::device::{Device, DeviceError, RankState};
+use crate::device::cuda::real::{Choice, Real};
+use crate::device::cuda::{CudaDevice, PATIENCE};
+use crate::device::{DeviceError, PartMut, RankState, TrainDevice};
 use crate::feed::{Source, Synthetic};
 use crate::generation::{Finished, Member, Observer, Trainer, train};
 use crate::init::initialize;
@@ -77,9 +79,10 @@ pub enum BenchError {
 }
 
 /// Trains a job for about `seconds` on `workers` workers of `threads` threads each, on its own data if `real_data`,
-/// else on synthetic sequences.
+/// else on synthetic sequences. With [`DeviceKind::Cuda`] all workers share the first GPU, else they are on the CPU.
 pub fn bench_train(
     spec: &JobSpec,
+    kind: DeviceKind,
     threads: usize,
     workers: usize,
     seconds: f64,
@@ -99,7 +102,8 @@ pub fn bench_train(
             .zip(memberships)
             .map(|((listener, control), membership)| {
                 scope.spawn(move || {
-                    let result = work(spec, threads, &listener, &membership, control, seconds, real_data);
+                    let place = (&listener, &membership, control.as_ref());
+                    let result = on_device(kind, spec, threads, place, seconds, real_data);
                     if result.is_err() {
                         control.abort(); // closes the ring, so that the others end too
                     }
@@ -119,12 +123,28 @@ fn is_echo(error: &BenchError) -> bool {
     matches!(error, BenchError::Exchange(_) | BenchError::Step(StepError::Exchange(_)))
 }
 
-fn work(
+fn on_device(
+    kind: DeviceKind,
     spec: &JobSpec,
     threads: usize,
-    listener: &RingListener,
-    membership: &RingMembership,
-    control: &Control,
+    place: (&RingListener, &RingMembership, &Control),
+    seconds: f64,
+    real_data: bool,
+) -> Result<Report, BenchError> {
+    if kind == DeviceKind::Cuda {
+        // The fastest products: one worker's bits need not be another's here.
+        let real = Real::new(0, Choice::Fastest).map_err(DeviceError::from)?;
+        let device = CudaDevice::new(real, PATIENCE).map_err(DeviceError::from)?;
+        return work(device, spec, threads, place, seconds, real_data);
+    }
+    work(CpuDevice::new(threads)?, spec, threads, place, seconds, real_data)
+}
+
+fn work<D: TrainDevice>(
+    device: D,
+    spec: &JobSpec,
+    threads: usize,
+    (listener, membership, control): (&RingListener, &RingMembership, &Control),
     seconds: f64,
     real_data: bool,
 ) -> Result<Report, BenchError> {
@@ -135,15 +155,20 @@ fn work(
         let vocabulary = u32::try_from(spec.model.vocab_size).unwrap_or(u32::MAX);
         Box::new(Synthetic { vocabulary, sequence: spec.training.sequence_length, held_out: 0 })
     };
-    let mut trainer = Trainer::new(endless(spec), CpuDevice::new(threads)?, space, source)?;
-    let count = trainer.parameters.len();
-    initialize(&spec.model, spec.training.seed, 0..count, &mut trainer.parameters);
+    let mut trainer = Trainer::new(endless(spec), device, space, source)?;
+    let count = trainer.model.parameter_count();
+    let mut parameters = vec![0.0; count];
+    initialize(&spec.model, spec.training.seed, 0..count, &mut parameters);
+    trainer.device.upload_activation(&parameters, PartMut(&mut trainer.parameters, 0))?;
     let timeouts = RingTimeouts { connect: EXCHANGE, operation: EXCHANGE };
     let ring = connect(listener, membership, timeouts, control.ring())?;
-    let shard = trainer.shards(ring.world_size())[ring.rank().index()].len();
+    let shard = trainer.shards(ring.world_size())[ring.rank().index()].clone();
     let slots = Arc::new(Slots::default());
-    slots.reserve(shard)?;
-    let state = RankState::new(&trainer.device, slots.clone(), shard)?.ok_or(BenchError::NoSlot)?;
+    slots.reserve(shard.len())?;
+    let mut state = D::State::new(&trainer.device, slots.clone(), shard.len())?.ok_or(BenchError::NoSlot)?;
+    state.fill()[0].copy_from_slice(&parameters[shard.clone()]);
+    state.filled(&trainer.device, &mut trainer.parameters, shard.start)?;
+    drop(parameters);
     let mut member = Member::new(&trainer, ring, state, slots, (membership.generation, 0))?;
     let mut watch =
         Stopwatch { control, until: Instant::now() + Duration::from_secs_f64(seconds), times: vec![], loss: 0.0 };
@@ -171,12 +196,12 @@ struct Stopwatch<'a> {
     loss: f64,
 }
 
-impl Observer<CpuDevice> for Stopwatch<'_> {
+impl<D: TrainDevice> Observer<D> for Stopwatch<'_> {
     type Error = StepError;
 
     fn updated(&mut self, _: u64, _: &Taken) {}
 
-    fn finished(&mut self, _: &Trainer<CpuDevice>, _: &mut Member<CpuDevice>, done: Finished) -> Result<(), StepError> {
+    fn finished(&mut self, _: &Trainer<D>, _: &mut Member<D>, done: Finished) -> Result<(), StepError> {
         if done.step > 1 {
             self.times.push(done.took.as_secs_f64());
         }
@@ -217,8 +242,8 @@ mod tests {
             global_batch = 4
         "#;
         let spec = JobSpec::parse("test", text, std::path::Path::new("/"), &std::collections::BTreeMap::new()).unwrap();
-        let one = bench_train(&spec, 1, 1, 0.0, false).unwrap();
-        let two = bench_train(&spec, 1, 2, 0.0, false).unwrap();
+        let one = bench_train(&spec, DeviceKind::Cpu, 1, 1, 0.0, false).unwrap();
+        let two = bench_train(&spec, DeviceKind::Cpu, 1, 2, 0.0, false).unwrap();
         assert_eq!((one.workers, two.workers, one.steps), (1, 2, two.steps));
         assert_eq!(one.loss, two.loss);
         assert!(one.tokens_per_second > 0.0 && one.loss.is_finite());

@@ -1,7 +1,6 @@
 //! The machine itself: processor, device, limits, and what two ranks on it can exchange.
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use proto::ids::{Generation, JobName};
@@ -10,26 +9,19 @@ use serde_json::json;
 use worker::collective::{Collective, Ring, RingListener, RingMembership, RingTimeouts};
 use worker::device::Device;
 use worker::device::cpu::CpuDevice;
+use worker::device::cuda::error::CudaError;
+use worker::device::cuda::probe::{Found, Probe};
 
 use super::Finding;
 use super::job::Need;
 use crate::failure::chain;
+use crate::size;
 use crate::train::random_bytes;
 
 /// Files a part may have open: below the first it breaks, below the second a large job may be short of them.
 const FILES: (u64, u64) = (256, 4096);
 /// Bytes of the buffer two ranks exchange, and how often.
 const RING: (usize, u32) = (32 << 20, 5);
-/// The driver's library, and where it lies.
-const CUDA: &str = "libcuda.so.1";
-const LIBRARIES: [&str; 5] = [
-    "/usr/lib/x86_64-linux-gnu",
-    "/usr/lib/aarch64-linux-gnu",
-    "/usr/lib64",
-    "/usr/lib/wsl/lib",
-    "/usr/local/cuda/lib64",
-];
-
 /// What the arithmetic depends on: nodes of one job must agree in it.
 pub(super) fn processor(cores: usize) -> Finding {
     let device = match CpuDevice::new(cores) {
@@ -60,19 +52,66 @@ pub(super) fn cores(cores: usize, need: Option<&Need>) -> Finding {
     finding.with(values)
 }
 
-/// What workers compute on. This build has kernels for the CPU only, which is no fault of a machine without a GPU.
+/// What workers can compute on. A machine without a GPU is not at fault; one whose GPU cannot be used is told why.
 pub(super) fn device() -> Finding {
-    let path = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
-    let folders = path.split(':').filter(|folder| !folder.is_empty()).chain(LIBRARIES);
-    let driver = folders.map(|folder| Path::new(folder).join(CUDA)).find(|library| library.exists());
-    let values = json!({"device": "cpu", "cuda": driver.is_some()});
-    match driver {
-        None => Finding::ok("device", format!("cpu; there are no CUDA libraries ({CUDA})")).with(values),
-        Some(library) => {
-            let found = format!("cpu; {} is there, but this build has no GPU device", library.display());
-            Finding::ok("device", found).with(values)
-        }
+    const CHECK: &str = "device";
+    let probe = Probe::new();
+    let values = device_values(&probe);
+    let usable = probe.usable(0);
+    if let (Err(error), true) = (&probe.driver, probe.devices.is_empty()) {
+        let found = match error {
+            CudaError::LibraryAbsent { .. } => "no CUDA driver found: the CPU is used".to_string(),
+            CudaError::NoDevice { .. } => "the CUDA driver sees no device: the CPU is used".to_string(),
+            other => {
+                return Finding::warn(CHECK, format!("the CPU is used: {other}"), "mend or remove it").with(values);
+            }
+        };
+        return Finding::ok(CHECK, found).with(values);
     }
+    let devices: Vec<String> = probe.devices.iter().map(describe).collect();
+    let driver = probe.driver.map_or_else(|_| "unknown".to_string(), |version| version.to_string());
+    let found = format!("{}; driver for CUDA {driver}", devices.join(", "));
+    match usable {
+        Ok(()) => Finding::ok(CHECK, found),
+        Err(error) => Finding::warn(CHECK, format!("{found}; the CPU is used"), error),
+    }
+    .with(values)
+}
+
+fn describe(device: &Found) -> String {
+    let (major, minor) = device.capability;
+    let memory = device.memory.map_or_else(
+        || "memory unknown".to_string(),
+        |memory| format!("{} of {} free", size::show(memory.free), size::show(memory.total)),
+    );
+    format!("{} ({major}.{minor}, {memory})", device.name)
+}
+
+/// What was found, for tools.
+fn device_values(probe: &Probe) -> serde_json::Value {
+    let libraries: serde_json::Map<String, serde_json::Value> = probe
+        .libraries
+        .iter()
+        .map(|(name, path)| ((*name).to_string(), json!(path.as_ref().ok().map(|path| path.display().to_string()))))
+        .collect();
+    let device = |device: &Found| {
+        let (major, minor) = device.capability;
+        json!({
+            "name": device.name,
+            "compute_capability": format!("{major}.{minor}"),
+            "memory_free": device.memory.map(|memory| memory.free),
+            "memory_total": device.memory.map(|memory| memory.total),
+        })
+    };
+    let usable = probe.usable(0);
+    json!({
+        "device": if usable.is_ok() { "cuda" } else { "cpu" },
+        "cuda": usable.is_ok(),
+        "cuda_missing": usable.err().map(|error| error.to_string()),
+        "driver": probe.driver.as_ref().ok().map(ToString::to_string),
+        "libraries": libraries,
+        "devices": probe.devices.iter().map(device).collect::<Vec<_>>(),
+    })
 }
 
 /// What the system lets a process have.
@@ -147,6 +186,17 @@ fn rank(listener: &RingListener, membership: RingMembership) -> worker::collecti
 mod tests {
     use super::*;
     use crate::doctor::Verdict;
+
+    #[test]
+    fn a_machine_without_a_gpu_is_well_and_says_what_is_used() {
+        let finding = device();
+        assert_ne!(finding.verdict, Verdict::Fail, "{finding:?}");
+        if finding.values["driver"].is_null() {
+            assert_eq!((finding.verdict, &finding.values["device"]), (Verdict::Ok, &"cpu".into()), "{finding:?}");
+            assert!(finding.found.contains("the CPU is used"), "{finding:?}");
+            assert!(finding.values["cuda_missing"].as_str().is_some_and(|missing| missing.contains("libcuda.so.1")));
+        }
+    }
 
     #[test]
     fn two_ranks_of_one_process_exchange() {

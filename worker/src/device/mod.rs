@@ -9,6 +9,7 @@
 //! arithmetic this one is.
 
 pub mod cpu;
+pub mod cuda;
 mod shape;
 mod train;
 
@@ -40,6 +41,9 @@ pub enum DeviceError {
         #[source]
         source: rayon::ThreadPoolBuildError,
     },
+    /// CUDA failed.
+    #[error(transparent)]
+    Cuda(cuda::error::CudaError),
 }
 
 /// The result of a device operation.

@@ -9,7 +9,7 @@ pub struct Part<'a, B>(pub &'a B, pub usize);
 pub struct PartMut<'a, B>(pub &'a mut B, pub usize);
 
 /// Which operand of a product is transposed. `C` is always `m × n`, the inner dimension is `k`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Product {
     /// `C = A·B`, A is `m × k`, B is `k × n`: the gradient of a layer's input.
     NN,

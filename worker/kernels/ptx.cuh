@@ -1,0 +1,109 @@
+// The one place that knows what the kernels run on.
+//
+// Compiled by NVRTC, the words below are inline PTX for sm_80 and later; no other file holds any. Compiled for the CPU
+// (CAIRN_EMULATOR), the emulator gives the same words. No CUDA header is needed: bfloat16 is kept as bits, so that
+// libnvrtc alone is enough to build the kernels on a user's machine.
+#pragma once
+
+#ifdef CAIRN_EMULATOR
+#include "emulator/emulator.h"
+#else
+
+#define EXPORT(kernel, threads)
+
+// Shared memory: the launch's dynamic part, and arrays of a size known when compiling.
+#define DYNAMIC_SHARED(type, name)                              \
+    extern __shared__ __align__(128) unsigned char dynamic_shared_bytes[]; \
+    type* const name = reinterpret_cast<type*>(dynamic_shared_bytes)
+#define SHARED_ARRAY(type, name, count) __shared__ __align__(16) type name[count]
+
+constexpr unsigned WHOLE_WARP = 0xffffffffu;
+
+// 2^x; results below the normal numbers become 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Two floats rounded to bfloat16, `low` in the low half.
+__device__ __forceinline__ unsigned pack2(float low, float high) {
+    unsigned packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+// One float rounded to bfloat16.
+__device__ __forceinline__ unsigned bf_bits(float value) { return pack2(value, 0.0f) & 0xffffu; }
+
+// 16 bytes: one access of a thread.
+struct __align__(16) Words {
+    unsigned word[4];
+};
+__device__ __forceinline__ Words load_words(const void* from) {
+    uint4 got = *reinterpret_cast<const uint4*>(from);
+    return {{got.x, got.y, got.z, got.w}};
+}
+__device__ __forceinline__ void store_words(void* to, const Words& words) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(words.word[0], words.word[1], words.word[2], words.word[3]);
+}
+
+// 8 bytes, aligned to 8.
+__device__ __forceinline__ void store_pair(void* to, unsigned low, unsigned high) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(low, high);
+}
+
+__device__ __forceinline__ unsigned shared_address(const void* at) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(at));
+}
+
+// Copies 16 (or 4) bytes from global to shared memory without waiting; writes zeros, and reads nothing, if not `there`.
+__device__ __forceinline__ void copy_async_16(void* to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(there ? 16 : 0)
+                 : "memory");
+}
+__device__ __forceinline__ void copy_async_4(void* to, const void* from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(there ? 4 : 0)
+                 : "memory");
+}
+// Closes a group of copies; waits until all but the newest LEFT groups of this thread have arrived.
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT>
+__device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+// Four 8 x 8 matrices of bfloat16 from shared memory; lane l brings the place of row l % 8 of matrix l / 8, in numbers
+// from `base`: addresses in shared memory are of 32 bits, so the kernels compute with no more.
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_matrices(unsigned (&to)[4], const void* base, int offset) {
+    unsigned row = shared_address(base) + 2 * offset;
+    if constexpr (TRANSPOSED) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                     : "r"(row)
+                     : "memory");
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                     : "r"(row)
+                     : "memory");
+    }
+}
+
+// sums[16 x 8] += a[16 x 16] b[16 x 8] on the tensor cores, float32 sums of bfloat16 products.
+__device__ __forceinline__ void multiply_add(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+#endif
+
+// A bfloat16 number: the upper half of a float32.
+struct bf {
+    unsigned short bits;
+};

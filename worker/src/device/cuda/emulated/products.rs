@@ -1,0 +1,58 @@
+//! Matrix products as they are defined: bfloat16 operands, float32 sums in the order of the inner index.
+
+use crate::device::Product;
+use crate::device::cuda::bf16;
+use crate::device::cuda::driver::{Element, ProductKey};
+
+/// Bytes from the first element of A, B and C to the last.
+pub(super) fn bytes(key: &ProductKey) -> [usize; 3] {
+    let ProductKey { product, m, n, k, pitches, result, .. } = *key;
+    let (a, b) = match product {
+        Product::NN => ((m, k), (k, n)),
+        Product::NT => ((m, k), (n, k)),
+        Product::TN => ((k, m), (k, n)),
+    };
+    let span = |(rows, columns): (usize, usize), pitch: usize, size: usize| {
+        if rows == 0 { 0 } else { ((rows - 1) * pitch + columns) * size }
+    };
+    let size = if result == Element::Bfloat16 { 2 } else { 4 };
+    [span(a, pitches[0], 2), span(b, pitches[1], 2), span((m, n), pitches[2], size)]
+}
+
+/// Makes the product.
+///
+/// # Safety
+/// The addresses have as many bytes as [`bytes`] says.
+pub(super) unsafe fn run(key: &ProductKey, [a, b, c]: [u64; 3]) {
+    let ProductKey { product, m, n, k, pitches: [a_pitch, b_pitch, c_pitch], result, add, .. } = *key;
+    // Distances of A's elements along m and k, and of B's along k and n.
+    let (a_steps, b_steps) = match product {
+        Product::NN => ((a_pitch, 1), (b_pitch, 1)),
+        Product::NT => ((a_pitch, 1), (1, b_pitch)),
+        Product::TN => ((1, a_pitch), (b_pitch, 1)),
+    };
+    let (a, b) = (a as *const u16, b as *const u16);
+    for i in 0..m {
+        for j in 0..n {
+            let mut sum = 0.0f32;
+            // SAFETY: all indices lie within the matrices, which the caller vouches for; addresses are even.
+            unsafe {
+                for l in 0..k {
+                    let x = bf16::widen(*a.add(i * a_steps.0 + l * a_steps.1));
+                    sum += x * bf16::widen(*b.add(l * b_steps.0 + j * b_steps.1));
+                }
+                let at = i * c_pitch + j;
+                match result {
+                    Element::Float32 => {
+                        let to = (c as *mut f32).add(at);
+                        *to = if add { *to + sum } else { sum };
+                    }
+                    Element::Bfloat16 => {
+                        let to = (c as *mut u16).add(at);
+                        *to = bf16::round(if add { bf16::widen(*to) + sum } else { sum });
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,429 @@
+//! Matrix products by cuBLASLt: a plan for each kind, made once.
+//!
+//! cuBLASLt has many algorithms for a product, with different bits. A plan fixes one: the first that its own heuristic
+//! names, which follows from the library's version and the device alone, or the fastest of its first few, timed once
+//! on scratch memory. Timing may choose differently on another day, so a timed choice can be listed and adopted: all
+//! workers of a job must use one list. Only algorithms whose sums are made in a fixed order are considered: those that
+//! split the inner dimension join their parts in workspace, in float32, never in place.
+//!
+//! cuBLAS thinks in columns. A row-major matrix is the column-major form of its transpose, so C = A·B is asked for as
+//! Cᵀ = Bᵀ·Aᵀ: its first operand is our B.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use cudarc::cublaslt::result::{self, CublasError};
+use cudarc::cublaslt::sys;
+use cudarc::driver::result as driver;
+use cudarc::driver::sys as driver_sys;
+
+use super::Real;
+use crate::device::Product;
+use crate::device::cuda::driver::{Element, ProductKey, bad_plan};
+use crate::device::cuda::error::{CudaError, CudaResult};
+
+/// Bytes that algorithms may use to join parts: what NVIDIA advises for Hopper.
+const WORKSPACE: usize = 32 << 20;
+/// Candidates that are timed, and how often each.
+const CANDIDATES: usize = 8;
+const ROUNDS: u32 = 3;
+
+/// How a product's algorithm is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice {
+    /// The heuristic's first: the same on every machine with the same device and library.
+    First,
+    /// The fastest of the heuristic's first few on this machine.
+    Fastest,
+}
+
+/// An algorithm, as cuBLASLt lets it be kept: good for one version of the library.
+type Algorithm = [u64; 8];
+
+/// All plans of a device.
+pub(super) struct Products {
+    handle: sys::cublasLtHandle_t,
+    stream: driver_sys::CUstream,
+    workspace: u64,
+    choice: Choice,
+    adopted: AtomicBool,
+    plans: Mutex<HashMap<ProductKey, Plan>>,
+    /// By the text of their keys, in its order.
+    chosen: Mutex<BTreeMap<String, Algorithm>>,
+}
+
+/// One kind of product, ready to run.
+struct Plan {
+    description: Description,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+/// cuBLASLt's descriptors of a product; destroyed with this. Any may be null while it is being made.
+struct Description {
+    product: sys::cublasLtMatmulDesc_t,
+    /// Of A, B and C, in our naming.
+    layouts: [sys::cublasLtMatrixLayout_t; 3],
+}
+
+impl Products {
+    /// Allocates the workspace. The context is bound.
+    pub(super) fn new(stream: driver_sys::CUstream, choice: Choice) -> CudaResult<Self> {
+        let handle = result::create_handle()
+            .map_err(|code| CudaError::Call { operation: "starting cuBLASLt".into(), code: code.to_string() })?;
+        let (plans, chosen) = (Mutex::default(), Mutex::default());
+        let mut products =
+            Self { handle, stream, workspace: 0, choice, adopted: AtomicBool::new(false), plans, chosen };
+        let none = |_| CudaError::OutOfMemory { bytes: WORKSPACE, what: "the products' workspace" };
+        // SAFETY: only products write there, and they write before they read.
+        products.workspace = unsafe { driver::malloc_sync(WORKSPACE) }.map_err(none)?;
+        Ok(products)
+    }
+
+    /// The library's version.
+    #[allow(clippy::unused_self)] // a value of this type says that the library is loaded
+    pub(super) fn version(&self) -> String {
+        // SAFETY: the library is loaded.
+        let version = unsafe { sys::cublasLtGetVersion() };
+        format!("{}.{}.{}", version / 10000, version / 100 % 100, version % 100)
+    }
+
+    /// The rule, or the list as it is: what was timed has a name only once all products of a step were made, or a list
+    /// was adopted.
+    pub(super) fn identity(&self) -> String {
+        let adopted = self.adopted.load(Ordering::Relaxed);
+        if self.choice == Choice::First && !adopted {
+            return "plans-first".into();
+        }
+        format!("plans-{}", &blake3::hash(self.list().as_bytes()).to_hex()[..16])
+    }
+
+    /// The choices made so far, a line each, below a line that says what they are good for.
+    pub(super) fn list(&self) -> String {
+        let mut text = format!("cublaslt {}\n", self.version());
+        for (key, algorithm) in self.chosen.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            let words = algorithm.map(|word| format!("{word:016x}")).join(" ");
+            text.extend([&key[..], " = ", &words, "\n"]);
+        }
+        text
+    }
+
+    /// Takes over a list.
+    pub(super) fn adopt(&self, text: &str) -> CudaResult {
+        let mut lines = text.lines();
+        let (first, expected) = (lines.next().unwrap_or_default(), format!("cublaslt {}", self.version()));
+        if first != expected {
+            return bad_plan(1, format!("it is for {first:?}, but this is {expected:?}"));
+        }
+        let mut adopted = BTreeMap::new();
+        for (index, line) in lines.enumerate() {
+            let Some((key, words)) = line.split_once(" = ") else { return bad_plan(index + 2, "there is no \" = \"") };
+            let words: Result<Vec<u64>, _> = words.split(' ').map(|word| u64::from_str_radix(word, 16)).collect();
+            let Ok(Ok(algorithm)) = words.map(Algorithm::try_from) else {
+                return bad_plan(index + 2, "there are not eight hexadecimal numbers");
+            };
+            adopted.insert(key.to_string(), algorithm);
+        }
+        // Plans made otherwise so far are made again.
+        self.plans.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        *self.chosen.lock().unwrap_or_else(PoisonError::into_inner) = adopted;
+        self.adopted.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Enqueues a product.
+    ///
+    /// # Safety
+    /// As for `Driver::product`; the context is bound.
+    pub(super) unsafe fn run(&self, real: &Real, key: &ProductKey, operands: [u64; 3]) -> CudaResult {
+        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        if !plans.contains_key(key) {
+            plans.insert(*key, self.plan(real, key)?);
+        }
+        let plan = &plans[key];
+        // SAFETY: the caller vouches for the operands.
+        let status = unsafe { self.start(&plan.description, &plan.algorithm, key, operands) };
+        status.map_err(|code| failed(real, key, code))
+    }
+
+    /// Chooses an algorithm: the one that was adopted for it, or by the rule.
+    fn plan(&self, real: &Real, key: &ProductKey) -> CudaResult<Plan> {
+        let failed = |code| failed(real, key, code);
+        let description = Description::new(key).map_err(failed)?;
+        let mut chosen = self.chosen.lock().unwrap_or_else(PoisonError::into_inner);
+        let name = key.to_string();
+        if let Some(data) = chosen.get(&name) {
+            let algorithm = sys::cublasLtMatmulAlgo_t { data: *data };
+            self.check(&description, &algorithm).map_err(failed)?;
+            return Ok(Plan { description, algorithm });
+        }
+        let candidates = self.candidates(&description, key).map_err(failed)?;
+        let algorithm = match (self.choice, candidates.as_slice()) {
+            (_, []) => return Err(failed(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED))),
+            (Choice::First, [first, ..]) | (_, [first]) => *first,
+            (Choice::Fastest, [first, ..]) => self.fastest(&description, key, &candidates).unwrap_or(*first),
+        };
+        chosen.insert(name, algorithm.data);
+        Ok(Plan { description, algorithm })
+    }
+
+    /// Whether an algorithm from elsewhere can make this product within the workspace.
+    fn check(&self, description: &Description, algorithm: &sys::cublasLtMatmulAlgo_t) -> Result<(), CublasError> {
+        let [a, b, c] = description.layouts;
+        // SAFETY: plain data, of which zeros are a value.
+        let mut found: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
+        // SAFETY: the descriptors are alive.
+        unsafe {
+            sys::cublasLtMatmulAlgoCheck(self.handle, description.product, b, a, c, c, algorithm, &raw mut found)
+                .result()?;
+        }
+        let fits = found.workspaceSize <= WORKSPACE;
+        fits.then_some(()).ok_or(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED))
+    }
+
+    /// The heuristic's first few algorithms whose sums have a fixed order, the most promising first.
+    fn candidates(
+        &self,
+        description: &Description,
+        key: &ProductKey,
+    ) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, CublasError> {
+        use sys::cublasLtMatmulPreferenceAttributes_t as P;
+        let preference = Preference(result::create_matmul_pref()?);
+        let set = |attribute, value: &[u8]| {
+            // SAFETY: the preference is alive, and the value is as long as is said.
+            unsafe { result::set_matmul_pref_attribute(preference.0, attribute, value.as_ptr().cast(), value.len()) }
+        };
+        set(P::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &(WORKSPACE as u64).to_ne_bytes())?;
+        let joined = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+        set(P::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &joined.to_ne_bytes())?;
+        let [a, b, c] = key.alignments.map(|bytes| u32::from(bytes).to_ne_bytes());
+        set(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &b)?;
+        set(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &a)?;
+        set(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &c)?;
+        set(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &c)?;
+        // SAFETY: plain data, of which zeros are a value.
+        let mut found: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] = unsafe { std::mem::zeroed() };
+        let (mut count, [a, b, c]) = (0, description.layouts);
+        // SAFETY: the descriptors are alive, and there is room for as many results as are asked for.
+        unsafe {
+            let (room, list) = (CANDIDATES as i32, found.as_mut_ptr());
+            let (product, preference) = (description.product, preference.0);
+            sys::cublasLtMatmulAlgoGetHeuristic(
+                self.handle,
+                product,
+                b,
+                a,
+                c,
+                c,
+                preference,
+                room,
+                list,
+                &raw mut count,
+            )
+            .result()?;
+        }
+        let good = found.iter().take(count.max(0) as usize).filter(|found| found.state.result().is_ok());
+        Ok(good.map(|found| found.algo).collect())
+    }
+
+    /// Times candidates on scratch memory; `None` where there is no room for it, or none ran.
+    fn fastest(
+        &self,
+        description: &Description,
+        key: &ProductKey,
+        candidates: &[sys::cublasLtMatmulAlgo_t],
+    ) -> Option<sys::cublasLtMatmulAlgo_t> {
+        let scratch = Scratch::new(key)?;
+        let timer = [Timer::new()?, Timer::new()?];
+        let mut best: Option<(f32, sys::cublasLtMatmulAlgo_t)> = None;
+        for algorithm in candidates {
+            let mut least = f32::INFINITY;
+            for round in 0..=ROUNDS {
+                // SAFETY: the scratch has the operands' shapes; events and stream are alive.
+                let time = unsafe {
+                    driver::event::record(timer[0].0, self.stream).ok()?;
+                    if self.start(description, algorithm, key, scratch.0).is_err() {
+                        break;
+                    }
+                    driver::event::record(timer[1].0, self.stream).ok()?;
+                    driver::event::synchronize(timer[1].0).ok()?;
+                    driver::event::elapsed(timer[0].0, timer[1].0).ok()?
+                };
+                // The first warms up.
+                least = if round == 0 { least } else { least.min(time) };
+            }
+            if least < best.map_or(f32::INFINITY, |(time, _)| time) {
+                best = Some((least, *algorithm));
+            }
+        }
+        best.map(|(_, algorithm)| algorithm)
+    }
+
+    /// Enqueues a product with an algorithm.
+    ///
+    /// # Safety
+    /// The operands have the key's shapes.
+    unsafe fn start(
+        &self,
+        description: &Description,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
+        key: &ProductKey,
+        operands: [u64; 3],
+    ) -> Result<(), CublasError> {
+        let (one, old) = (1.0f32, if key.add { 1.0f32 } else { 0.0 });
+        let ([a, b, c], [a_layout, b_layout, c_layout]) =
+            (operands.map(|address| address as *mut c_void), description.layouts);
+        // SAFETY: the caller vouches for the operands; the rest lives as long as this.
+        unsafe {
+            result::matmul(
+                self.handle,
+                description.product,
+                ptr::from_ref(&one).cast(),
+                ptr::from_ref(&old).cast(),
+                b,
+                b_layout,
+                a,
+                a_layout,
+                c,
+                c_layout,
+                c,
+                c_layout,
+                algorithm,
+                self.workspace as *mut c_void,
+                WORKSPACE,
+                self.stream.cast(),
+            )
+        }
+    }
+}
+
+impl Drop for Products {
+    fn drop(&mut self) {
+        self.plans.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        // SAFETY: made by this; the driver has waited for all work and bound the context.
+        unsafe {
+            let _ = result::destroy_handle(self.handle);
+            if self.workspace != 0 {
+                let _ = driver::free_sync(self.workspace);
+            }
+        }
+    }
+}
+
+impl Description {
+    fn new(key: &ProductKey) -> Result<Self, CublasError> {
+        use sys::cublasLtMatmulDescAttributes_t as A;
+        use sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
+        let ProductKey { m, n, k, .. } = *key;
+        let mut made = Self { product: ptr::null_mut(), layouts: [ptr::null_mut(); 3] };
+        made.product = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, CUDA_R_32F)?;
+        let (a_rows, b_rows) = rows(key);
+        let (a_columns, b_columns) = (m * k / a_rows.max(1), k * n / b_rows.max(1));
+        let result_type = if key.result == Element::Bfloat16 { CUDA_R_16BF } else { CUDA_R_32F };
+        let shapes = [(CUDA_R_16BF, a_rows, a_columns), (CUDA_R_16BF, b_rows, b_columns), (result_type, m, n)];
+        for ((layout, (kind, rows, columns)), pitch) in made.layouts.iter_mut().zip(shapes).zip(key.pitches) {
+            // In columns: as many rows as we have columns.
+            *layout = result::create_matrix_layout(kind, columns as u64, rows as u64, pitch as i64)?;
+        }
+        // Transposed in columns is what is as it is in rows, and B comes first.
+        let (first, second) = match key.product {
+            Product::NN => (false, false),
+            Product::NT => (true, false),
+            Product::TN => (false, true),
+        };
+        for (attribute, turned) in [(A::CUBLASLT_MATMUL_DESC_TRANSA, first), (A::CUBLASLT_MATMUL_DESC_TRANSB, second)] {
+            let operation = i32::from(turned).to_ne_bytes();
+            // SAFETY: the descriptor is alive; an operation has four bytes, 1 is transposed.
+            unsafe { result::set_matmul_desc_attribute(made.product, attribute, operation.as_ptr().cast(), 4)? };
+        }
+        Ok(made)
+    }
+}
+
+impl Drop for Description {
+    fn drop(&mut self) {
+        // SAFETY: made by this; work that was started has its own copy.
+        unsafe {
+            for layout in self.layouts.into_iter().filter(|layout| !layout.is_null()) {
+                let _ = result::destroy_matrix_layout(layout);
+            }
+            if !self.product.is_null() {
+                let _ = result::destroy_matmul_desc(self.product);
+            }
+        }
+    }
+}
+
+/// Rows of A and B as they lie in memory.
+fn rows(key: &ProductKey) -> (usize, usize) {
+    match key.product {
+        Product::NN => (key.m, key.k),
+        Product::NT => (key.m, key.n),
+        Product::TN => (key.k, key.k),
+    }
+}
+
+struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: made by its owner.
+        let _ = unsafe { result::destroy_matmul_pref(self.0) };
+    }
+}
+
+/// Operands to time a product on, zeroed.
+struct Scratch([u64; 3]);
+
+impl Scratch {
+    fn new(key: &ProductKey) -> Option<Self> {
+        let (a_rows, b_rows) = rows(key);
+        let size = if key.result == Element::Bfloat16 { 2 } else { 4 };
+        let bytes = [a_rows * key.pitches[0] * 2, b_rows * key.pitches[1] * 2, key.m * key.pitches[2] * size];
+        let mut made = Self([0; 3]);
+        for (address, bytes) in made.0.iter_mut().zip(bytes) {
+            // SAFETY: set to zero before anything reads it.
+            unsafe {
+                *address = driver::malloc_sync(bytes).ok()?;
+                driver::memset_d8_sync(*address, 0, bytes).ok()?;
+            }
+        }
+        Some(made)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        for address in self.0.into_iter().filter(|address| *address != 0) {
+            // SAFETY: allocated by this; giving back waits for work that uses it.
+            let _ = unsafe { driver::free_sync(address) };
+        }
+    }
+}
+
+struct Timer(driver_sys::CUevent);
+
+impl Timer {
+    fn new() -> Option<Self> {
+        driver::event::create(driver_sys::CUevent_flags::CU_EVENT_DEFAULT).ok().map(Self)
+    }
+}
+
+impl Drop for Timer {
+    fn drop(&mut self) {
+        // SAFETY: made by this.
+        let _ = unsafe { driver::event::destroy(self.0) };
+    }
+}
+
+/// An error of a product; cuBLAS does not say that a device is lost, so that is asked of the driver.
+fn failed(real: &Real, key: &ProductKey, code: CublasError) -> CudaError {
+    // SAFETY: the stream lives as long as the driver.
+    let state = unsafe { driver_sys::cuStreamQuery(real.streams[0]) };
+    match state.result().map_err(|code| real.failed("a matrix product", code)) {
+        Err(lost @ CudaError::Lost { .. }) => lost,
+        _ => CudaError::Product { product: key.to_string(), code: code.to_string() },
+    }
+}

@@ -1,0 +1,122 @@
+//! Products and attention.
+
+use super::{Bench, UNIT, cases, random};
+use crate::device::cuda::driver::Driver;
+use crate::device::{AttentionShape, Device, MatmulShape, Part, PartMut, Product, Write};
+
+cases!(products_of_every_kind, products_of_padded_rows, attention_and_its_backward);
+
+/// Operands are exact and sums are float32 on both sides, in another order: the result is rounded once to bfloat16, or
+/// differs by float32's own roundings.
+fn products_of_every_kind<D: Driver>(bench: &mut Bench<'_, D>) {
+    for (product, (m, n, k)) in [Product::NN, Product::NT, Product::TN]
+        .into_iter()
+        .flat_map(|p| [(5, 7, 9), (16, 40, 33), (64, 24, 8)].map(|s| (p, s)))
+    {
+        let shape = MatmulShape::dense(m, n, k);
+        let (a, b, c) = (random(m * k, 0), random(k * n, 1), random(m * n, 2));
+        for write in [Write::Replace, Write::Add] {
+            let (ta, tb, mut tc) = (bench.twin(&a), bench.twin(&b), bench.twin(&c));
+            bench.cpu.matmul(product, shape, Part(&ta, 0), Part(&tb, 0), write, PartMut(&mut tc, 0)).unwrap();
+            let (ca, cb) = (bench.halves(&a), bench.halves(&b));
+            let (mut halves, mut floats) = (bench.halves(&c), bench.floats(&c));
+            let cuda = bench.cuda;
+            cuda.matmul(product, shape, Part(&ca, 0), Part(&cb, 0), write, PartMut(&mut halves, 0)).unwrap();
+            cuda.matmul_gradient(product, shape, Part(&ca, 0), Part(&cb, 0), write, PartMut(&mut floats, 0)).unwrap();
+            let name = format!("{product:?} {m} {n} {k} {write:?}");
+            bench.halves_are(&name, &halves, &tc, 1.0);
+            bench.floats_are(&name, &floats, &tc, 1e-5);
+        }
+    }
+}
+
+/// Logits have padded rows, as the result of one product and the operand of two; and operands begin off the start.
+fn products_of_padded_rows<D: Driver>(bench: &mut Bench<'_, D>) {
+    let (rows, hidden, vocabulary) = (6, 24, 37);
+    let pitch = bench.cuda.logits_pitch(vocabulary);
+    assert_eq!(pitch, 128);
+    let (x, w) = (random(rows * hidden + 8, 0), random(vocabulary * hidden + 3, 1));
+    let (cx, cw, tx, tw) = (bench.halves(&x), bench.halves(&w), bench.twin(&x), bench.twin(&w));
+    let cuda = bench.cuda;
+
+    let shape = MatmulShape::dense(rows, vocabulary, hidden);
+    let mut expected = bench.twin(&vec![0.0; rows * vocabulary]);
+    bench
+        .cpu
+        .matmul(Product::NT, shape, Part(&tx, 8), Part(&tw, 3), Write::Replace, PartMut(&mut expected, 0))
+        .unwrap();
+    let mut logits = cuda.allocate_activation(rows * pitch, "logits").unwrap();
+    let padded = MatmulShape { c_pitch: Some(pitch), ..shape };
+    cuda.matmul(Product::NT, padded, Part(&cx, 8), Part(&cw, 3), Write::Replace, PartMut(&mut logits, 0)).unwrap();
+    let spread = |dense: &[f32]| -> Vec<f32> {
+        dense.chunks(vocabulary).flat_map(|row| [row, &[0.0; 91][..]].concat()).collect()
+    };
+    bench.halves_are("logits", &logits, &spread(&expected), 1.0);
+
+    // From here on both sides have the rounded logits.
+    let mut rounded = vec![0.0; rows * pitch];
+    cuda.download_activation(Part(&logits, 0), &mut rounded).unwrap();
+    let dense: Vec<f32> = rounded.chunks(pitch).flat_map(|row| row[..vocabulary].to_vec()).collect();
+    let dense = bench.twin(&dense);
+    let shape = MatmulShape::dense(rows, hidden, vocabulary);
+    let mut expected = bench.twin(&vec![0.0; rows * hidden]);
+    bench
+        .cpu
+        .matmul(Product::NN, shape, Part(&dense, 0), Part(&tw, 3), Write::Replace, PartMut(&mut expected, 0))
+        .unwrap();
+    let mut d_x = cuda.allocate_activation(rows * hidden, "gradient").unwrap();
+    let padded = MatmulShape { a_pitch: Some(pitch), ..shape };
+    cuda.matmul(Product::NN, padded, Part(&logits, 0), Part(&cw, 3), Write::Replace, PartMut(&mut d_x, 0)).unwrap();
+    bench.halves_are("gradient of the input", &d_x, &expected, 1.0);
+
+    let shape = MatmulShape::dense(vocabulary, hidden, rows);
+    let mut expected = bench.twin(&vec![0.0; vocabulary * hidden]);
+    bench
+        .cpu
+        .matmul(Product::TN, shape, Part(&dense, 0), Part(&tx, 8), Write::Replace, PartMut(&mut expected, 0))
+        .unwrap();
+    let mut d_w = cuda.allocate(vocabulary * hidden, "gradient").unwrap();
+    let padded = MatmulShape { a_pitch: Some(pitch), ..shape };
+    cuda.matmul_gradient(Product::TN, padded, Part(&logits, 0), Part(&cx, 8), Write::Replace, PartMut(&mut d_w, 0))
+        .unwrap();
+    bench.floats_are("gradient of the weights", &d_w, &expected, 1e-5);
+}
+
+/// Probabilities and their gradients are rounded to bfloat16 before they are multiplied, and so are the output, which
+/// the backward reads, and the result. The gradient of a score is a difference of two large numbers, one of them made of
+/// the rounded output; so single elements are off by up to 16 units of rounding (found by simulating these roundings
+/// alone in float64), while all together are off by less than one.
+fn attention_and_its_backward<D: Driver>(bench: &mut Bench<'_, D>) {
+    for (batch, sequence, heads, kv_heads, head_dim) in
+        [(1, 1, 1, 1, 2), (2, 17, 4, 2, 6), (1, 70, 2, 1, 32), (1, 33, 3, 3, 48), (1, 131, 2, 2, 64), (1, 65, 2, 1, 80)]
+    {
+        let shape = AttentionShape { batch, sequence, heads, kv_heads, head_dim };
+        let rows = batch * sequence;
+        let (qkv, d_out) = (random(rows * shape.row(), 0), random(rows * shape.output_row(), 1));
+        let name = format!("{shape:?}");
+
+        let (cpu, n) = (&bench.cpu, rows * shape.output_row());
+        let (tqkv, td) = (bench.twin(&qkv), bench.twin(&d_out));
+        let [mut tout, mut stats] = [n, 2 * rows * heads].map(|n| bench.twin(&vec![0.0; n]));
+        let mut work = bench.twin(&vec![0.0; cpu.attention_workspace(shape)]);
+        cpu.attention_forward(shape, &tqkv, &mut tout, &mut stats, &mut work).unwrap();
+        let mut td_qkv = bench.twin(&vec![0.0; qkv.len()]);
+        cpu.attention_backward(shape, &tqkv, &tout, &stats, &td, &mut td_qkv, &mut work).unwrap();
+
+        let cuda = bench.cuda;
+        let (cqkv, cd) = (bench.halves(&qkv), bench.halves(&d_out));
+        let [mut out, mut d_qkv] = [n, qkv.len()].map(|n| bench.halves(&vec![f32::NAN; n]));
+        let [mut stats, mut work] =
+            [2 * rows * heads, cuda.attention_workspace(shape)].map(|n| bench.floats(&vec![f32::NAN; n]));
+        cuda.attention_forward(shape, &cqkv, &mut out, &mut stats, &mut work).unwrap();
+        bench.halves_are(&name, &out, &tout, 2.0);
+        cuda.attention_backward(shape, &cqkv, &out, &stats, &cd, &mut d_qkv, &mut work).unwrap();
+        bench.halves_are(&format!("backward {name}"), &d_qkv, &td_qkv, 24.0);
+        let from = bench.results.len() - td_qkv.len();
+        let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>();
+        let pairs = bench.results[from..].iter().zip(td_qkv.iter());
+        let off = squares(&mut pairs.map(|(got, expected)| f64::from(*got) - f64::from(*expected))).sqrt();
+        let all = squares(&mut td_qkv.iter().map(|value| f64::from(*value))).sqrt();
+        assert!(off <= UNIT * all, "backward {name}: off by {} units in all", off / all / UNIT);
+    }
+}
