@@ -9,7 +9,7 @@ use super::pool::{Pool, Shared, chunk};
 /// Elements of one task; a whole number of vectors.
 const ELEMENTS: usize = 1 << 14;
 /// `2·√(2/π)`.
-const SCALE: f32 = 1.595_769_1;
+const SCALE: f32 = 1.595_769;
 /// The weight of the cube.
 const CUBE: f32 = 0.044_715;
 /// Beyond this `σ(2u)` is 0 or 1 in float32; inputs are held there, so that the cube of a finite one is finite.
