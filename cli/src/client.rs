@@ -164,7 +164,9 @@ pub(crate) fn explain(status: Status, address: &str) -> Failure {
     }
     // What HTTP/2 makes of an answer in TLS, or of the connection closed upon it; a coordinator's own status has no
     // source.
-    if matches!(status.code(), Code::Internal | Code::Cancelled | Code::Unknown) && std::error::Error::source(&status).is_some() {
+    if matches!(status.code(), Code::Internal | Code::Cancelled | Code::Unknown)
+        && std::error::Error::source(&status).is_some()
+    {
         let cause = chain(&status);
         return Failure::job(format!(
             "the coordinator at {address} does not answer as it should ({cause}): if it was started with --tls, use \

@@ -52,7 +52,8 @@ impl<D: TrainDevice> Trainer<D> {
     /// Allocates all a job needs on `device`; no parameter is set yet.
     pub fn new(spec: JobSpec, device: D, space: Space, source: Box<dyn Source>) -> Result<Self, ModelError> {
         let training = &spec.training;
-        let model = Model::new(&spec.model, training.micro_batch, training.sequence_length, &device)?;
+        let make = if training.recompute { Model::recomputing } else { Model::new };
+        let model = make(&spec.model, training.micro_batch, training.sequence_length, &device)?;
         let count = model.parameter_count();
         Ok(Self {
             rule: AdamW::new(&spec.optimizer, &parameters(&spec.model)),

@@ -32,5 +32,7 @@ pub mod state;
 pub mod step;
 pub mod trainer;
 pub mod word;
+#[cfg(test)]
+mod worlds;
 
 pub use run::{Options, WorkerError, run};

@@ -175,8 +175,7 @@ fn agree<D: TrainDevice>(trainer: &mut Trainer<D>, words: &[Word], step: u64) ->
         Verdict::Fault { block, finite } => {
             let start = block as u64 * trainer.space.block_elements();
             let what = if finite { "too large for the exact sum" } else { "not finite" };
-            let fault =
-                format!("a gradient in block {block}, from {} on, is {what}", trainer.space.tensor_at(start));
+            let fault = format!("a gradient in block {block}, from {} on, is {what}", trainer.space.tensor_at(start));
             Err(StepError::Fault { step, fault })
         }
     }
@@ -204,19 +203,21 @@ fn update<D: TrainDevice>(
 }
 
 /// Completes the parameters on every rank from everyone's shard.
-pub fn gather_parameters<D: TrainDevice>(
-    trainer: &mut Trainer<D>,
-    member: &mut Member<D>,
-) -> Result<(), StepError> {
+pub fn gather_parameters<D: TrainDevice>(trainer: &mut Trainer<D>, member: &mut Member<D>) -> Result<(), StepError> {
     let Member { ring, shard, shards, .. } = member;
     if ring.world_size() == WorldSize::ONE {
         return Ok(());
     }
     let elements = trainer.space.elements() as usize;
-    trainer.device.lend_parameters(&mut trainer.parameters, elements, shard.clone(), |parameters| match parameters {
-        HostParameters::F32(values) => ring.all_gather_f32(values, shards),
-        HostParameters::Bf16(values) => ring.all_gather_u16(values, shards),
-    })??;
+    trainer.device.lend_parameters(
+        &mut trainer.parameters,
+        elements,
+        shard.clone(),
+        |parameters| match parameters {
+            HostParameters::F32(values) => ring.all_gather_f32(values, shards),
+            HostParameters::Bf16(values) => ring.all_gather_u16(values, shards),
+        },
+    )??;
     Ok(())
 }
 

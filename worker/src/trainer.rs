@@ -340,12 +340,7 @@ impl<D: TrainDevice> Observer<D> for Saver<'_> {
         }
     }
 
-    fn finished(
-        &mut self,
-        trainer: &Trainer<D>,
-        member: &mut Member<D>,
-        done: Finished,
-    ) -> Result<(), Failure> {
+    fn finished(&mut self, trainer: &Trainer<D>, member: &mut Member<D>, done: Finished) -> Result<(), Failure> {
         // Before the capture, so that a checkpoint's validation loss is known when it is committed.
         if self.first {
             (self.tell)(News::Step(self.place.report(&done, &member.stragglers)));

@@ -88,9 +88,8 @@ impl Word {
 
     fn encode(&self) -> Vec<u8> {
         let fault = self.fault.as_deref().unwrap_or_default();
-        let mut out = Vec::with_capacity(
-            HEAD + 8 * (self.losses.len() + self.norms.len()) + self.magnitudes.len() + fault.len(),
-        );
+        let mut out =
+            Vec::with_capacity(HEAD + 8 * (self.losses.len() + self.norms.len()) + self.magnitudes.len() + fault.len());
         let flag = |set: bool, flag: u8| if set { flag } else { 0 };
         out.push(flag(self.stop, STOP) | flag(self.fault.is_some(), FAULT) | flag(self.wish.ready, READY));
         let counts = [self.losses.len(), self.norms.len(), self.magnitudes.len()].map(|count| count as u32);
@@ -155,8 +154,16 @@ mod tests {
     fn a_word_reads_back() {
         let wish = Wish { ready: true, interval: 3, guard: u32::MAX, complete: u64::MAX };
         let (losses, norms) = (vec![1.5, -0.0], vec![f64::MAX]);
-        let mut word =
-            Word { stop: true, wish, pace: 0.25, losses, norms, grids: 9, magnitudes: vec![0, 255, 7], ..Word::default() };
+        let mut word = Word {
+            stop: true,
+            wish,
+            pace: 0.25,
+            losses,
+            norms,
+            grids: 9,
+            magnitudes: vec![0, 255, 7],
+            ..Word::default()
+        };
         assert_eq!(Word::decode(&word.encode()).as_ref(), Some(&word));
         let fault = GradientFault { element: 7, value: f32::INFINITY };
         word.fault(Fault::Gradient { micro_batch: 3, tensor: "lm_head.weight".into(), fault });

@@ -152,3 +152,28 @@ fn bad_tokens_and_lengths_are_refused_and_non_finite_losses_are_seen() {
     let error = device.allocate(usize::MAX / 8, "a test").unwrap_err();
     assert!(matches!(error, DeviceError::OutOfMemory { .. }), "{error}");
 }
+
+#[test]
+fn recomputed_activations_give_the_same_bits() {
+    let device = CpuDevice::new(2).unwrap();
+    let mut deep = ModelSpec::preset("gpt2-124m").unwrap();
+    (deep.hidden_size, deep.num_hidden_layers, deep.intermediate_size, deep.vocab_size) = (48, 5, 64, 70);
+    (deep.num_attention_heads, deep.num_key_value_heads, deep.head_dim) = (3, 3, 16);
+    let mut llama = spec(32, [4, 2], 40, 70, false);
+    llama.num_hidden_layers = 4;
+    for spec in [deep, llama] {
+        let (batch, sequence) = (2, 19);
+        let n = parameter_count(&spec);
+        let mut weights = device.allocate(n, "weights").unwrap();
+        initialize(&spec, 3, 0..n, &mut weights);
+        let (tokens, targets) = (ids(batch * sequence, 70, 0), ids(batch * sequence, 70, 1));
+        let mut passes = [Model::new, Model::recomputing].map(|make| {
+            let mut model = make(&spec, batch, sequence, &device).unwrap();
+            let mut gradient = device.allocate(n, "gradient").unwrap();
+            let loss = model.loss_and_gradient(&device, &weights, &tokens, &targets, &mut gradient).unwrap();
+            (loss.to_bits(), gradient.iter().map(|g| g.to_bits()).collect::<Vec<_>>())
+        });
+        let [plain, again] = &mut passes;
+        assert!(plain == again, "{:?}", spec.architecture);
+    }
+}

@@ -320,9 +320,10 @@ impl Driver {
 
     fn command(&mut self, worker: WorkerId, command: Command) {
         let body = match command {
-            Command::Prepare { spec, threads } => agent_command::Body::Prepare(wire::Prepare {
+            Command::Prepare { spec, threads, place } => agent_command::Body::Prepare(wire::Prepare {
                 spec,
                 threads,
+                place,
                 slots: self.folder.slots(worker).display().to_string(),
                 ring_host: self.options.ring_host.to_string(),
                 slot_budget: self.memory.budget() / u64::from(self.options.slots.max(1)),

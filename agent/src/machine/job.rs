@@ -6,7 +6,7 @@
 //! before it is ready), without asking the coordinator first: by the time a new generation forms, the replacement is
 //! ready.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proto::ids::{JobName, WorkerId};
@@ -37,6 +37,8 @@ struct Worker {
     held: u64,
     /// It was told to end and no longer counts.
     dying: bool,
+    /// Its place among this node's workers, of all jobs: nobody else's while it lives.
+    place: u32,
 }
 
 impl Worker {
@@ -193,7 +195,14 @@ impl Job {
     }
 
     /// Closes the gap between what is and what should be.
-    pub(super) fn reconcile(&mut self, now: Duration, fresh: Fresh<'_>, actions: &mut Vec<Action>) {
+    /// `places` are those in use on this node, of all jobs.
+    pub(super) fn reconcile(
+        &mut self,
+        now: Duration,
+        fresh: Fresh<'_>,
+        places: &mut BTreeSet<u32>,
+        actions: &mut Vec<Action>,
+    ) {
         self.replace(now, actions);
         self.shrink(actions);
         let wanted = self.desired.workers as usize;
@@ -202,8 +211,18 @@ impl Job {
             let mut state =
                 wire::WorkerState { job: self.name.to_string(), worker: worker.to_string(), ..Default::default() };
             state.set_phase(WorkerPhase::Starting);
-            let entry =
-                Worker { state, attached: false, prepared: None, phase_since: now, ran: None, held: 0, dying: false };
+            let place = (0..).find(|place| !places.contains(place)).unwrap_or(0);
+            places.insert(place);
+            let entry = Worker {
+                state,
+                attached: false,
+                prepared: None,
+                phase_since: now,
+                ran: None,
+                held: 0,
+                dying: false,
+                place,
+            };
             self.live.insert(worker, entry);
             actions.push(Action::Spawn { job: self.name.clone(), worker });
         }
@@ -242,6 +261,11 @@ impl Job {
         }
     }
 
+    /// Places of its processes.
+    pub(super) fn places(&self) -> impl Iterator<Item = u32> {
+        self.live.values().map(|worker| worker.place)
+    }
+
     fn counted(&self) -> usize {
         self.live.values().filter(|worker| !worker.dying).count()
     }
@@ -278,7 +302,8 @@ fn steer(id: WorkerId, worker: &mut Worker, desired: &wire::Desired, threads: u3
     let mut send = |command| actions.push(Action::Send { worker: id, command });
     if worker.prepared.is_none() {
         worker.prepared = Some(desired.spec.clone());
-        send(Command::Prepare { spec: desired.spec.clone(), threads });
+        let place = worker.place;
+        send(Command::Prepare { spec: desired.spec.clone(), threads, place });
     }
     let placed = desired.run.as_ref().zip(rank_of(desired, id));
     let wanted = placed.map(|(run, _)| run.generation);

@@ -68,6 +68,8 @@ pub enum Command {
         spec: Vec<u8>,
         /// CPU threads to use.
         threads: u32,
+        /// Its place among this node's workers, from 0: which GPU it uses, where there are some.
+        place: u32,
     },
     /// Act in a generation; repeated with `stop` set when it should end.
     Run(wire::WorkerRun),
@@ -155,8 +157,9 @@ impl Machine {
             Event::Started { worker, process } => self.with(worker, |job| job.started(worker, process)),
             Event::Tick => {}
         }
+        let mut places = self.jobs.values().flat_map(Job::places).collect();
         for job in self.jobs.values_mut() {
-            job.reconcile(now, fresh, &mut actions);
+            job.reconcile(now, fresh, &mut places, &mut actions);
         }
         self.jobs.retain(|name, job| {
             let over = job.is_over();

@@ -93,7 +93,7 @@ fn workers_are_started_prepared_and_run_each_told_once() {
     let mut bench = Bench::new();
     assert_eq!(spawned(&bench.desire(1, desired(2, 0, None))), [id(1), id(2)]);
     let told = sent(&bench.event(Event::Attached(id(1))));
-    assert_eq!(told, [(id(1), Command::Prepare { spec: b"{}".to_vec(), threads: 2 })]);
+    assert_eq!(told, [(id(1), Command::Prepare { spec: b"{}".to_vec(), threads: 2, place: 0 })]);
     bench.event(Event::Attached(id(2)));
     assert!(bench.state(1, WorkerPhase::Ready, None).contains(&Action::Report));
     bench.state(2, WorkerPhase::Ready, None);

@@ -105,6 +105,9 @@ pub struct TrainingSpec {
     pub seed: u64,
     /// How gradients are summed.
     pub reduction: Reduction,
+    /// Keep a layer's input only, and compute the rest of its activations again in the backward.
+    #[serde(default)]
+    pub recompute: bool,
     /// Steps between validations; 0 for none.
     pub validate_every: u64,
     /// Sequences of one validation, taken from the start of the held-out set.

@@ -167,6 +167,7 @@ fn training(mut r: Reader) -> Result<TrainingSpec, SpecError> {
             &[("exact", Reduction::Exact), ("fast", Reduction::Fast)],
             Reduction::Exact,
         )?,
+        recompute: r.boolean("recompute", false)?,
         validate_every: r.whole("validate_every", 0, 0)?,
         validate_sequences: r.size("validate_sequences", 64)?,
     };

@@ -11,8 +11,8 @@ use super::reader::{
     BELOW_ONE, MOST, NOT_NEGATIVE, POSITIVE, SpecError, is_within, number_wanted, signed_wanted, whole_wanted,
 };
 use super::{
-    Architecture, DataSpec, DeviceKind, JobSpec, MOST_SEED, MOST_SPARES, MOST_THREADS, ModelSpec, PRIORITIES, SECONDS,
-    STRAGGLER, VALIDATION_LOSS,
+    Architecture, DataSpec, JobSpec, MOST_SEED, MOST_SPARES, MOST_THREADS, ModelSpec, PRIORITIES, SECONDS, STRAGGLER,
+    VALIDATION_LOSS,
 };
 
 /// Most micro-batches of one update: their losses travel in one message, and the exact grid leaves room for so many.
@@ -53,13 +53,6 @@ impl JobSpec {
         let priority = i64::from(self.resources.priority);
         if !(PRIORITIES.0..=PRIORITIES.1).contains(&priority) {
             return refuse("resources.priority", priority.to_string(), signed_wanted(PRIORITIES));
-        }
-        if self.resources.device == DeviceKind::Cuda {
-            return refuse(
-                "resources.device",
-                "\"cuda\"".into(),
-                "\"cpu\" or \"auto\": this build has no GPU device".into(),
-            );
         }
         self.validate_keeping(place)?;
         timeouts(place, self.fault.check_order())

@@ -3,7 +3,10 @@
 //! Three nodes of one worker each run `examples/recovery.toml` on this machine. Again and again a worker is killed with
 //! SIGKILL, and later a node, that is an agent and its worker at once; the time counts from the signal to the event
 //! that all ranks of the next generation hold their state, which is the start of its first step.
+//!
+//! `--peer PYTHON` then measures torchrun's restart of a job of the same size with that interpreter, which needs torch.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use tests::cluster::{Cluster, Part};
@@ -17,6 +20,7 @@ const ROUNDS: usize = 7;
 const STEPS: u64 = 6;
 
 fn main() {
+    let peer = peer();
     let mut bench = Bench::start();
     let (mut worker, mut node) = (Vec::new(), Vec::new());
     for round in 0..ROUNDS {
@@ -46,6 +50,21 @@ fn main() {
     }
     report("a worker killed → its job's next first step", &mut worker);
     report("a node killed → its job's next first step", &mut node);
+    drop(bench);
+    if let Some(python) = peer {
+        let script = tests::root().join("tests/peers/torchrun_recovery.py");
+        let status = Command::new(&python).arg(script).args(["--rounds", &ROUNDS.to_string()]).status();
+        assert!(status.as_ref().is_ok_and(std::process::ExitStatus::success), "{python}: {status:?}");
+    }
+}
+
+/// The interpreter that `--peer` names.
+fn peer() -> Option<String> {
+    let mut words = std::env::args().skip(1);
+    let first = words.next()?;
+    let python = words.next();
+    assert!(first == "--peer" && python.is_some() && words.next().is_none(), "usage: recovery [--peer PYTHON]");
+    python
 }
 
 fn report(what: &str, seconds: &mut [f64]) {

@@ -1,7 +1,8 @@
 //! Memory of one micro-batch: what the forward saves for the backward, and scratch shared by all layers.
 //!
 //! Saved per layer are the inputs of every product and norm. The feed-forward block's inner activation is not: the
-//! backward computes it again in the buffer of its own gradient.
+//! backward computes it again in the buffer of its own gradient. With `recompute` only the stream entering each layer is
+//! saved, and one set of the rest serves all layers: the backward runs a layer's forward again before it reads it.
 
 use proto::spec::{ModelSpec, Norm, Positions};
 
@@ -10,10 +11,8 @@ use super::parameters::inner_inputs;
 use crate::device::{AttentionShape, Device, DeviceResult, PartMut};
 use crate::math;
 
-/// What one layer saves.
+/// What one layer saves beside its streams.
 pub(super) struct LayerActs<D: Device> {
-    /// The residual stream entering the layer, `[rows, hidden]`.
-    pub(super) stream: D::Activation,
     /// What its norm's backward needs of each of its rows.
     pub(super) input_statistics: D::Buffer,
     /// Its norm.
@@ -24,8 +23,6 @@ pub(super) struct LayerActs<D: Device> {
     pub(super) attention: D::Activation,
     /// Softmax statistics of attention.
     pub(super) softmax: D::Buffer,
-    /// The stream after attention.
-    pub(super) middle: D::Activation,
     /// What its norm's backward needs of each of its rows.
     pub(super) post_statistics: D::Buffer,
     /// Its norm.
@@ -39,6 +36,11 @@ pub(super) struct LayerActs<D: Device> {
 pub(super) struct Activations<D: Device> {
     pub(super) tokens: D::Tokens,
     pub(super) targets: D::Tokens,
+    /// The residual stream entering each layer, `[rows, hidden]`.
+    pub(super) streams: Vec<D::Activation>,
+    /// The stream after each layer's attention, or one for all.
+    pub(super) middles: Vec<D::Activation>,
+    /// The rest of what each layer saves, or one for all.
     pub(super) layers: Vec<LayerActs<D>>,
     /// The stream after the last layer, what its norm's backward needs of it, and its norm.
     pub(super) last: D::Activation,
@@ -75,16 +77,16 @@ impl<D: Device> Activations<D> {
             Norm::Rms => 1,
             Norm::Layer => 2,
         };
-        let layers = (0..spec.num_hidden_layers)
+        let kept = if sizes.recompute { spec.num_hidden_layers.min(1) } else { spec.num_hidden_layers };
+        let streams = |count| (0..count).map(|_| buffer(hidden)).collect::<DeviceResult<Vec<_>>>();
+        let layers = (0..kept)
             .map(|_| {
                 Ok(LayerActs {
-                    stream: buffer(hidden)?,
                     input_statistics: floats(per_row)?,
                     input_normed: buffer(hidden)?,
                     qkv: buffer(qkv)?,
                     attention: buffer(heads)?,
                     softmax: floats(2 * attention.heads)?,
-                    middle: buffer(hidden)?,
                     post_statistics: floats(per_row)?,
                     post_normed: buffer(hidden)?,
                     up: buffer(up)?,
@@ -98,6 +100,8 @@ impl<D: Device> Activations<D> {
         Ok(Self {
             tokens: device.allocate_tokens(rows)?,
             targets: device.allocate_tokens(rows)?,
+            streams: streams(spec.num_hidden_layers)?,
+            middles: streams(kept)?,
             layers,
             last: buffer(hidden)?,
             last_statistics: floats(per_row)?,

@@ -21,17 +21,23 @@ impl<D: Device> Model<D> {
         let from = Norming { x: &acts.last, statistics: &acts.last_statistics };
         let mut to = Gradients { gradient, workspace: &mut acts.sums_workspace };
         parts.norm_backward(self.offsets.final_norm, from, &acts.delta, Write::Replace, &mut acts.d_stream, &mut to)?;
-        for index in (0..self.acts.layers.len()).rev() {
-            self.feed_forward_backward(&parts, index, gradient)?;
-            self.attention_block_backward(&parts, index, gradient)?;
+        for index in (0..self.offsets.layers.len()).rev() {
+            let kept = self.saved(&parts, index)?;
+            self.feed_forward_backward(&parts, (index, kept), gradient)?;
+            self.attention_block_backward(&parts, (index, kept), gradient)?;
         }
         self.embedding_backward(device, gradient)
     }
 
-    fn feed_forward_backward(&mut self, parts: &Parts<'_, D>, index: usize, gradient: &mut D::Buffer) -> DeviceResult {
+    fn feed_forward_backward(
+        &mut self,
+        parts: &Parts<'_, D>,
+        (index, kept): (usize, usize),
+        gradient: &mut D::Buffer,
+    ) -> DeviceResult {
         let at = self.offsets.layers[index];
         let acts = &mut self.acts;
-        let layer = &mut acts.layers[index];
+        let layer = &mut acts.layers[kept];
         let mut to = Gradients { gradient, workspace: &mut acts.sums_workspace };
 
         parts.linear_input(at.down, &acts.d_stream, &mut acts.act)?;
@@ -39,20 +45,20 @@ impl<D: Device> Model<D> {
         parts.linear_gradient(at.down, &acts.act, &acts.d_stream, &mut to)?;
         parts.linear_input(at.up, &layer.up, &mut acts.delta)?;
         parts.linear_gradient(at.up, &layer.post_normed, &layer.up, &mut to)?;
-        let from = Norming { x: &layer.middle, statistics: &layer.post_statistics };
+        let from = Norming { x: &acts.middles[kept], statistics: &layer.post_statistics };
         parts.norm_backward(at.post_norm, from, &acts.delta, Write::Add, &mut acts.d_stream, &mut to)
     }
 
     fn attention_block_backward(
         &mut self,
         parts: &Parts<'_, D>,
-        index: usize,
+        (index, kept): (usize, usize),
         gradient: &mut D::Buffer,
     ) -> DeviceResult {
         let attention = self.sizes.attention;
         let at = self.offsets.layers[index];
         let acts = &mut self.acts;
-        let layer = &mut acts.layers[index];
+        let layer = &mut acts.layers[kept];
         let mut to = Gradients { gradient, workspace: &mut acts.sums_workspace };
 
         parts.linear_input(at.output, &acts.d_stream, &mut acts.d_attention)?;
@@ -71,7 +77,7 @@ impl<D: Device> Model<D> {
         }
         parts.linear_input(at.qkv, &acts.d_qkv, &mut acts.delta)?;
         parts.linear_gradient(at.qkv, &layer.input_normed, &acts.d_qkv, &mut to)?;
-        let from = Norming { x: &layer.stream, statistics: &layer.input_statistics };
+        let from = Norming { x: &acts.streams[index], statistics: &layer.input_statistics };
         parts.norm_backward(at.input_norm, from, &acts.delta, Write::Add, &mut acts.d_stream, &mut to)
     }
 

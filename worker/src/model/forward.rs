@@ -18,37 +18,52 @@ impl<D: Device> Model<D> {
         let parts = Parts { device, parameters, sizes: self.sizes };
         let positions = self.offsets.positions.map(|(at, _)| (parts.at(at), attention.sequence));
         let table = parts.at(self.offsets.embedding);
-        let first = self.acts.layers.first_mut().map_or(&mut self.acts.last, |layer| &mut layer.stream);
+        let first = self.acts.streams.first_mut().unwrap_or(&mut self.acts.last);
         device.embedding_forward(hidden, rows, &self.acts.tokens, table, positions, first)?;
-        for index in 0..self.acts.layers.len() {
-            self.layer_forward(&parts, index)?;
+        for index in 0..self.offsets.layers.len() {
+            self.layer_input(&parts, index, index > 0)?;
+            self.layer_body(&parts, index)?;
+            let (kept, acts) = (self.kept(index), &mut self.acts);
+            parts.activate(&acts.layers[kept].up, &mut acts.act)?;
+            // Left in `delta`, not yet added to the stream.
+            parts.linear(self.offsets.layers[index].down, &acts.act, &mut acts.delta)?;
         }
         let acts = &mut self.acts;
         let to = Normed { normed: &mut acts.last_normed, statistics: &mut acts.last_statistics };
-        match acts.layers.last() {
-            Some(layer) => {
+        match acts.middles.last() {
+            Some(middle) => {
                 let delta = Some((&acts.delta, &mut acts.last));
-                parts.norm(self.offsets.final_norm, &layer.middle, delta, to)
+                parts.norm(self.offsets.final_norm, middle, delta, to)
             }
             None => parts.norm(self.offsets.final_norm, &acts.last, None, to),
         }
     }
 
-    /// One layer; leaves its last output in `delta`, not yet added to the stream.
-    fn layer_forward(&mut self, parts: &Parts<'_, D>, index: usize) -> DeviceResult {
-        let attention = self.sizes.attention;
-        let at = self.offsets.layers[index];
-        let acts = &mut self.acts;
-        let (before, rest) = acts.layers.split_at_mut(index);
-        let layer = &mut rest[0];
+    /// Where a layer's activations are kept.
+    fn kept(&self, layer: usize) -> usize {
+        if self.sizes.recompute { 0 } else { layer }
+    }
 
+    /// A layer's first norm. With `add` its stream is made of what the layer before left, else it is there already.
+    fn layer_input(&mut self, parts: &Parts<'_, D>, index: usize, add: bool) -> DeviceResult {
+        let (norm, kept) = (self.offsets.layers[index].input_norm, self.kept(index));
+        let before = self.kept(index.saturating_sub(1));
+        let acts = &mut self.acts;
+        let layer = &mut acts.layers[kept];
         let to = Normed { normed: &mut layer.input_normed, statistics: &mut layer.input_statistics };
-        if let Some(previous) = before.last() {
-            let delta = Some((&acts.delta, &mut layer.stream));
-            parts.norm(at.input_norm, &previous.middle, delta, to)?;
+        if add {
+            let delta = Some((&acts.delta, &mut acts.streams[index]));
+            parts.norm(norm, &acts.middles[before], delta, to)
         } else {
-            parts.norm(at.input_norm, &layer.stream, None, to)?;
+            parts.norm(norm, &acts.streams[index], None, to)
         }
+    }
+
+    /// From a layer's first norm to what its activation reads.
+    fn layer_body(&mut self, parts: &Parts<'_, D>, index: usize) -> DeviceResult {
+        let (attention, at, kept) = (self.sizes.attention, self.offsets.layers[index], self.kept(index));
+        let acts = &mut self.acts;
+        let layer = &mut acts.layers[kept];
         parts.linear(at.qkv, &layer.input_normed, &mut layer.qkv)?;
         if let Some(table) = &acts.rope {
             parts.device.rope(attention, false, table, &mut layer.qkv)?;
@@ -58,10 +73,18 @@ impl<D: Device> Model<D> {
         parts.linear(at.output, &layer.attention, &mut acts.delta)?;
 
         let to = Normed { normed: &mut layer.post_normed, statistics: &mut layer.post_statistics };
-        parts.norm(at.post_norm, &layer.stream, Some((&acts.delta, &mut layer.middle)), to)?;
-        parts.linear(at.up, &layer.post_normed, &mut layer.up)?;
-        parts.activate(&layer.up, &mut acts.act)?;
-        parts.linear(at.down, &acts.act, &mut acts.delta)
+        parts.norm(at.post_norm, &acts.streams[index], Some((&acts.delta, &mut acts.middles[kept])), to)?;
+        parts.linear(at.up, &layer.post_normed, &mut layer.up)
+    }
+
+    /// Makes a layer's activations those that the backward is to read; returns where they are.
+    pub(super) fn saved(&mut self, parts: &Parts<'_, D>, index: usize) -> DeviceResult<usize> {
+        // The last layer's are there still.
+        if self.sizes.recompute && index + 1 < self.offsets.layers.len() {
+            self.layer_input(parts, index, false)?;
+            self.layer_body(parts, index)?;
+        }
+        Ok(self.kept(index))
     }
 
     /// The losses' sum, chunk by chunk, into `to`.

@@ -135,6 +135,7 @@ impl Agent {
             slots: slots.display().to_string(),
             ring_host: "127.0.0.1".into(),
             slot_budget: 0,
+            place: 0,
         };
         self.tell(worker, agent_command::Body::Prepare(prepare)).await;
     }

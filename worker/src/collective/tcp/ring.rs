@@ -175,12 +175,7 @@ impl Ring {
         })
     }
 
-    fn all_gather<T: Pod + Send + Sync>(
-        &mut self,
-        kind: Kind,
-        data: &mut [T],
-        ranges: &[Range<usize>],
-    ) -> Result<()> {
+    fn all_gather<T: Pod + Send + Sync>(&mut self, kind: Kind, data: &mut [T], ranges: &[Range<usize>]) -> Result<()> {
         let first = self.rank.index();
         self.circulate(kind, data, ranges, first, |receiving, part| {
             receiving.incoming.receive(bytemuck::cast_slice_mut(part), &receiving.deadline)
