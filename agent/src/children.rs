@@ -115,7 +115,7 @@ async fn watch(mut child: Child, killed: oneshot::Receiver<()>) -> Failure {
         Ok(status) => describe(status),
         Err(error) => format!("the worker process cannot be watched: {error}"),
     };
-    Failure { kind: FailureKind::Exit.into(), reason, exit_code, signal }
+    Failure { kind: FailureKind::Exit.into(), reason, exit_code, signal, ..Default::default() }
 }
 
 /// How a process ended, in words.

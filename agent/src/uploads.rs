@@ -3,10 +3,14 @@
 //! The agent maps a slot the moment it hears of it, so the bytes stay even if the worker dies and its files are
 //! removed. Each upload is a task that tries until it succeeds, a later generation is announced, or the coordinator has
 //! settled the save otherwise. A failed try is logged and reported; it never ends the job (§7 of the design).
+//!
+//! An upload holds a slot, one of three. While a capture finds none it may be given up, and its checkpoint counts as
+//! skipped: at once if a try has failed, else after a time that doubles with each upload that was given up for it, so
+//! that a store that is slow, and not away, gets its checkpoint in the end.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use checkpoint_store::{
     Kind, KnownBlocks, Opener, Receipt, ShardSource, Space, Stage, StoreError, UploadOptions, upload_changed,
@@ -14,6 +18,7 @@ use checkpoint_store::{
 use proto::ids::JobName;
 use proto::wire;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 
 use crate::driver::Input;
 use crate::memory::ParityTimes;
@@ -21,6 +26,11 @@ use crate::receipts::SaveKey;
 
 /// Between two tries: doubles from the first to the last.
 const WAITS: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
+
+/// The time an upload has at the least while its slot is needed, and how many times that of the last one. Long: what is
+/// given up is a checkpoint, and a large one takes its time.
+const LEASH: Duration = Duration::from_mins(5);
+const SLOWER: u32 = 3;
 
 /// An upload is over, one way or the other; nothing reads its slot any more.
 #[derive(Debug)]
@@ -46,14 +56,25 @@ pub(crate) enum Outcome {
 #[derive(Debug)]
 pub(crate) struct Uploads {
     inputs: mpsc::Sender<Input>,
-    /// Dropping a sender breaks its upload off.
-    running: BTreeMap<SaveKey, oneshot::Sender<()>>,
+    running: BTreeMap<SaveKey, Running>,
+    /// How long an upload of a job may take while its slot is needed, where that is not [`LEASH`].
+    leashes: BTreeMap<JobName, Duration>,
     /// The newest generation named of a job: what an older one has captured can no longer become a checkpoint.
     newest: BTreeMap<JobName, u64>,
     stores: BTreeMap<JobName, String>,
     known: BTreeMap<JobName, Known>,
     opener: Opener,
     times: ParityTimes,
+}
+
+/// An upload in progress.
+#[derive(Debug)]
+struct Running {
+    /// Dropping it breaks the upload off.
+    _cancel: oneshot::Sender<()>,
+    began: Instant,
+    /// A try has failed.
+    failed: bool,
 }
 
 /// What the committed checkpoints of a job hold, as far as this node stored them: unchanged blocks stay where they lie.
@@ -68,6 +89,7 @@ impl Uploads {
         Self {
             inputs,
             running: BTreeMap::new(),
+            leashes: BTreeMap::new(),
             newest: BTreeMap::new(),
             stores: BTreeMap::new(),
             known: BTreeMap::new(),
@@ -97,7 +119,8 @@ impl Uploads {
         }
         let url = self.stores.get(&key.job).cloned().ok_or("its job has no store here")?;
         let (cancel, cancelled) = oneshot::channel();
-        self.running.insert(key.clone(), cancel);
+        let running = Running { _cancel: cancel, began: Instant::now(), failed: false };
+        self.running.insert(key.clone(), running);
         let (inputs, key, stall) = (self.inputs.clone(), key.clone(), captured.stall_seconds);
         let (known, times) = (self.known_of(&key.job, &source.space), self.times.clone());
         let opener = self.opener.clone();
@@ -158,9 +181,36 @@ impl Uploads {
         self.running.contains_key(key)
     }
 
-    /// An upload has ended.
-    pub(crate) fn ended(&mut self, key: &SaveKey) {
-        self.running.remove(key);
+    /// An upload has ended, well or not.
+    pub(crate) fn ended(&mut self, key: &SaveKey, stored: bool) {
+        let running = self.running.remove(key);
+        if let Some(running) = running.filter(|_| stored) {
+            self.leashes.insert(key.job.clone(), LEASH.max(running.began.elapsed() * SLOWER));
+        }
+    }
+
+    /// A try to upload has failed.
+    pub(crate) fn failed(&mut self, failed: &wire::SaveFailed) {
+        let Ok(job) = JobName::new(failed.job.as_str()) else { return };
+        let key = SaveKey { job, generation: failed.generation, step: failed.step, rank: failed.rank };
+        if let Some(running) = self.running.get_mut(&key) {
+            running.failed = true;
+        }
+    }
+
+    /// A capture found no slot: gives up the oldest step's uploads that hold slots alone, if they get nowhere. Returns
+    /// them; each still ends with an [`Input::Uploaded`].
+    pub(crate) fn give_up(&mut self, job: &JobName, alone: impl Fn(&SaveKey) -> bool) -> Vec<SaveKey> {
+        let leash = self.leashes.get(job).copied().unwrap_or(LEASH);
+        let vain = |running: &Running| running.failed || running.began.elapsed() >= leash;
+        let oldest = self.running.iter().find(|(key, running)| key.job == *job && vain(running) && alone(key));
+        let Some((key, failed)) = oldest.map(|(key, running)| (key.clone(), running.failed)) else { return vec![] };
+        if !failed {
+            self.leashes.insert(job.clone(), leash.saturating_mul(2));
+        }
+        let of_step =
+            |other: &SaveKey| other.job == *job && (other.generation, other.step) == (key.generation, key.step);
+        self.running.extract_if(.., |other, _| of_step(other)).map(|(key, _)| key).collect()
     }
 
     /// Breaks off what can no longer become a checkpoint. A generation that has failed may still be committed by those
@@ -174,6 +224,7 @@ impl Uploads {
     /// Breaks off everything of a job.
     pub(crate) fn forget(&mut self, job: &JobName) {
         self.newest.remove(job);
+        self.leashes.remove(job);
         self.stores.remove(job);
         self.known.remove(job);
         self.running.retain(|key, _| key.job != *job);

@@ -93,7 +93,7 @@ fn row(incident: &Incident) -> Vec<String> {
         (Some(node), Some(rank)) => format!("{node}, rank {rank}"),
         (Some(node), None) => node.to_string(),
         (None, Some(rank)) => format!("rank {rank}"),
-        (None, None) => "-".into(),
+        (None, None) => incident.link.as_ref().map_or("-".into(), |(one, other)| format!("link {one}\u{2013}{other}")),
     };
     let cause = match (incident.exit_code, incident.signal) {
         (_, Some(signal)) => format!("{} (signal {signal})", incident.cause.name()),

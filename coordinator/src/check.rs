@@ -168,6 +168,7 @@ fn worker(state: WorkerState) -> Result<Worker, Fault> {
         kind: failure.kind(),
         reason: text(&failure.reason),
         exit: (failure.exit_code, failure.signal),
+        moved: failure.ring_sent.zip(failure.ring_received),
     });
     Ok(Worker {
         job: job(&state.job)?,

@@ -75,7 +75,8 @@ impl Cause {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// It is under way; never stored.
+    /// It is under way. Stored once the next generation is agreed on, for a coordinator that may have to take over; the
+    /// record of its end has the same number and takes its place.
     Open,
     /// The job takes steps again.
     Recovered,
@@ -105,6 +106,9 @@ pub struct Incident {
     /// Where, if one node is to blame.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<NodeName>,
+    /// The two nodes between which nothing gets through, if that is to blame: both live, and either may be the cause.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<(NodeName, NodeName)>,
     /// Which rank, if one is to blame.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rank: Option<Rank>,
@@ -174,8 +178,18 @@ impl Incidents {
         self.counts.values().fold(0, |sum, count| sum.saturating_add(*count))
     }
 
-    /// One more.
+    /// The newest, if it is not over yet.
+    pub fn open(&self) -> Option<&Incident> {
+        self.latest.back().filter(|last| last.outcome == Outcome::Open)
+    }
+
+    /// One more, or the end of the one that was open.
     pub fn add(&mut self, incident: Incident) {
+        if self.open().is_some_and(|open| open.number == incident.number && open.cause == incident.cause) {
+            self.latest.pop_back();
+            self.latest.push_back(incident);
+            return;
+        }
         let count = self.counts.entry(incident.cause).or_default();
         *count = count.saturating_add(1);
         self.latest.push_back(incident);
@@ -188,6 +202,25 @@ impl Incidents {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_end_of_an_incident_takes_the_place_of_its_beginning() {
+        let one = |number: u64, outcome: &str| -> Incident {
+            let text = format!(
+                r#"{{"number":{number},"cause":"lost_node","outcome":"{outcome}","reason":"","generation":3,"step":9,
+                    "detect_ms":1,"productive_ms":0,"wall_ms":0}}"#
+            );
+            serde_json::from_str(&text).unwrap()
+        };
+        let mut incidents = Incidents::default();
+        incidents.add(one(1, "open"));
+        assert_eq!((incidents.total(), incidents.open().map(|open| open.number)), (1, Some(1)));
+        incidents.add(one(1, "recovered"));
+        assert_eq!((incidents.total(), incidents.latest.len(), incidents.open()), (1, 1, None));
+        incidents.add(one(2, "open"));
+        incidents.add(one(3, "recovered"));
+        assert_eq!((incidents.total(), incidents.latest.len()), (3, 3));
+    }
 
     #[test]
     fn the_newest_are_remembered_and_all_are_counted() {

@@ -102,10 +102,6 @@ struct Pace {
     generation: u64,
     /// Seconds of the last step.
     step_seconds: f64,
-    /// Steps taken, the step of the last capture, and how long the one before took to become complete.
-    step: u64,
-    captured: u64,
-    latency: u32,
 }
 
 impl<D: TrainDevice> Member<D> {
@@ -122,7 +118,7 @@ impl<D: TrainDevice> Member<D> {
         let gradient = trainer.device.allocate(shard.len(), "a shard's gradient")?;
         let (generation, start) = (place.0.get(), place.1);
         let cadence = Cadence::new(&trainer.spec.checkpoint, start);
-        let pace = Pace { generation, step: start, captured: start, ..Pace::default() };
+        let pace = Pace { generation, ..Pace::default() };
         let stragglers = Stragglers::new(trainer.spec.fault.straggler, shards.len());
         Ok(Self { ring, shard, shards, state, gradient, cadence, stragglers, slots, pace })
     }
@@ -131,26 +127,17 @@ impl<D: TrainDevice> Member<D> {
     pub fn wish(&mut self, trainer: &Trainer<D>) -> Wish {
         let complete = self.slots.complete();
         let complete = Some(complete).filter(|complete| complete.generation == self.pace.generation);
-        if complete.is_some_and(|complete| complete.step >= self.pace.captured) {
-            let taken = self.pace.step.saturating_sub(self.pace.captured);
-            self.pace.latency = u32::try_from(taken).unwrap_or(u32::MAX);
-        }
         let measured = Measured {
             cost: self.slots.hash_seconds() + complete.map_or(0.0, |complete| complete.seconds),
             step: self.pace.step_seconds,
             threads: trainer.device.threads(),
-            latency: self.pace.latency,
         };
         let ready = self.state.ready();
         self.cadence.wish(ready, complete.map_or(0, |complete| complete.step), measured)
     }
 
-    fn stepped(&mut self, step: u64, took: Duration, captured: bool) {
-        self.pace.step = step;
+    fn stepped(&mut self, took: Duration) {
         self.pace.step_seconds = took.as_secs_f64();
-        if captured {
-            self.pace.captured = step;
-        }
     }
 
     /// The run of `units` that this rank computes.
@@ -221,7 +208,7 @@ pub fn train<D: TrainDevice, O: Observer<D>>(
         let began = Instant::now();
         let taken = step::take(trainer, member, step, step == end, control)?;
         let took = began.elapsed();
-        member.stepped(step, took, taken.decision.capture.is_some());
+        member.stepped(took);
         loss = Some(taken.loss);
         observer.updated(step, &taken);
         let due = every > 0 && (step.is_multiple_of(every) || step == steps);

@@ -14,7 +14,7 @@ use proto::wire::{self, FailureKind};
 use tokio::runtime::Handle;
 
 use crate::capture::{CaptureError, Capturer, Snapshot};
-use crate::collective::{CollectiveError, RingListener, RingMembership, RingTimeouts, connect};
+use crate::collective::{Collective, CollectiveError, Moved, RingListener, RingMembership, RingTimeouts, connect};
 use crate::device::choose::{Chosen, choose, start};
 use crate::device::cpu::CpuDevice;
 use crate::device::{DeviceError, Frozen, RankState, TrainDevice};
@@ -42,12 +42,20 @@ pub struct Failure {
     pub reason: String,
     /// The device is lost to this process: another has to take its place.
     pub lost: bool,
+    /// Of a broken exchange: how far it had come.
+    pub moved: Option<Moved>,
 }
 
 impl Failure {
     /// A failure of a kind.
     pub fn new(kind: FailureKind, reason: impl std::fmt::Display) -> Self {
-        Self { kind, reason: reason.to_string(), lost: false }
+        Self { kind, reason: reason.to_string(), lost: false, moved: None }
+    }
+
+    /// With how far the exchange had come, if it is that which broke.
+    fn of_ring(self, ring: &dyn Collective) -> Self {
+        let moved = (self.kind == FailureKind::Exchange).then(|| ring.moved());
+        Self { moved, ..self }
     }
 
     fn input(reason: impl std::fmt::Display) -> Self {
@@ -216,7 +224,7 @@ impl<D: TrainDevice> Prepared<D> {
         let ring = connect(&self.listener, &place.membership, timeouts, control.ring()).map_err(exchange)?;
         let at = (place.membership.generation, start.step);
         let mut member = Member::new(trainer, ring, state, slots, at).map_err(fatal)?;
-        gather_parameters(trainer, &mut member)?;
+        gather_parameters(trainer, &mut member).map_err(|error| Failure::from(error).of_ring(&*member.ring))?;
         Ok((member, start))
     }
 }
@@ -247,7 +255,8 @@ impl<D: TrainDevice> Ready for Prepared<D> {
         let trainer = &mut self.trainer;
         let mut saver = Saver { place: &place, capturer, tell, told: Instant::now(), complete: 0, first: false };
         saver.first = member.is_first();
-        let (step, loss) = train(trainer, &mut member, start.step, place.stop_at, control, &mut saver)?;
+        let trained = train(trainer, &mut member, start.step, place.stop_at, control, &mut saver);
+        let (step, loss) = trained.map_err(|failure| failure.of_ring(&*member.ring))?;
         if step == start.step && start.source != Start::STORED {
             // No step was taken that would have captured the state, and the coordinator waits for its checkpoint: the
             // one that made the snapshot may have been lost before it could store it.

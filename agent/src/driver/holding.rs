@@ -5,12 +5,31 @@ use proto::spec::JobSpec;
 use proto::wire::{self, agent_command, agent_message};
 
 use super::Driver;
+use crate::machine::keeper::Shortage;
 use crate::memory::{self, Effect};
 use crate::receipts::SaveKey;
 use crate::uploads::{Finished, Outcome};
 
 impl Driver {
-    pub(super) fn skipped(&mut self, skipped: wire::SaveSkipped) {
+    /// A capture found no slot. What holds one in vain gives it up: a snapshot that cannot become complete, an upload
+    /// that gets nowhere.
+    pub(super) fn short(&mut self, job: &JobName, skipped: wire::SaveSkipped) {
+        let shortage = if skipped.memory { Shortage::Memory } else { Shortage::Store };
+        self.memory.skipped(job, shortage);
+        if shortage == Shortage::Store {
+            self.skipped(wire::SaveSkipped { job: job.to_string(), ..skipped });
+        }
+        let memory = &self.memory;
+        let given_up = self.uploads.give_up(job, |key| !memory.keeps(job, (key.generation, key.step), key.rank));
+        for key in given_up {
+            let reason = "it could not be stored in time, and newer snapshots need its memory";
+            tracing::warn!(%job, step = key.step, rank = key.rank, "an upload is given up: {reason}");
+            self.lost(&key, true, reason.into());
+        }
+        self.keep(Some(job.clone()));
+    }
+
+    fn skipped(&mut self, skipped: wire::SaveSkipped) {
         self.waiting.push(agent_message::Body::Skipped(skipped));
         self.flush();
     }
@@ -52,7 +71,7 @@ impl Driver {
     /// Carries out what the memory tier wants of a job.
     pub(super) fn keep(&mut self, job: Option<JobName>) {
         if let Some(job) = job {
-            let effects = self.memory.advance(&job);
+            let effects = self.memory.advance(&job, self.began.elapsed());
             self.follow(effects);
         }
     }
@@ -89,7 +108,7 @@ impl Driver {
 
     pub(super) fn uploaded(&mut self, finished: Finished) {
         let Finished { key, outcome } = finished;
-        self.uploads.ended(&key);
+        self.uploads.ended(&key, matches!(outcome, Outcome::Stored(_)));
         let effects = self.memory.uploaded(&key.job, (key.generation, key.step), key.rank);
         self.follow(effects);
         match outcome {

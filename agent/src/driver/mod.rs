@@ -6,6 +6,7 @@
 
 mod conduct;
 mod holding;
+mod input;
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -15,21 +16,22 @@ use std::time::Duration;
 use proto::ids::{Epoch, JobName, WorkerId};
 use proto::invariant::Conduct;
 use proto::wire::{self, agent_command, agent_message, coordinator_message, worker_message};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use tonic::Status;
 
 use crate::children::{Children, Processes};
 use crate::folder::Folder;
 use crate::launch::Door;
 use crate::link::{self, Outgoing};
 use crate::machine::{Action, Command, Event, Machine};
-use crate::memory::{self, Encoded, Memory, Peers};
+use crate::memory::{self, Memory, Peers};
 use crate::receipts::{SaveKey, Waiting};
 use crate::socket;
-use crate::uploads::{Finished, Uploads};
+use crate::uploads::Uploads;
 use crate::{AgentError, Options, Surroundings, Witness};
+
+pub(crate) use self::input::{Commands, Input};
 
 /// Inputs waiting for the loop at most; senders wait beyond it.
 const INPUTS: usize = 1024;
@@ -41,44 +43,6 @@ const RESEND: Duration = Duration::from_secs(5);
 const HEARTBEAT: Duration = proto::spec::detect::IDLE_HEARTBEAT;
 /// For killed workers to be gone at the end.
 const ENDING: Duration = Duration::from_secs(5);
-
-/// The way to one worker.
-pub(crate) type Commands = mpsc::Sender<Result<wire::AgentCommand, Status>>;
-
-/// Something happened on the node.
-#[derive(Debug)]
-pub(crate) enum Input {
-    /// A stream to the coordinator is being opened; its first message must be the hello.
-    LinkUp(Outgoing),
-    /// The stream is gone.
-    LinkDown,
-    /// There will be no stream.
-    LinkFailed(AgentError),
-    /// The coordinator spoke.
-    Coordinator(wire::CoordinatorMessage),
-    /// A worker opened its stream.
-    Attached { worker: WorkerId, commands: Commands },
-    /// A worker spoke.
-    Worker { worker: WorkerId, body: worker_message::Body },
-    /// A worker's stream ended.
-    Detached { worker: WorkerId },
-    /// A worker process ended.
-    Exited { worker: WorkerId, failure: wire::Failure },
-    /// An upload is over.
-    Uploaded(Finished),
-    /// A try to upload failed; it goes on.
-    SaveFailed(wire::SaveFailed),
-    /// Another agent says what it holds, and is told whether that was taken in.
-    Peer(wire::GroupState, oneshot::Sender<bool>),
-    /// Data was exchanged with another node, or could not be.
-    Probed(wire::Probed),
-    /// Parity is made, or could not be.
-    Encoded(Encoded),
-    /// A worker's slot is filled, or could not be.
-    Restored { worker: WorkerId, answer: wire::Restored },
-    /// No worker can attach any more.
-    SocketFailed(String),
-}
 
 /// A worker's stream and process end apart from one another; it is gone when both have.
 #[derive(Debug, Default)]
@@ -233,6 +197,7 @@ impl Driver {
             }
             Input::Uploaded(finished) => self.uploaded(finished),
             Input::SaveFailed(failed) => {
+                self.uploads.failed(&failed);
                 self.waiting.push(agent_message::Body::Failed(failed));
                 self.flush();
             }
@@ -240,6 +205,11 @@ impl Driver {
                 // The peer may have given up waiting.
                 let _ = taken.send(self.memory.peer(&state));
                 self.keep(JobName::new(state.job).ok());
+            }
+            Input::Asked(query, held) => drop(held.send(self.memory.asked(&query))),
+            Input::Holds(holds) => {
+                let job = self.memory.answered(holds);
+                self.keep(Some(job));
             }
             // Without a stream nobody waits for it any more.
             Input::Probed(probed) => drop(self.send(agent_message::Body::Probed(probed))),
@@ -255,6 +225,9 @@ impl Driver {
 
     fn tick(&mut self) {
         self.event(Event::Tick);
+        for job in self.memory.jobs() {
+            self.keep(Some(job));
+        }
         let now = Instant::now();
         let heartbeat = self.machine.heartbeat().unwrap_or(self.heartbeat).max(TICK);
         if now - self.reported >= heartbeat {
@@ -367,15 +340,14 @@ impl Driver {
                 self.waiting.push(agent_message::Body::Step(wire::StepReport { job: job.to_string(), ..step }));
                 self.flush();
             }
-            worker_message::Body::Skipped(skipped) if skipped.memory => self.memory.skipped(&job),
-            worker_message::Body::Skipped(skipped) => {
-                self.skipped(wire::SaveSkipped { job: job.to_string(), ..skipped });
-            }
+            worker_message::Body::Skipped(skipped) => self.short(&job, skipped),
             worker_message::Body::Captured(captured) => self.captured(&job, worker, &captured),
             worker_message::Body::Restore(restore) => {
                 let slot = self.folder.slots(worker).join(format!("slot-{}", restore.slot));
-                let rank = self.machine.rank_of(worker).unwrap_or_default();
-                self.memory.restore(&job, worker, rank, slot, restore.generation);
+                // One that is in no live generation is about to be told so.
+                if let Some(rank) = self.machine.rank_of(worker) {
+                    self.memory.restore(&job, worker, rank, slot, restore.generation);
+                }
             }
             worker_message::Body::Complete(complete) => {
                 let effects = self.memory.complete_everywhere(&job, &complete);

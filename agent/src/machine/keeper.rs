@@ -5,8 +5,29 @@
 //! what recovery may choose stays. Once a generation is fenced nothing goes at all until the next one is announced,
 //! because the coordinator decides from what it was told then. Everything here is level-triggered: peers say what they
 //! hold, again and again.
+//!
+//! A step that does not become complete would hold its slots for ever, and with them the training's next snapshots, the
+//! stored ones too: one member that the others cannot read from is enough. So a node may **give a step up**, under two
+//! rules that keep a step that anybody takes for complete restorable. (1) A node that has not made its parity of the
+//! step gives it up once it has waited in vain for long and a capture found no slot: nobody can take the step for
+//! complete without this node's word that its parity is made, which will never come. (2) A node that has made it gives
+//! it up only when a member that had the step says that it has it no more: that member has given it up by rule 1, or a
+//! newer step is complete. Words that overtake one another are told apart by their number.
+//!
+//! With several parity groups nothing is given up: each group tells the others no more than the newest step complete in
+//! it, and the oldest of these is taken for complete in all. So there steps also become complete in their order.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+/// Vain waiting after which a step is given up if a capture found no slot: longer than any deadline between agents.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The same if it was a stored checkpoint that found none, or if a step had to be given up before.
+const SHORT_PATIENCE: Duration = Duration::from_secs(2);
+/// Members hash their shards side by side, so one may be late by some of the time that this node's took.
+const HASHING: u32 = 4;
+/// Between two questions what the members hold.
+const ASK: Duration = Duration::from_secs(2);
 
 /// A generation and a step of it.
 pub type StepKey = (u64, u64);
@@ -22,6 +43,19 @@ pub enum Keep {
     Complete(StepKey),
     /// Nothing needs this step's snapshots and parity any more.
     Release(StepKey),
+    /// This step will never be complete: say so. A [`Keep::Release`] follows.
+    GiveUp(StepKey),
+    /// Ask the members which steps they hold: the word that one has given a step up may not have got through.
+    Ask,
+}
+
+/// A capture that found no slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Shortage {
+    /// One for the nodes' memory alone.
+    Memory,
+    /// One that was to be stored.
+    Store,
 }
 
 /// A generation, as far as this node's memory is concerned.
@@ -55,6 +89,19 @@ struct Held {
     ranks: BTreeSet<u32>,
     encoding: bool,
     encoded: bool,
+    /// The last try to make its parity failed.
+    failed: bool,
+    /// Since when nothing has come of waiting: for members to hold it, or for its parity after a try that failed; once
+    /// it is made, for theirs.
+    waits: Option<Duration>,
+}
+
+/// What a member has said.
+#[derive(Debug, Clone, Default)]
+struct Heard {
+    /// The number of its newest word.
+    sequence: u64,
+    steps: Vec<PeerStep>,
 }
 
 /// What this node holds of one job.
@@ -63,11 +110,21 @@ pub struct Keeper {
     membership: Membership,
     fenced: u64,
     held: BTreeMap<StepKey, Held>,
-    peers: BTreeMap<usize, Vec<PeerStep>>,
+    peers: BTreeMap<usize, Heard>,
+    /// Steps of the generation that a member had and has no more.
+    lapsed: BTreeSet<u64>,
     /// The newest complete step of the group.
     complete: Option<StepKey>,
     /// What the peers were last told.
     told: Vec<PeerStep>,
+    /// A capture found no slot since one was last given back.
+    shortage: Option<Shortage>,
+    /// The longest time from a capture to the word of it.
+    hashing: Duration,
+    /// A step was given up, and none has become complete since.
+    wary: bool,
+    /// When the members were last asked.
+    asked: Option<Duration>,
 }
 
 impl Keeper {
@@ -78,8 +135,10 @@ impl Keeper {
         }
         self.membership = membership;
         self.peers.clear();
+        self.lapsed.clear();
         self.complete = None;
         self.told.clear();
+        (self.shortage, self.wary, self.asked) = (None, false, None);
         let (generation, start) = (self.membership.generation, self.membership.start);
         let mut todo = self.release(|key| key.0 < generation && Some(key) != start);
         todo.push(Keep::Publish);
@@ -116,18 +175,48 @@ impl Keeper {
         self.fenced = self.fenced.max(key.0);
     }
 
-    /// A peer's whole state in a generation.
-    pub fn peer(&mut self, member: usize, generation: u64, steps: Vec<PeerStep>) {
-        if generation == self.membership.generation && member != self.membership.me {
-            self.peers.insert(member, steps);
+    /// A peer's whole state in a generation, and the number of this word among its own. `false`: it is outdated.
+    pub fn peer(&mut self, member: usize, generation: u64, sequence: u64, steps: Vec<PeerStep>) -> bool {
+        if generation != self.membership.generation || member == self.membership.me {
+            return false;
         }
+        let heard = self.peers.entry(member).or_default();
+        if sequence < heard.sequence {
+            return false;
+        }
+        let had = std::mem::replace(&mut heard.steps, steps);
+        heard.sequence = sequence;
+        let has = |step: u64| heard.steps.iter().any(|held| held.step == step);
+        self.lapsed.extend(had.iter().map(|held| held.step).filter(|step| !has(*step)));
+        true
+    }
+
+    /// A peer's answer to the question which steps it holds. It says nothing of what the peer has captured since its
+    /// last whole word: that comes with the descriptions.
+    pub fn answered(&mut self, member: usize, generation: u64, sequence: u64, steps: &[u64]) {
+        let Some(heard) = self.peers.get(&member) else { return };
+        let still = heard.steps.iter().filter(|held| steps.contains(&held.step)).copied().collect();
+        self.peer(member, generation, sequence, still);
+    }
+
+    /// A capture found no slot.
+    pub fn short(&mut self, of: Shortage) {
+        self.shortage = self.shortage.max(Some(of));
+    }
+
+    /// So long after its capture a snapshot of this node was heard of.
+    pub fn hashed(&mut self, took: Duration) {
+        self.hashing = self.hashing.max(took);
     }
 
     /// This node's parity of a step is made, or could not be (`false`), to be tried again.
     pub fn encoded(&mut self, key: StepKey, done: bool) {
         if let Some(held) = self.held.get_mut(&key) {
             held.encoding = false;
-            held.encoded |= done;
+            held.failed = !done;
+            if done {
+                (held.encoded, held.waits) = (true, None);
+            }
         }
     }
 
@@ -151,35 +240,16 @@ impl Keeper {
         self.held.contains_key(&key)
     }
 
-    /// Says what comes next, after any of the above.
-    pub fn advance(&mut self) -> Vec<Keep> {
-        let mut todo = vec![];
+    /// Says what comes next, after any of the above and as time goes by. `now` must not go back.
+    pub fn advance(&mut self, now: Duration) -> Vec<Keep> {
         if self.is_frozen() {
-            return todo;
+            return vec![];
         }
+        let mut todo = self.give_up(now);
         let generation = self.membership.generation;
         let steps: Vec<StepKey> = self.held.keys().filter(|key| key.0 == generation).copied().collect();
         for key in steps {
-            let everywhere =
-                self.held.get(&key).is_some_and(|held| self.is_whole(held)) && self.peers_hold(key.1, false);
-            let (parities, members) = (self.membership.parities, self.membership.members.len());
-            let Some(held) = self.held.get_mut(&key) else { continue };
-            if everywhere && !held.encoded && !held.encoding {
-                if parities == 0 || members < 2 {
-                    held.encoded = true;
-                } else {
-                    held.encoding = true;
-                    todo.push(Keep::Encode(key));
-                }
-            }
-            let encoded = held.encoded;
-            if everywhere && encoded && self.peers_hold(key.1, true) && self.complete.is_none_or(|old| old < key) {
-                self.complete = Some(key);
-                todo.push(Keep::Complete(key));
-                if self.membership.groups <= 1 {
-                    todo.extend(self.release(|other| other < key));
-                }
-            }
+            self.pursue(now, key, &mut todo);
         }
         let holds: Vec<PeerStep> = self.holds().collect();
         if holds != self.told {
@@ -187,7 +257,81 @@ impl Keeper {
             // First of all: the peers wait for it.
             todo.insert(0, Keep::Publish);
         }
+        if self.must_ask(now) {
+            self.asked = Some(now);
+            todo.push(Keep::Ask);
+        }
         todo
+    }
+
+    /// Does what can be done for a step to become complete.
+    fn pursue(&mut self, now: Duration, key: StepKey, todo: &mut Vec<Keep>) {
+        let Some(whole) = self.held.get(&key).map(|held| self.is_whole(held)) else { return };
+        let everywhere = whole && self.peers_hold(key.1, false);
+        let (parities, members) = (self.membership.parities, self.membership.members.len());
+        let Some(held) = self.held.get_mut(&key) else { return };
+        if everywhere && !held.encoded && !held.encoding {
+            if parities == 0 || members < 2 {
+                held.encoded = true;
+            } else {
+                held.encoding = true;
+                todo.push(Keep::Encode(key));
+            }
+        }
+        if whole && (held.encoded || held.failed || !everywhere) {
+            held.waits.get_or_insert(now);
+        } else {
+            held.waits = None;
+        }
+        let encoded = held.encoded;
+        let older = |other: &StepKey| other.0 == key.0 && *other < key && self.complete.is_none_or(|old| old < *other);
+        let in_turn = self.membership.groups <= 1 || !self.held.keys().any(older);
+        let done = everywhere && encoded && self.peers_hold(key.1, true);
+        if done && in_turn && self.complete.is_none_or(|old| old < key) {
+            self.complete = Some(key);
+            self.wary = false;
+            todo.push(Keep::Complete(key));
+            if self.membership.groups <= 1 {
+                todo.extend(self.release(|other| other < key));
+            }
+        }
+    }
+
+    /// Gives steps up that will not become complete; see the module's header for the rules.
+    fn give_up(&mut self, now: Duration) -> Vec<Keep> {
+        if self.membership.groups > 1 {
+            return vec![];
+        }
+        let short = self.wary || self.shortage == Some(Shortage::Store);
+        let patience = if short { SHORT_PATIENCE } else { PATIENCE } + self.hashing * HASHING;
+        let (generation, complete) = (self.membership.generation, self.complete);
+        let open = |key: &StepKey| key.0 == generation && complete.is_none_or(|complete| complete < *key);
+        let late = |held: &Held| held.waits.is_some_and(|since| now.saturating_sub(since) >= patience);
+        let mut gone: Vec<StepKey> =
+            self.held.keys().filter(|key| open(key) && self.lapsed.contains(&key.1)).copied().collect();
+        let mut vain = self.held.iter().filter(|(key, held)| open(key) && !held.encoded && late(held));
+        // One at a time, the oldest: a newer one is worth more.
+        if let Some((key, _)) = vain.next().filter(|_| self.shortage.is_some() || self.wary)
+            && !gone.contains(key)
+        {
+            gone.push(*key);
+            self.wary = true;
+        }
+        let mut todo: Vec<Keep> = gone.iter().map(|key| Keep::GiveUp(*key)).collect();
+        todo.extend(self.release(|key| gone.contains(&key)));
+        todo
+    }
+
+    /// Whether a step whose parity this node has made waits in vain, while its slot is needed.
+    fn must_ask(&self, now: Duration) -> bool {
+        let since = |at: Duration| now.saturating_sub(at);
+        let (generation, complete) = (self.membership.generation, self.complete);
+        let open = |key: &StepKey| key.0 == generation && complete.is_none_or(|complete| complete < *key);
+        let vain = |held: &Held| held.encoded && held.waits.is_some_and(|at| since(at) >= SHORT_PATIENCE);
+        (self.shortage.is_some() || self.wary)
+            && self.membership.groups <= 1
+            && self.held.iter().any(|(key, held)| open(key) && vain(held))
+            && self.asked.is_none_or(|at| since(at) >= ASK)
     }
 
     /// The newest step complete in the group, of the present generation.
@@ -206,8 +350,8 @@ impl Keeper {
 
     fn peers_hold(&self, step: u64, encoded: bool) -> bool {
         let holds = |member: usize| {
-            let steps = self.peers.get(&member);
-            steps.is_some_and(|steps| steps.iter().any(|held| held.step == step && (held.encoded || !encoded)))
+            let heard = self.peers.get(&member);
+            heard.is_some_and(|heard| heard.steps.iter().any(|held| held.step == step && (held.encoded || !encoded)))
         };
         (0..self.membership.members.len()).all(|member| member == self.membership.me || holds(member))
     }
@@ -217,108 +361,14 @@ impl Keeper {
         for key in &gone {
             self.held.remove(key);
         }
+        if !gone.is_empty() {
+            self.shortage = None;
+        }
         gone.into_iter().map(Keep::Release).collect()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn membership(generation: u64, nodes: u32, start: Option<StepKey>) -> Membership {
-        let members = (0..nodes).map(|rank| vec![rank]).collect();
-        Membership { generation, members, me: 0, parities: 1, groups: 1, start }
-    }
-
-    fn peer(step: u64, encoded: bool) -> Vec<PeerStep> {
-        vec![PeerStep { step, encoded }]
-    }
-
-    #[test]
-    fn a_node_alone_is_complete_with_its_own_ranks() {
-        let mut keeper = Keeper::default();
-        let both = Membership { members: vec![vec![0, 1]], ..membership(1, 1, None) };
-        assert_eq!(keeper.announce(both.clone()), [Keep::Publish]);
-        assert!(keeper.announce(both).is_empty(), "the same again is no news");
-        assert!(keeper.captured((1, 5), 0));
-        assert!(keeper.advance().is_empty());
-        keeper.captured((1, 5), 1);
-        assert_eq!(keeper.advance(), [Keep::Publish, Keep::Complete((1, 5))]);
-        assert!(keeper.advance().is_empty());
-        keeper.captured((1, 6), 0);
-        keeper.captured((1, 6), 1);
-        assert_eq!(keeper.advance(), [Keep::Publish, Keep::Complete((1, 6)), Keep::Release((1, 5))]);
-        assert!(!keeper.captured((0, 9), 0), "of another generation");
-    }
-
-    #[test]
-    fn nothing_goes_before_a_newer_step_is_complete_on_every_member() {
-        let mut keeper = Keeper::default();
-        keeper.announce(membership(1, 2, None));
-        for step in [5, 6] {
-            keeper.captured((1, step), 0);
-            assert_eq!(
-                keeper.advance(),
-                [Keep::Publish],
-                "the peer does not hold it yet, and is told that this node does"
-            );
-            keeper.peer(1, 1, peer(step, false));
-            assert_eq!(keeper.advance(), [Keep::Encode((1, step))]);
-            assert!(keeper.advance().is_empty());
-            keeper.encoded((1, step), true);
-            assert_eq!(keeper.advance(), [Keep::Publish], "the peer's parity is missing");
-            keeper.peer(1, 1, peer(step, true));
-            let mut expected = vec![Keep::Complete((1, step))];
-            expected.extend((step == 6).then_some(Keep::Release((1, 5))));
-            if step == 6 {
-                expected.insert(0, Keep::Publish);
-            }
-            assert_eq!(keeper.advance(), expected);
-        }
-        assert_eq!(keeper.holds().collect::<Vec<_>>(), peer(6, true));
-    }
-
-    #[test]
-    fn with_several_groups_the_job_must_be_complete() {
-        let mut keeper = Keeper::default();
-        keeper.announce(Membership { groups: 2, ..membership(1, 1, None) });
-        keeper.captured((1, 5), 0);
-        keeper.advance();
-        keeper.captured((1, 6), 0);
-        assert_eq!(keeper.advance(), [Keep::Publish, Keep::Complete((1, 6))]);
-        assert_eq!(keeper.complete_everywhere((1, 5)), []);
-        assert_eq!(keeper.complete_everywhere((1, 6)), [Keep::Release((1, 5))]);
-    }
-
-    #[test]
-    fn a_fenced_generation_is_kept_as_it_was_until_the_next_is_announced() {
-        let mut keeper = Keeper::default();
-        keeper.announce(membership(1, 2, None));
-        keeper.captured((1, 5), 0);
-        keeper.peer(1, 1, peer(5, true));
-        keeper.advance();
-        keeper.encoded((1, 5), true);
-        keeper.advance();
-        keeper.captured((1, 6), 0);
-        keeper.peer(1, 1, peer(6, true));
-        assert_eq!(keeper.advance(), [Keep::Publish, Keep::Encode((1, 6))]);
-        keeper.fence(1);
-        keeper.encoded((1, 6), true);
-        assert!(keeper.advance().is_empty(), "5 may have been chosen already");
-        assert!(keeper.keeps((1, 5)) && keeper.keeps((1, 6)));
-        assert_eq!(keeper.announce(membership(2, 1, Some((1, 5)))), [Keep::Release((1, 6)), Keep::Publish]);
-        keeper.captured((2, 6), 0);
-        assert_eq!(keeper.advance(), [Keep::Publish, Keep::Complete((2, 6)), Keep::Release((1, 5))]);
-    }
-
-    #[test]
-    fn a_failed_parity_is_tried_again() {
-        let mut keeper = Keeper::default();
-        keeper.announce(membership(1, 2, None));
-        keeper.captured((1, 5), 0);
-        keeper.peer(1, 1, peer(5, false));
-        assert_eq!(keeper.advance(), [Keep::Publish, Keep::Encode((1, 5))]);
-        keeper.encoded((1, 5), false);
-        assert_eq!(keeper.advance(), [Keep::Encode((1, 5))]);
-    }
-}
+mod properties;
+#[cfg(test)]
+mod tests;

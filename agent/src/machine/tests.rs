@@ -38,7 +38,7 @@ impl Bench {
 
     fn exit(&mut self, worker: u128) -> Vec<Action> {
         let (kind, reason) = (FailureKind::Exit.into(), "killed by signal 9".into());
-        let failure = proto::wire::Failure { kind, reason, exit_code: None, signal: Some(9) };
+        let failure = proto::wire::Failure { kind, reason, signal: Some(9), ..Default::default() };
         self.event(Event::Exited { worker: id(worker), failure })
     }
 }

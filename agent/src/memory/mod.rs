@@ -1,11 +1,12 @@
 //! The memory tier on this node (§8): snapshots in slots, parity among agents, and restoring from both.
 //!
 //! [`crate::machine::keeper`] decides what is kept; this file carries it out. `vault` holds the bytes, `service` and
-//! `peers` are the two ends between agents, `encode` makes parity, `restore` fills a slot by the `plan` of where bytes
+//! `peers` are the two ends between agents, `group` is what members tell one another, `encode` makes parity, `restore` fills a slot by the `plan` of where bytes
 //! lie, `adopt` takes over what an earlier life of this agent left.
 
 pub(crate) mod adopt;
 mod encode;
+mod group;
 mod heard;
 pub(crate) mod hostile;
 mod peers;
@@ -31,14 +32,16 @@ use proto::ids::{JobName, WorkerId, WorldSize};
 use proto::spec::JobSpec;
 use proto::wire;
 use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 
 use self::encode::{Encode, Stripe};
 use self::heard::Heard;
 use self::sync::Telling;
 use self::vault::{Described, Held, Vault};
 use crate::driver::Input;
-use crate::machine::keeper::{Keep, Keeper, Membership, StepKey};
+use crate::machine::keeper::{Keep, Keeper, Membership, Shortage, StepKey};
 
+pub(crate) use self::group::Holds;
 pub(crate) use self::peers::Peers;
 pub(crate) use self::service::{check_security, serve};
 
@@ -87,6 +90,8 @@ struct OfJob {
     /// The step whose parity could not be made at the last try.
     unmade: Option<StepKey>,
     skipped: u64,
+    /// Slots being filled, by worker.
+    restoring: BTreeMap<WorkerId, AbortHandle>,
     /// What the present generation starts from, and where checkpoints are stored.
     start: Option<wire::MemoryStart>,
     reference: Vec<u8>,
@@ -108,6 +113,7 @@ impl Default for OfJob {
             heard: Heard::default(),
             unmade: None,
             skipped: 0,
+            restoring: BTreeMap::new(),
             start: None,
             reference: vec![],
             store: String::new(),
@@ -211,6 +217,8 @@ impl Memory {
             of.telling = Some(Telling::start(&self.peers, addresses, state));
             of.group = group;
             of.heard.clear();
+            // What still fills a slot for an earlier generation must not write into one that is used anew.
+            std::mem::take(&mut of.restoring).into_values().for_each(|task| task.abort());
         }
         self.carry_out(job, todo)
     }
@@ -247,41 +255,26 @@ impl Memory {
         let held = Held { worker, slot, source: source.clone(), payload, kept, uploading };
         self.vault.put(job, key, captured.rank, held);
         let so_far = stages.iter().map(|stage| stage.start_micros.saturating_add(stage.micros)).max().unwrap_or(0);
+        of.keeper.hashed(Duration::from_micros(so_far));
         of.captured = (key, Instant::now(), so_far as f64 / 1e6);
         Ok((source, stages))
     }
 
-    /// After any change: what the keeper wants done.
-    pub(crate) fn advance(&mut self, job: &JobName) -> Vec<Effect> {
-        let todo = self.jobs.get_mut(job).map(|of| of.keeper.advance()).unwrap_or_default();
+    /// After any change, and as time goes by: what the keeper wants done. `now` is the agent's age.
+    pub(crate) fn advance(&mut self, job: &JobName, now: Duration) -> Vec<Effect> {
+        let todo = self.jobs.get_mut(job).map(|of| of.keeper.advance(now)).unwrap_or_default();
         self.carry_out(job, todo)
+    }
+
+    /// The jobs of which anything is held.
+    pub(crate) fn jobs(&self) -> Vec<JobName> {
+        self.jobs.keys().cloned().collect()
     }
 
     /// No upload reads a snapshot any more.
     pub(crate) fn uploaded(&mut self, job: &JobName, key: StepKey, rank: u32) -> Vec<Effect> {
         let free = self.vault.let_go(job, key, |of, held| held.uploading &= of != rank);
         free.into_iter().map(|held| Effect::Free(held.worker, held.slot)).collect()
-    }
-
-    /// A peer says what it holds. `false`: not of the generation this node is in; it is to say it again.
-    pub(crate) fn peer(&mut self, state: &wire::GroupState) -> bool {
-        let Ok(job) = JobName::new(state.job.as_str()) else { return true };
-        let Some(of) = self.jobs.get_mut(&job) else { return false };
-        let current = of.telling.as_ref().map_or(0, Telling::generation);
-        if state.generation != current {
-            // One of a generation that is over has nothing more to say.
-            return state.generation < current;
-        }
-        let Some(member) = of.group.members.iter().position(|member| member.node == state.node) else { return true };
-        let ranks = of.group.members[member].ranks.clone();
-        let (steps, described) = heard::read_state(state, &ranks);
-        let (now, ahead): (Vec<_>, Vec<_>) = described.into_iter().partition(|(key, ..)| of.keeper.keeps(*key));
-        for (key, rank, described) in now {
-            self.vault.describe(&job, key, rank, described);
-        }
-        of.heard.hear(member, ahead);
-        of.keeper.peer(member, state.generation, steps);
-        true
     }
 
     /// This node's parity of a step is made, or could not be.
@@ -324,9 +317,16 @@ impl Memory {
         self.carry_out(job, todo)
     }
 
-    /// A snapshot in memory was due and found no slot.
-    pub(crate) fn skipped(&mut self, job: &JobName) {
-        self.jobs.entry(job.clone()).or_default().skipped += 1;
+    /// A capture was due and found no slot; snapshots for memory alone are counted here.
+    pub(crate) fn skipped(&mut self, job: &JobName, of: Shortage) {
+        let job = self.jobs.entry(job.clone()).or_default();
+        job.skipped += u64::from(of == Shortage::Memory);
+        job.keeper.short(of);
+    }
+
+    /// Whether the memory tier needs a rank's snapshot of a step, or only its upload.
+    pub(crate) fn keeps(&self, job: &JobName, key: StepKey, rank: u32) -> bool {
+        self.vault.snapshot(job, key, rank).is_some_and(|held| held.kept)
     }
 
     /// Fills a worker's slot in the background; the answer comes as an input.
@@ -345,7 +345,8 @@ impl Memory {
             Input::Restored { worker, answer }
         };
         let of = self.jobs.entry(job.clone()).or_default();
-        let known = of.start.clone().zip(of.space.clone()).zip(of.world);
+        let present = of.telling.as_ref().is_some_and(|telling| telling.generation() == generation);
+        let known = of.start.clone().filter(|_| present).zip(of.space.clone()).zip(of.world);
         let inputs = self.inputs.clone();
         let Some(((start, space), world)) = known else {
             let failure = (wire::FailureKind::Transient, "there is no step in memory to restore".to_string());
@@ -358,10 +359,15 @@ impl Memory {
         let (node, stores) = (self.node.clone(), self.stores.clone());
         let task = restore::Restore { job: job.clone(), space, rank, world, start, slot, checkpoint, node, stores };
         let (vault, peers) = (self.vault.clone(), self.peers.clone());
+        let work = tokio::spawn(async move { restore::restore(&vault, &peers, &task).await });
+        of.restoring.insert(worker, work.abort_handle());
         tokio::spawn(async move {
-            let work = tokio::spawn(async move { restore::restore(&vault, &peers, &task).await });
-            let broken = |error| Err((wire::FailureKind::Fatal, format!("a defect in restoring: {error}")));
-            let result = work.await.unwrap_or_else(broken);
+            let result = match work.await {
+                // Another generation has begun: nobody waits for the answer.
+                Err(error) if error.is_cancelled() => return,
+                Err(error) => Err((wire::FailureKind::Fatal, format!("a defect in restoring: {error}"))),
+                Ok(result) => result,
+            };
             let _ = inputs.send(answer(step, result)).await;
         });
     }
@@ -407,6 +413,13 @@ impl Memory {
             match keep {
                 Keep::Encode(key) => self.encode(job, key),
                 Keep::Publish => self.publish(job),
+                Keep::Ask => self.ask(job),
+                Keep::GiveUp((generation, step)) => {
+                    tracing::warn!(
+                        %job, generation, step,
+                        "a snapshot is given up: not every member of its parity group can hold it and make its parity"
+                    );
+                }
                 Keep::Complete(key) => {
                     let seconds = self.jobs.get(job).map_or(0.0, |of| of.seconds);
                     let complete = wire::StepComplete { generation: key.0, step: key.1, seconds };
@@ -424,21 +437,6 @@ impl Memory {
             }
         }
         effects
-    }
-
-    fn publish(&mut self, job: &JobName) {
-        let Some(of) = self.jobs.get_mut(job) else { return };
-        let Some(telling) = &mut of.telling else { return };
-        let generation = telling.generation();
-        let ranks = of.group.members.iter().find(|member| member.node == self.node).map(|member| &member.ranks);
-        let mine = |rank: &u32| ranks.is_some_and(|ranks| ranks.contains(rank));
-        let steps = of.keeper.holds().map(|held| {
-            let captures = self.vault.captures(job, (generation, held.step)).into_iter();
-            let captures = captures.filter(|(rank, _)| mine(rank)).map(|(_, described)| described.json.to_vec());
-            wire::HeldStep { step: held.step, captures: captures.collect(), encoded: held.encoded }
-        });
-        let steps = steps.collect();
-        telling.say(steps);
     }
 
     fn encode(&mut self, job: &JobName, key: StepKey) {

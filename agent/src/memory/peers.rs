@@ -10,7 +10,7 @@ use std::time::Duration;
 use proto::auth::Token;
 use proto::tls::{Role, Security};
 use proto::wire::snapshots_client::SnapshotsClient;
-use proto::wire::{self, ReadRequest, StepDescription, StepRequest};
+use proto::wire::{self, GroupHeld, GroupQuery, ReadRequest, StepDescription, StepRequest};
 use tonic::Status;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
@@ -71,6 +71,13 @@ impl Peers {
         let mut client = self.client(address)?;
         let taken = within(CALL, client.sync(state)).await;
         taken.map(|_| ()).inspect_err(|status| self.note(address, status))
+    }
+
+    /// Which steps a peer holds.
+    pub(crate) async fn ask(&self, address: &str, query: GroupQuery) -> Result<GroupHeld, Status> {
+        let mut client = self.client(address)?;
+        let held = within(CALL, client.ask(query)).await;
+        held.map(tonic::Response::into_inner).inspect_err(|status| self.note(address, status))
     }
 
     /// What a peer knows of a step.

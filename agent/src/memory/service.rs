@@ -10,7 +10,9 @@ use futures::{Stream, StreamExt};
 use proto::ids::JobName;
 use proto::tls::{Gate, Role};
 use proto::wire::snapshots_server::{Snapshots, SnapshotsServer};
-use proto::wire::{self, Chunk, GroupReply, GroupState, ReadRequest, StepDescription, StepRequest};
+use proto::wire::{
+    self, Chunk, GroupHeld, GroupQuery, GroupReply, GroupState, ReadRequest, StepDescription, StepRequest,
+};
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -35,6 +37,10 @@ fn job_name(name: &str) -> Result<JobName, Status> {
     JobName::new(name).map_err(|error| Status::invalid_argument(error.to_string()))
 }
 
+fn ending() -> Status {
+    Status::unavailable("the agent is ending")
+}
+
 #[tonic::async_trait]
 impl Snapshots for Service {
     type ExchangeStream = Pin<Box<dyn Stream<Item = Result<Chunk, Status>> + Send>>;
@@ -47,13 +53,21 @@ impl Snapshots for Service {
             return Err(Status::invalid_argument(format!("{} steps held, more than {MOST_STEPS}", state.steps.len())));
         }
         let (taken, answer) = oneshot::channel();
-        let ending = || Status::unavailable("the agent is ending");
         self.inputs.send(Input::Peer(state, taken)).await.map_err(|_| ending())?;
         match answer.await {
             Ok(true) => Ok(Response::new(GroupReply {})),
             Ok(false) => Err(Status::failed_precondition("this node is not that far; say it again")),
             Err(_) => Err(ending()),
         }
+    }
+
+    async fn ask(&self, request: Request<GroupQuery>) -> Result<Response<GroupHeld>, Status> {
+        let query = request.into_inner();
+        job_name(&query.job)?;
+        let (held, answer) = oneshot::channel();
+        self.inputs.send(Input::Asked(query, held)).await.map_err(|_| ending())?;
+        let other = || Status::failed_precondition("this node is not in that generation");
+        answer.await.map_err(|_| ending())?.map(Response::new).ok_or_else(other)
     }
 
     async fn exchange(&self, request: Request<Streaming<Chunk>>) -> Result<Response<Self::ExchangeStream>, Status> {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use proto::wire::{GroupState, HeldStep};
+use proto::wire::{GroupHeld, GroupState, HeldStep};
 use tokio::sync::watch;
 
 use super::peers::Peers;
@@ -35,9 +35,16 @@ impl Telling {
         self.state.generation
     }
 
+    /// What it said last, without the descriptions.
+    pub(super) fn held(&self) -> GroupHeld {
+        let steps = self.state.steps.iter().map(|held| held.step).collect();
+        GroupHeld { sequence: self.state.sequence, steps }
+    }
+
     /// This node holds these steps now.
     pub(super) fn say(&mut self, steps: Vec<HeldStep>) {
         self.state.steps = steps;
+        self.state.sequence += 1;
         for peer in &self.peers {
             peer.send_replace(self.state.clone());
         }
@@ -46,9 +53,12 @@ impl Telling {
 
 /// Tells the peer at `address` every change of `state`; ends when nobody can change it any more.
 async fn tell(peers: Peers, address: String, mut state: watch::Receiver<GroupState>) {
+    let mut begun = false;
     loop {
         let newest = state.borrow_and_update().clone();
-        let taken = newest.steps.is_empty() || peers.sync(&address, newest).await.is_ok();
+        // Whoever has never heard of a step need not hear that there is none.
+        begun |= !newest.steps.is_empty();
+        let taken = !begun || peers.sync(&address, newest).await.is_ok();
         if taken {
             if state.changed().await.is_err() {
                 return;

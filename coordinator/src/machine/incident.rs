@@ -2,8 +2,10 @@
 //!
 //! An incident is opened where a generation is given up or told to stop, passes its stages as the job is seen to reach
 //! them, and is closed by the first step of the next generation, by another incident, or by the job's coming to rest.
-//! Only then does it become a record, so it costs the way back nothing; only one that another interrupts is written on
-//! the way. One that is open when the coordinator dies is not recorded.
+//! It becomes a record as it stands when the next generation's record is stored, while the workers take their state, and
+//! another when it is over, which takes its place: so it costs the way back nothing, and a coordinator that takes over
+//! brings it to its end. (One that dies before the next generation's record leaves workers behind that have failed, and
+//! the next finds the same incident anew.) How long the rest took a successor does not know: its clock is another one.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -31,6 +33,8 @@ pub(super) struct Blame {
     pub cause: Cause,
     /// Where, if it was one node's.
     pub node: Option<NodeName>,
+    /// The two nodes between which nothing gets through, if it was that.
+    pub link: Option<(NodeName, NodeName)>,
     /// Exit code and signal of the process that ended.
     pub exit: (Option<i32>, Option<i32>),
 }
@@ -38,7 +42,7 @@ pub(super) struct Blame {
 impl Blame {
     /// Of nobody in particular.
     pub(super) fn of(cause: Cause) -> Self {
-        Self { cause, node: None, exit: (None, None) }
+        Self { cause, node: None, link: None, exit: (None, None) }
     }
 
     /// What a worker's failure says.
@@ -52,7 +56,8 @@ impl Blame {
             FailureKind::Input => Cause::Input,
             FailureKind::Transient | FailureKind::Unspecified => Cause::Transient,
         };
-        Self { cause, node: Some(node.clone()), exit: failure.map_or((None, None), |failure| failure.exit) }
+        let exit = failure.map_or((None, None), |failure| failure.exit);
+        Self { cause, node: Some(node.clone()), link: None, exit }
     }
 }
 
@@ -71,9 +76,32 @@ pub(super) struct Opened {
     acting: Option<BTreeSet<NodeName>>,
     agreed: Option<(Duration, Generation, Step)>,
     restored: Option<(Duration, String)>,
+    /// Whether its record as it stands was asked for, and the number it has there.
+    noted: (bool, Option<u64>),
+    /// As an earlier coordinator has recorded it.
+    found: Option<Box<Incident>>,
 }
 
 impl Opened {
+    /// One that an earlier coordinator has left open.
+    fn found(now: Duration, found: &Incident) -> Self {
+        Self {
+            blame: Blame { node: found.node.clone(), link: found.link.clone(), ..Blame::of(found.cause) },
+            rank: found.rank,
+            reason: found.reason.clone(),
+            generation: found.generation,
+            step: found.step,
+            detect: Duration::from_millis(found.detect_ms),
+            began: now,
+            aborted: Some(now),
+            acting: None,
+            agreed: None,
+            restored: None,
+            noted: (true, Some(found.number)),
+            found: Some(Box::new(found.clone())),
+        }
+    }
+
     /// Whether no worker acts in the generation, or an earlier one, any more.
     fn is_let_go(&mut self, job: &JobName, cx: &Context<'_>) -> bool {
         let generation = self.generation;
@@ -162,7 +190,24 @@ impl Job {
             acting: None,
             agreed: None,
             restored: None,
+            noted: (false, None),
+            found: None,
         }));
+    }
+
+    /// Takes up the incident that an earlier coordinator has left open.
+    pub(super) fn reopen_incident(&mut self, now: Duration) {
+        let open = self.ledger.incidents.open();
+        self.incident = open.map(|found| Box::new(Opened::found(now, found)));
+    }
+
+    /// The record of an incident is stored.
+    pub(super) fn incident_stored(&mut self, incident: &Incident) {
+        if incident.outcome != Outcome::Open {
+            self.due.pop_front();
+        } else if let Some(opened) = self.incident.as_mut().filter(|opened| opened.generation == incident.generation) {
+            opened.noted.1 = Some(incident.number);
+        }
     }
 
     /// The generation is told to stop because somebody wanted it.
@@ -197,15 +242,31 @@ impl Job {
     /// The incident under way, if there is one, is over.
     pub(super) fn close_incident(&mut self, cx: &mut Context<'_>, outcome: Outcome) {
         let Some(opened) = self.incident.take() else { return };
-        let number = self.ledger.incidents.total().saturating_add(self.due.len() as u64 + 1);
+        let number = opened.noted.1.unwrap_or_else(|| self.next_number());
         let incident = Box::new(self.account(cx.now, &opened, number, outcome));
         cx.publish(&self.name, JobEvent::Incident(incident.clone()));
         self.due.push_back(incident);
     }
 
-    /// The record of an incident that is over, if this leader may write it yet.
-    pub(super) fn next_incident(&mut self) -> Option<Entry> {
-        if self.born && self.led { self.due.front().cloned().map(Entry::Incident) } else { None }
+    fn next_number(&self) -> u64 {
+        let recorded = self.ledger.incidents.total();
+        let more = self.due.iter().filter(|incident| incident.number > recorded).count();
+        recorded.saturating_add(more as u64 + 1)
+    }
+
+    /// The record of an incident that is over, or that has come as far as the next generation, if this leader may write
+    /// it yet.
+    pub(super) fn next_incident(&mut self, now: Duration) -> Option<Entry> {
+        if !self.born || !self.led {
+            return None;
+        }
+        if let Some(over) = self.due.front() {
+            return Some(Entry::Incident(over.clone()));
+        }
+        let agreed = |opened: &&mut Box<Opened>| opened.agreed.is_some() && !opened.noted.0;
+        self.incident.as_mut().filter(agreed)?.noted.0 = true;
+        let opened = self.incident.as_ref()?;
+        Some(Entry::Incident(Box::new(self.account(now, opened, self.next_number(), Outcome::Open))))
     }
 
     fn account(&self, now: Duration, opened: &Opened, number: u64, outcome: Outcome) -> Incident {
@@ -213,6 +274,11 @@ impl Job {
         let agreed = opened.agreed.map(|(at, ..)| at);
         let restored = opened.restored.as_ref().map(|(at, _)| *at);
         let first_step = restored.filter(|_| outcome == Outcome::Recovered).map(|_| now);
+        if let Some(found) = &opened.found {
+            let source = opened.restored.as_ref().map_or(&found.source, |(_, source)| source).clone();
+            let (productive_ms, wall_ms) = (millis(self.goodput.productive), millis(self.goodput.wall(now)));
+            return Incident { outcome, source, productive_ms, wall_ms, ..(**found).clone() };
+        }
         Incident {
             number,
             cause: opened.blame.cause,
@@ -221,6 +287,7 @@ impl Job {
             exit_code: opened.blame.exit.0,
             signal: opened.blame.exit.1,
             node: opened.blame.node.clone(),
+            link: opened.blame.link.clone(),
             rank: opened.rank,
             generation: opened.generation,
             next: opened.agreed.map(|(_, generation, _)| generation),
@@ -247,7 +314,9 @@ impl Cluster {
         job.due.iter().for_each(|incident| all.add((**incident).clone()));
         let mut incidents: Vec<Incident> = all.latest.into();
         if let Some(opened) = &job.incident {
-            incidents.push(job.account(now, opened, all.counts.values().sum::<u64>() + 1, Outcome::Open));
+            let number = opened.noted.1.unwrap_or_else(|| job.next_number());
+            incidents.retain(|incident| incident.number != number);
+            incidents.push(job.account(now, opened, number, Outcome::Open));
         }
         let json = |incident: &Incident| serde_json::to_string(incident).unwrap_or_default();
         let count = |(cause, count): (&Cause, &u64)| IncidentCount {

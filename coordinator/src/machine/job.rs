@@ -334,7 +334,7 @@ impl Job {
         if self.born && !self.led && (self.active() || asked) {
             return append(Entry::Led);
         }
-        if let Some(entry) = self.next_incident() {
+        if let Some(entry) = self.next_incident(cx.now) {
             return append(entry);
         }
         if let Some((entry, waiting)) = self.queue.pop_front() {

@@ -16,6 +16,7 @@ use proto::wire::{FailureKind, WorkerPhase};
 use super::context::Context;
 use super::incident::Blame;
 use super::ledger::Membership;
+use super::links::{self, Lost};
 use super::members::Worker;
 use super::memory::{Group, Restorable};
 use super::ranks::{Groups, Ranks, Sources};
@@ -61,6 +62,8 @@ struct Seen {
     stopped: Option<Step>,
     /// The weight of what is wrong with it, if anything is.
     trouble: Option<u8>,
+    /// How far its exchange had come when it gave that up.
+    moved: Option<links::Moved>,
 }
 
 /// How many ranks are how far, so that nobody has to count them.
@@ -278,6 +281,7 @@ impl Live {
                         None => Some((FailureKind::Exit, format!("worker {worker} on {node} is gone"))),
                     };
                     let failure = found.and_then(|reported| reported.failure.as_ref());
+                    self.seen[index].moved = failure.and_then(|failure| failure.moved).or(self.seen[index].moved);
                     trouble.map(|(kind, reason)| (kind, reason, Blame::failure(kind, node, failure)))
                 }
             };
@@ -355,16 +359,37 @@ impl Live {
     }
 
     /// A rank that gives an exchange up says so, and closes its connections, so that all do. If the ranks of one node
-    /// alone say nothing, it is they that did not take part. Else nobody knows who it was, and nobody is blamed.
+    /// alone say nothing, it is they that did not take part. Else it may be that what one gave its neighbour got lost
+    /// on the way. Else nobody knows who it was, and nobody is blamed.
     fn silent(&self, first: Cause) -> Cause {
         let says_nothing = |rank: &Rank| self.seen[rank.index()].trouble.is_none();
         let mut silent = self.ranks.nodes().filter(|(_, ranks)| ranks.iter().all(says_nothing));
         let (Some((node, ranks)), None) = (silent.next(), silent.next()) else {
-            return Cause { blame: Blame { node: None, ..first.blame }, ..first };
+            return self.way(first);
         };
         let reason = format!("node {node} took no part in the exchange ({})", first.reason);
         let blame = Blame { node: Some(node.clone()), ..first.blame };
         Cause { rank: ranks.first().copied(), reason, blame, ..first }
+    }
+
+    /// All ranks gave the exchange up: where its bytes were lost, if they say.
+    fn way(&self, first: Cause) -> Cause {
+        let members = self.membership.members.iter().map(|member| &member.node);
+        let ranks: Vec<_> = members.zip(self.seen.iter().map(|seen| seen.moved)).collect();
+        let (node, link, what) = match links::broken(&ranks) {
+            Some(Lost::Between(one, other)) => {
+                let what = format!("nothing gets through between nodes {one} and {other}");
+                (None, Some((one, other)), what)
+            }
+            Some(Lost::Around(node)) => {
+                let what = format!("nothing gets through between node {node} and its neighbours");
+                (Some(node), None, what)
+            }
+            None => return Cause { blame: Blame { node: None, ..first.blame }, ..first },
+        };
+        let rank = node.as_ref().and_then(|node| self.ranks.on(node).first().copied());
+        let reason = format!("{what} ({})", first.reason);
+        Cause { rank, reason, blame: Blame { node, link, ..first.blame }, ..first }
     }
 
     /// What takes too long.

@@ -26,6 +26,8 @@ pub struct Failure {
     pub reason: String,
     /// Exit code and signal of the process, if it ended.
     pub exit: (Option<i32>, Option<i32>),
+    /// Of a broken exchange: bytes given to the next rank and had from the one before.
+    pub moved: Option<(u64, u64)>,
 }
 
 /// One worker as its agent reports it, checked: from JOINING on it has a generation and a rank.

@@ -17,6 +17,7 @@ mod incident;
 mod job;
 mod keeping;
 mod ledger;
+mod links;
 mod live;
 mod loading;
 mod members;

@@ -141,7 +141,7 @@ impl Job {
                 self.reason = reason;
             }
             Entry::Quarantined { checkpoint, reason } => self.quarantined(cx, &checkpoint, reason),
-            Entry::Incident(_) => drop(self.due.pop_front()),
+            Entry::Incident(incident) => self.incident_stored(&incident),
             Entry::Ended(end) => self.rest(cx, end),
         }
         if let Some(Waiting { request, submission }) = waiting {
@@ -278,6 +278,7 @@ impl Job {
         cx.out.push(Action::Reopen { job: self.name.clone() });
         self.since = cx.now;
         let Some(membership) = self.ledger.membership.clone() else { return };
+        self.reopen_incident(cx.now);
         let generation = membership.generation;
         if let Some(world) = WorldSize::new(membership.members.len() as u32) {
             self.gathering = Gathering::default();

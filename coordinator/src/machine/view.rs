@@ -145,6 +145,8 @@ fn worker_state(worker: &Worker) -> WorkerState {
             reason: failure.reason.clone(),
             exit_code: failure.exit.0,
             signal: failure.exit.1,
+            ring_sent: failure.moved.map(|(sent, _)| sent),
+            ring_received: failure.moved.map(|(_, received)| received),
         }),
         source: worker.source.clone(),
         process: worker.process,

@@ -5,6 +5,7 @@
 //! cargo run --release -p tests --bin campaign -- --seeds 10000
 //! cargo run -p tests --bin campaign -- --first 17 --seeds 1 --trace     one seed, with its trace
 //! cargo run -p tests --bin campaign -- --plant OldOrders                a mistake that must be noticed
+//! cargo run -p tests --bin campaign -- --shut --seeds 40                a node whose snapshots nobody can read any more
 //! ```
 //!
 //! It ends with code 1 if an invariant was broken, and says how to see that again.
@@ -21,14 +22,19 @@ struct Arguments {
     threads: u64,
     plant: Option<Plant>,
     trace: bool,
+    shut: bool,
 }
 
 fn arguments() -> Result<Arguments, String> {
-    let mut found = Arguments { first: 1, seeds: 1_000, threads: 2, plant: None, trace: false };
+    let mut found = Arguments { first: 1, seeds: 1_000, threads: 2, plant: None, trace: false, shut: false };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         if word == "--trace" {
             found.trace = true;
+            continue;
+        }
+        if word == "--shut" {
+            found.shut = true;
             continue;
         }
         let value = words.next().ok_or_else(|| format!("{word} needs a value"))?;
@@ -41,7 +47,11 @@ fn arguments() -> Result<Arguments, String> {
                 let plant = Plant::ALL.into_iter().find(|plant| format!("{plant:?}") == value);
                 found.plant = Some(plant.ok_or_else(|| format!("--plant: one of {:?}", Plant::ALL))?);
             }
-            _ => return Err(format!("unknown argument {word}; known: --first --seeds --threads --plant --trace")),
+            _ => {
+                return Err(format!(
+                    "unknown argument {word}; known: --first --seeds --threads --plant --shut --trace"
+                ));
+            }
         }
     }
     Ok(found)
@@ -73,7 +83,7 @@ fn main() -> ExitCode {
             if seed >= end {
                 return;
             }
-            let outcome = run(Options { seed, plant: arguments.plant });
+            let outcome = run(Options { plant: arguments.plant, shut: arguments.shut, ..Options::of(seed) });
             let mut totals = totals.lock().expect("no thread panics while it adds");
             totals.add(&outcome);
             if arguments.trace {

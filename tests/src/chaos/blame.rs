@@ -9,10 +9,10 @@ use super::fault::{Fault, Kind};
 enum Whose {
     /// The node that was struck.
     Node,
-    /// That, or nobody's: where all wait for one another nobody can know, and the struck node must not get away at
-    /// another one's cost.
+    /// That, or one of its links, or nobody's: where all wait for one another it may not be known, and the struck node
+    /// must not get away at another one's cost.
     NodeOrNobody,
-    /// One of the two nodes, or nobody: between two it cannot be known which.
+    /// The link between the two nodes, or one of them, or nobody: between two it cannot be known which.
     Either,
 }
 
@@ -47,10 +47,15 @@ fn right(kind: Kind) -> (&'static [&'static str], Whose) {
 pub fn is_right(fault: &Fault, incident: &Value) -> bool {
     let (causes, whose) = right(fault.kind);
     let node = incident["node"].as_str();
+    let ends = || incident["link"].as_array().into_iter().flatten();
+    let is_end = |of: &str| ends().count() == 0 || ends().any(|end| end == of);
     let named = match whose {
         Whose::Node => node == Some(fault.node.as_str()),
-        Whose::NodeOrNobody => node.is_none_or(|node| node == fault.node),
-        Whose::Either => node.is_none_or(|node| node == fault.node || node == fault.other),
+        Whose::NodeOrNobody => node.is_none_or(|node| node == fault.node) && is_end(&fault.node),
+        Whose::Either => {
+            let either = node.is_none_or(|node| node == fault.node || node == fault.other);
+            either && is_end(&fault.node) && is_end(&fault.other)
+        }
     };
     incident["cause"].as_str().is_some_and(|cause| causes.contains(&cause)) && named
 }
@@ -67,7 +72,10 @@ pub fn must_break(kind: Kind) -> bool {
 /// An incident in one line.
 pub fn tell(incident: &Value) -> String {
     let text = |key: &str| incident[key].as_str().unwrap_or("-").to_string();
-    format!("{} of {}: {}", text("cause"), text("node"), text("reason"))
+    let link = incident["link"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let link: Vec<&str> = link.collect();
+    let whose = if link.is_empty() { text("node") } else { format!("link {}", link.join("\u{2013}")) };
+    format!("{} of {whose}: {}", text("cause"), text("reason"))
 }
 
 #[cfg(test)]
@@ -90,6 +98,13 @@ mod tests {
         assert!(is_right(&fault(Kind::RingCut), &incident("collective", "n2")));
         assert!(is_right(&fault(Kind::RingCut), &json!({"cause": "collective"})));
         assert!(!is_right(&fault(Kind::RingCut), &incident("collective", "n3")));
+        let link = |one: &str, other: &str| json!({"cause": "collective", "link": [one, other]});
+        assert!(
+            is_right(&fault(Kind::RingCut), &link("n2", "n1")) && is_right(&fault(Kind::DataOff), &link("n0", "n1"))
+        );
+        assert!(
+            !is_right(&fault(Kind::RingCut), &link("n1", "n3")) && !is_right(&fault(Kind::DataOff), &link("n0", "n2"))
+        );
         assert!(!is_right(&fault(Kind::StopLeader), &incident("lost_node", "n1")));
     }
 }

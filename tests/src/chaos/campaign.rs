@@ -242,7 +242,7 @@ impl Campaign {
         let right = |incident: &Value| faults.iter().any(|fault| blame::is_right(fault, incident));
         let judge = |incident: &Value| Blamed {
             rightly: right(incident),
-            named: incident["node"].is_string(),
+            named: incident["node"].is_string() || incident["link"].is_array(),
             told: blame::tell(incident),
         };
         let blame = incidents.iter().map(judge).collect();

@@ -12,7 +12,7 @@ use super::fault::Kind;
 pub struct Blamed {
     /// Whether cause and node are ones that the fault explains.
     pub rightly: bool,
-    /// Whether a node is named at all.
+    /// Whether a node, or the link between two, is named at all.
     pub named: bool,
     /// What it says.
     pub told: String,
@@ -115,7 +115,7 @@ impl fmt::Display for Report {
         }
         writeln!(
             f,
-            "| Fault | Count | Incidents | Attributed rightly | a node named | Without a new step, median | worst |"
+            "| Fault | Count | Incidents | Attributed rightly | a node or link named | Without a new step, median | worst |"
         )?;
         writeln!(f, "|---|---|---|---|---|---|---|")?;
         let (mut incidents, mut right) = (0, 0);

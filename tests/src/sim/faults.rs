@@ -40,6 +40,8 @@ pub(crate) enum Kind {
     OutageForAll,
     /// Requests to the store fail, hang, or lose their answers.
     RoughStore,
+    /// Nobody gets through to a node's port for snapshots; all else works.
+    Shut(Host),
 }
 
 impl Kind {
@@ -56,6 +58,7 @@ impl Kind {
             Self::Jump(_) => "clock jump",
             Self::Outage(_) | Self::OutageForAll => "store outage",
             Self::RoughStore => "rough store",
+            Self::Shut(_) => "shut port",
         }
     }
 }
@@ -124,6 +127,14 @@ impl Plan {
         Self { coming, active: vec![], calm: Duration::from_millis(calm), cluster, random }
     }
 
+    /// A node's port for snapshots is shut while the job is at work, and stays so.
+    pub(crate) fn shut(seed: u64, cluster: Cluster) -> Self {
+        let mut random = Random::new(seed, 2);
+        let (at, until) = (Duration::from_millis(random.within(5_000, 14_000)), Duration::MAX);
+        let coming = vec![Fault { at, until, kind: Kind::Shut(cluster.nodes[0]) }];
+        Self { coming, active: vec![], calm: Duration::from_mins(5), cluster, random }
+    }
+
     /// Ends and begins what is due.
     pub(crate) fn advance(&mut self, sim: &mut Sim<'_>, world: &World, folder: &Path) {
         let now = world.lock().now;
@@ -169,6 +180,7 @@ impl Plan {
                 world.lock().outages.extend(outages);
             }
             Kind::RoughStore => world.lock().roughness = self.random.within(20, 250),
+            Kind::Shut(host) => world.lock().shut = Some(sim.lookup(host)),
         }
         self.active.push(fault);
     }
@@ -189,6 +201,7 @@ impl Plan {
             }
             Kind::Slow(one, other) => sim.set_link_max_message_latency(one, other, LATENCY),
             Kind::RoughStore => world.lock().roughness = 0,
+            Kind::Shut(_) => world.lock().shut = None,
             Kind::CrashWorker(_) | Kind::Jump(_) | Kind::Outage(_) | Kind::OutageForAll => {}
         }
     }

@@ -164,7 +164,8 @@ impl Launch for Workers {
             line.end().await;
             world.note(host, "worker", format_args!("{} ends ({signal:?})", short(worker)));
             world.lock().hosts.entry(host).or_default().workers.remove(&worker.to_string());
-            wire::Failure { kind: FailureKind::Exit.into(), reason: "ended".into(), exit_code: None, signal }
+            let kind = FailureKind::Exit.into();
+            wire::Failure { kind, reason: "ended".into(), signal, ..Default::default() }
         };
         Ok(Launched { process: 1, kill, ended: ended.boxed() })
     }

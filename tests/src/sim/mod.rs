@@ -56,6 +56,15 @@ pub struct Options {
     pub seed: u64,
     /// A mistake that must be noticed.
     pub plant: Option<Plant>,
+    /// Nothing goes wrong but that the others get through no more to one node's port for snapshots.
+    pub shut: bool,
+}
+
+impl Options {
+    /// An ordinary run.
+    pub fn of(seed: u64) -> Self {
+        Self { seed, plant: None, shut: false }
+    }
 }
 
 /// What came of a run.
@@ -91,7 +100,8 @@ impl Outcome {
     /// The command that repeats the run and prints its trace.
     pub fn replay(&self) -> String {
         let plant = self.options.plant.map(|plant| format!(" --plant {plant:?}")).unwrap_or_default();
-        format!("cargo run -p tests --bin campaign -- --first {} --seeds 1 --trace{plant}", self.options.seed)
+        let shut = if self.options.shut { " --shut" } else { "" };
+        format!("cargo run -p tests --bin campaign -- --first {} --seeds 1 --trace{plant}{shut}", self.options.seed)
     }
 }
 
@@ -111,7 +121,7 @@ pub fn run(options: Options) -> Outcome {
         host: OPERATOR,
         token,
         folder: folder.path().to_path_buf(),
-        shape: truth::Shape::draw(&mut random),
+        shape: if options.shut { truth::Shape::slow(&mut random) } else { truth::Shape::draw(&mut random) },
     };
     let mut sim = build(options.seed);
     let slots = random.within(1, 2) as u32;
@@ -133,11 +143,12 @@ pub fn run(options: Options) -> Outcome {
     sim.host(OPERATOR, move || {
         let (site, nodes) = (site.clone(), nodes.clone());
         async move {
-            operator::work(site, options.seed, nodes).await;
+            operator::work(site, options, nodes).await;
             Ok(())
         }
     });
-    let plan = Plan::new(options.seed, cluster.clone());
+    let plan = if options.shut { Plan::shut } else { Plan::new };
+    let plan = plan(options.seed, cluster.clone());
     drive(&mut sim, &world, plan, &cluster, folder.path());
     drop(sim);
     panics::ignore();

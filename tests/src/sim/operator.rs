@@ -9,6 +9,7 @@ use tokio::time::{sleep, timeout};
 use tonic::Status;
 use tonic::transport::Endpoint;
 
+use super::Options;
 use super::hosts::Site;
 use super::network::{COORDINATOR, PORT};
 use super::oracle::job;
@@ -33,8 +34,8 @@ enum Ask {
 }
 
 /// Works until the job is finished.
-pub(crate) async fn work(site: Site, seed: u64, nodes: Vec<&'static str>) {
-    let mut random = Random::new(seed, 3);
+pub(crate) async fn work(site: Site, options: Options, nodes: Vec<&'static str>) {
+    let mut random = Random::new(options.seed, 3);
     let mut ask = Ask::Submit;
     let mut drained: Option<String> = None;
     loop {
@@ -47,7 +48,7 @@ pub(crate) async fn work(site: Site, seed: u64, nodes: Vec<&'static str>) {
             if state.finished {
                 break;
             }
-            state.quiet.is_some()
+            state.quiet.is_some() || options.shut
         };
         let paused = site.world.lock().told.starts_with("paused");
         ask = match (ask, told) {

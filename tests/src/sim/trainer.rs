@@ -182,8 +182,8 @@ impl Member<'_> {
             step += 1;
             let sum = self.compute(step).await?;
             let complete = self.slots.complete(self.generation);
-            let wish =
-                cadence.wish(self.slots.ready(), complete, Measured { step: 1.0, threads: 1, ..Measured::default() });
+            let measured = Measured { step: 1.0, threads: 1, ..Measured::default() };
+            let wish = cadence.wish(self.slots.ready(), complete, measured);
             let stop = self.control.stop.load(Ordering::Relaxed);
             let words = ring.exchange(Word { step, sum, stop, wish }, within).await.map_err(exchange)?;
             number = truth::advance(number, words.iter().fold(0u64, |sum, word| sum.wrapping_add(word.sum)));

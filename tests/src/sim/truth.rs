@@ -86,6 +86,12 @@ impl Shape {
             pace: if random.chance(125) { 250 } else { 40 },
         }
     }
+
+    /// One with snapshots in memory whose steps take long, so that there is time between stored checkpoints.
+    pub(crate) fn slow(random: &mut Random) -> Self {
+        let shape = Self::draw(random);
+        Self { memory_every: shape.memory_every.max(1), pace: 500, least: 2, ..shape }
+    }
 }
 
 /// The job's specification.

@@ -191,7 +191,7 @@ impl Server {
             };
             let event = match ended {
                 Some(Ok(Stopped { step, loss })) => Input::Stopped { generation, step, loss },
-                Some(Err((kind, reason))) => Input::Failed { generation: Some(generation), kind, reason },
+                Some(Err((kind, reason))) => Input::Failed { generation: Some(generation), kind, reason, moved: None },
                 None => Input::Left { generation },
             };
             let _ = news.send(News::Event(event)).await;
@@ -223,7 +223,7 @@ fn told(input: &Input) -> String {
         Input::Joined { generation, step, source, .. } => {
             format!("joined generation {generation} at {step} ({source})")
         }
-        Input::Failed { generation, kind, reason } => {
+        Input::Failed { generation, kind, reason, .. } => {
             let generation = generation.unwrap_or(0);
             format!("failed in generation {generation}: {} {reason}", FailureKind::as_str_name(kind))
         }

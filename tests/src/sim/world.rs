@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -70,6 +71,8 @@ pub(crate) struct State {
     pub(crate) finished: bool,
     /// Since when nothing is wrong, and no more faults come.
     pub(crate) quiet: Option<Duration>,
+    /// The node whose port for snapshots is shut.
+    pub(crate) shut: Option<IpAddr>,
 }
 
 impl World {
@@ -96,6 +99,7 @@ impl World {
             told: String::new(),
             finished: false,
             quiet: None,
+            shut: None,
         })))
     }
 

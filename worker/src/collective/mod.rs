@@ -69,6 +69,16 @@ pub enum CollectiveError {
     },
 }
 
+/// Bytes that a rank has exchanged with its neighbours in a generation. What one has given and the next has not had is
+/// lost between the two.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// Given to the next rank.
+    pub sent: u64,
+    /// Had from the rank before.
+    pub received: u64,
+}
+
 /// The result of an exchange.
 pub type Result<T> = std::result::Result<T, CollectiveError>;
 
@@ -108,6 +118,11 @@ pub trait Collective: Send {
 
     /// Returns once every rank has entered the barrier.
     fn barrier(&mut self) -> Result<()>;
+
+    /// How much was exchanged so far, also after a failure.
+    fn moved(&self) -> Moved {
+        Moved::default()
+    }
 
     /// A handle that ends a blocked operation from another thread.
     fn abort_handle(&self) -> AbortHandle;

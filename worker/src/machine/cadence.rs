@@ -55,8 +55,6 @@ pub struct Measured {
     pub step: f64,
     /// Threads that compute steps.
     pub threads: usize,
-    /// Steps from the last capture to its completion.
-    pub latency: u32,
 }
 
 /// The rhythm of captures in one generation.
@@ -65,7 +63,14 @@ pub struct Cadence {
     store_every: u64,
     /// `None`: as often as it is cheap; 0: never.
     memory_every: Option<u32>,
+    /// The step the generation starts at, the last one decided, and the last one captured.
+    start: u64,
+    step: u64,
     last: u64,
+    /// Steps that a snapshot needs to become complete: what the last one needed, or needs so far if that is more.
+    latency: u32,
+    /// Whether the last one is complete.
+    settled: bool,
 }
 
 impl Cadence {
@@ -77,16 +82,30 @@ impl Cadence {
             (true, 0) => None,
             (true, every) => Some(every),
         };
-        Self { store_every: spec.every_steps.max(1), memory_every, last: start }
+        let store_every = spec.every_steps.max(1);
+        Self { store_every, memory_every, start, step: start, last: start, latency: 0, settled: true }
     }
 
-    /// This rank's word.
-    pub fn wish(&self, ready: bool, complete: u64, measured: Measured) -> Wish {
+    /// This rank's word. `complete` is the newest step that is complete in its parity group; 0: none in this
+    /// generation.
+    pub fn wish(&mut self, ready: bool, complete: u64, measured: Measured) -> Wish {
+        self.measure(complete);
         let budget = SHARE * measured.step * measured.threads.max(1) as f64;
         let cheap = if budget > 0.0 { (measured.cost / budget).ceil() } else { 1.0 };
         let interval = self.memory_every.unwrap_or((cheap as u32).clamp(1, LONGEST_INTERVAL));
-        let guard = LEAST_GUARD.max(measured.latency.saturating_add(1)).min(LONGEST_INTERVAL);
+        let guard = LEAST_GUARD.max(self.latency.saturating_add(1)).min(LONGEST_INTERVAL);
         Wish { ready, interval, guard, complete }
+    }
+
+    /// Measures how long the last snapshot takes to become complete. One that is not yet has taken that long already:
+    /// the first of a generation, for which connections are made, must not stand in the way of a stored one.
+    fn measure(&mut self, complete: u64) {
+        if self.settled || self.last <= self.start {
+            return;
+        }
+        let taken = u32::try_from(self.step.saturating_sub(self.last)).unwrap_or(u32::MAX);
+        self.settled = complete >= self.last;
+        self.latency = if self.settled { taken } else { self.latency.max(taken) };
     }
 
     /// What all ranks do after `step`, from all their words. The `last` step of a generation is always captured: no
@@ -103,8 +122,9 @@ impl Cadence {
             () => None,
         };
         let can = last || wishes.iter().all(|wish| wish.ready);
+        self.step = step;
         if can && due.is_some() {
-            self.last = step;
+            (self.last, self.settled) = (step, false);
         }
         Decision { capture: due.filter(|_| can), skipped: due.filter(|_| !can), complete }
     }
@@ -151,13 +171,33 @@ mod tests {
 
     #[test]
     fn snapshots_cost_two_percent_of_a_step() {
-        let cadence = Cadence::new(&spec(100, true, 0), 0);
-        let measured = |cost| Measured { cost, step: 1.0, threads: 2, latency: 3 };
+        let mut cadence = Cadence::new(&spec(100, true, 0), 0);
+        let measured = |cost| Measured { cost, step: 1.0, threads: 2 };
         assert_eq!(cadence.wish(true, 0, measured(0.03)).interval, 1);
         assert_eq!(cadence.wish(true, 0, measured(0.1)).interval, 3);
         assert_eq!(cadence.wish(true, 0, measured(f64::INFINITY)).interval, LONGEST_INTERVAL);
-        assert_eq!(cadence.wish(true, 0, measured(0.1)).guard, 4);
         assert_eq!(Cadence::new(&spec(100, true, 7), 0).wish(true, 0, measured(9.0)).interval, 7);
+    }
+
+    #[test]
+    fn what_a_snapshot_needs_keeps_the_next_out_of_the_way_of_a_stored_one() {
+        let mut cadence = Cadence::new(&spec(8, true, 3), 16);
+        let decide = |cadence: &mut Cadence, step, complete| {
+            let wish = cadence.wish(true, complete, Measured::default());
+            (wish.guard, cadence.decide(step, false, &[wish]).capture)
+        };
+        assert_eq!(decide(&mut cadence, 17, 0), (2, None));
+        assert_eq!(decide(&mut cadence, 18, 0), (2, None));
+        assert_eq!(decide(&mut cadence, 19, 0), (2, Some(Tier::Memory)));
+        // It is not complete three steps later: a snapshot of step 22 would hold the slot that step 24 needs.
+        assert_eq!(decide(&mut cadence, 20, 0), (2, None));
+        assert_eq!(decide(&mut cadence, 21, 0), (2, None));
+        assert_eq!(decide(&mut cadence, 22, 0), (3, None));
+        assert_eq!(decide(&mut cadence, 23, 19), (4, None));
+        assert_eq!(decide(&mut cadence, 24, 19), (4, Some(Tier::Store)));
+        assert_eq!(decide(&mut cadence, 25, 24), (2, None), "that one was quick");
+        assert_eq!(decide(&mut cadence, 26, 24), (2, None));
+        assert_eq!(decide(&mut cadence, 27, 24), (2, Some(Tier::Memory)));
     }
 
     proptest! {

@@ -7,6 +7,8 @@
 
 use proto::wire::{self, FailureKind, WorkerPhase};
 
+use crate::collective::Moved;
+
 /// A command of the agent or an event of the trainer.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Input {
@@ -55,6 +57,8 @@ pub enum Input {
         kind: FailureKind,
         /// What happened, for people.
         reason: String,
+        /// Of a broken exchange: how far it had come.
+        moved: Option<Moved>,
     },
     /// The trainer was broken off. It is idle now.
     Left {
@@ -136,7 +140,7 @@ impl Session {
             }
             Input::Run(run) => self.run(run, &mut actions),
             Input::Hold(generation) => self.hold(generation, &mut actions),
-            Input::Failed { generation: None, kind, reason } => {
+            Input::Failed { generation: None, kind, reason, .. } => {
                 self.broken = Some(wire::Failure { kind: kind.into(), reason, ..Default::default() });
                 actions.push(Action::Report);
             }
@@ -267,9 +271,15 @@ impl Session {
                 current.loss = loss.or(current.loss);
                 current.busy = false;
             }
-            Input::Failed { kind, reason, .. } => {
+            Input::Failed { kind, reason, moved, .. } => {
                 current.phase = WorkerPhase::Failed;
-                current.failure = Some(wire::Failure { kind: kind.into(), reason, ..Default::default() });
+                current.failure = Some(wire::Failure {
+                    kind: kind.into(),
+                    reason,
+                    ring_sent: moved.map(|moved| moved.sent),
+                    ring_received: moved.map(|moved| moved.received),
+                    ..Default::default()
+                });
                 current.busy = false;
             }
             _ => current.busy = false,
@@ -333,7 +343,8 @@ mod tests {
         assert!(session.handle(Input::Hold(1)).is_empty());
         assert_eq!(session.state().phase(), WorkerPhase::Joining);
         // The ring's error may come first; it is the echo of the abort.
-        let failed = Input::Failed { generation: Some(1), kind: FailureKind::Exchange, reason: "closed".into() };
+        let failed =
+            Input::Failed { generation: Some(1), kind: FailureKind::Exchange, reason: "closed".into(), moved: None };
         assert_eq!(session.handle(failed), [Action::Report]);
         assert_eq!(session.state().phase(), WorkerPhase::Ready);
         assert!(
@@ -358,12 +369,22 @@ mod tests {
     fn failures_keep_their_reason_until_held() {
         let mut session = prepared();
         session.handle(Input::Run(run(1, false)));
-        session.handle(Input::Failed { generation: Some(1), kind: FailureKind::Fatal, reason: "overflow".into() });
+        session.handle(Input::Failed {
+            generation: Some(1),
+            kind: FailureKind::Fatal,
+            reason: "overflow".into(),
+            moved: None,
+        });
         assert_eq!(session.state().failure.unwrap().reason, "overflow");
         assert_eq!(session.handle(Input::Hold(1)), [Action::Report]);
         assert_eq!(session.handle(Input::Run(run(2, false))).len(), 2);
         let mut broken = Session::default();
-        broken.handle(Input::Failed { generation: None, kind: FailureKind::Input, reason: "no data".into() });
+        broken.handle(Input::Failed {
+            generation: None,
+            kind: FailureKind::Input,
+            reason: "no data".into(),
+            moved: None,
+        });
         assert_eq!((broken.state().phase(), broken.state().generation), (WorkerPhase::Failed, None));
         assert!(broken.handle(Input::Run(run(1, false))).is_empty(), "nothing to run with");
     }

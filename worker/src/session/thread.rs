@@ -99,7 +99,8 @@ fn failed(generation: Option<u64>, failure: Failure, lost: &mut Option<String>) 
         *lost = Some(failure.reason.clone());
     }
     tracing::error!(generation, kind = failure.kind.as_str_name(), reason = failure.reason, "cannot go on");
-    Input::Failed { generation, kind: failure.kind, reason: failure.reason }
+    let Failure { kind, reason, moved } = failure;
+    Input::Failed { generation, kind, reason, moved }
 }
 
 /// Runs `work`; a panic in it becomes a failure of the job.

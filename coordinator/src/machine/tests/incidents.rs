@@ -145,3 +145,50 @@ fn incidents_and_goodput_outlive_the_coordinator() {
     assert_eq!((after.incidents.len(), &after.incidents, &after.counts), (1, &before.incidents, &before.counts));
     assert_eq!(after.productive_ms, before.productive_ms);
 }
+
+#[test]
+fn an_incident_that_is_open_at_a_takeover_is_brought_to_its_end() {
+    let mut rig = Rig::running("2", 2);
+    rig.train(5);
+    rig.kill("a", 0);
+    rig.settle();
+    let before = recorded(&rig);
+    let [open] = &before[..] else { panic!("{before:?}") };
+    assert_eq!((open.number, open.outcome, open.cause), (1, End::Open, Cause::WorkerExit));
+    assert_eq!((open.next.map(Generation::get), open.first_step_ms), (Some(2), None));
+    let mut next = rig.successor();
+    next.pass(Duration::from_secs(1));
+    assert_eq!(reply(&mut next).incidents.len(), 1);
+    next.train(6);
+    let after = recorded(&next);
+    let [closed] = &after[..] else { panic!("{after:?}") };
+    assert_eq!(closed.outcome, End::Recovered);
+    let same = Incident { outcome: End::Open, source: String::new(), productive_ms: 0, wall_ms: 0, ..closed.clone() };
+    assert_eq!(same, Incident { source: String::new(), productive_ms: 0, wall_ms: 0, ..open.clone() });
+    assert_eq!(reply(&mut next).counts.iter().map(|count| count.count).sum::<u64>(), 1);
+    next.kill("a", 0);
+    next.settle();
+    next.train(7);
+    let numbers: Vec<_> = recorded(&next).iter().map(|incident| (incident.number, incident.outcome)).collect();
+    assert_eq!(numbers, [(1, End::Recovered), (2, End::Recovered)]);
+}
+
+#[test]
+fn a_broken_exchange_names_the_link_that_lost_its_bytes() {
+    let broken = |moved: [(u64, u64); 3]| {
+        let mut rig = Rig::new();
+        ["a", "b", "c"].into_iter().for_each(|name| rig.attach(name, 1));
+        rig.submit(spec("3"), SubmitMode::New, None);
+        rig.settle();
+        rig.train(5);
+        ["a", "b", "c"].into_iter().zip(moved).for_each(|(name, moved)| rig.give_up(name, moved));
+        rig.pass(millis(500));
+        rig.settle();
+        rig.train(6);
+        let last = recorded(&rig).pop().unwrap();
+        (last.cause, last.node.clone(), last.link.clone(), last.rank)
+    };
+    let link = Some((node("b"), node("c")));
+    assert_eq!(broken([(50, 50), (70, 50), (50, 50)]), (Cause::Collective, None, link, None));
+    assert_eq!(broken([(50, 50), (50, 50), (50, 50)]), (Cause::Collective, None, None, None));
+}

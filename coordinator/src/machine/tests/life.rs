@@ -192,25 +192,7 @@ fn cancel_ends_for_good() {
 fn a_restarted_coordinator_adopts_a_living_generation() {
     let mut rig = Rig::running("2", 4);
     rig.train(5);
-    let nodes = std::mem::take(&mut rig.nodes);
-    let mut next = Rig::new();
-    next.cluster = Pair::new(Settings { epoch: Epoch::new(2), ..settings() });
-    next.ledger.clone_from(&rig.ledger);
-    next.handle(Event::Loaded { job: job_name(), ledger: Box::new(rig.ledger.clone().unwrap()) });
-    assert_eq!(next.pending.front(), Some(&(job_name(), Operation::Append(Entry::Led))));
-    next.settle();
-    for (name, fake) in nodes {
-        let (connection, slots, workers) = (fake.connection, fake.slots, fake.workers.clone());
-        next.nodes.insert(name.clone(), fake);
-        next.handle(Event::Attached {
-            node: name,
-            incarnation: "same".into(),
-            connection,
-            slots,
-            home: Home::default(),
-            state: NodeState { workers, epoch: 1, ..NodeState::default() },
-        });
-    }
+    let mut next = rig.successor();
     next.pass(Duration::from_secs(7));
     assert_eq!(next.kinds(), Vec::<&str>::new(), "training was not interrupted");
     next.train(STEPS);

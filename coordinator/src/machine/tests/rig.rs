@@ -3,6 +3,8 @@
 //! The rig checks the machine's promises at every action: generations only grow, nothing is announced before its record
 //! is stored, no node gets more workers than slots, a job finishes only with its last checkpoint committed.
 
+mod faults;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -381,20 +383,6 @@ impl Rig {
     pub(super) fn live_of(&self, job: &JobName) -> Option<(u64, u32)> {
         let runs = self.nodes.values().filter_map(|fake| fake.desired.get(job)?.run.as_ref());
         runs.map(|run| (run.generation, run.world_size)).max()
-    }
-
-    /// Ends one worker as its agent would report it.
-    pub(super) fn kill(&mut self, name: &str, index: usize) {
-        self.fail(name, index, WorkerPhase::Exited, FailureKind::Exit, "killed by signal 9");
-    }
-
-    pub(super) fn fail(&mut self, name: &str, index: usize, phase: WorkerPhase, kind: FailureKind, reason: &str) {
-        let name = node(name);
-        let worker = &mut self.nodes.get_mut(&name).unwrap().workers[index];
-        worker.phase = phase;
-        let signal = (kind == FailureKind::Exit).then_some(9);
-        worker.failure = Some(Failure { kind, reason: reason.into(), exit: (None, signal) });
-        self.report(&name);
     }
 
     pub(super) fn ask(&mut self, ask: Ask) -> RequestId {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytemuck::Pod;
 use proto::ids::{Generation, Rank, WorldSize};
 
-use super::super::{AbortHandle, Collective, CollectiveError, Result, check_ranges};
+use super::super::{AbortHandle, Collective, CollectiveError, Moved, Result, check_ranges};
 use super::frame::{HEADER, Header, Kind};
 use super::socket::{Connection, Deadline};
 
@@ -58,10 +58,12 @@ impl Ring {
         world: WorldSize,
         generation: Generation,
         limit: Duration,
-        outgoing: Connection,
-        incoming: Connection,
+        mut outgoing: Connection,
+        mut incoming: Connection,
         abort: AbortHandle,
     ) -> Self {
+        // Greetings are not counted: both ends count alike from here on.
+        (outgoing.moved, incoming.moved) = (0, 0);
         let segment = vec![0; SEGMENT / 8];
         Self { rank, world, generation, limit, operation: 0, outgoing, incoming, abort, failed: false, segment }
     }
@@ -311,6 +313,10 @@ impl Collective for Ring {
 
     fn barrier(&mut self) -> Result<()> {
         self.gather_messages(Kind::Barrier, &[]).map(drop)
+    }
+
+    fn moved(&self) -> Moved {
+        Moved { sent: self.outgoing.moved, received: self.incoming.moved }
     }
 
     fn abort_handle(&self) -> AbortHandle {

@@ -77,6 +77,8 @@ pub(super) struct Connection {
     stream: TcpStream,
     rank: Rank,
     abort: AbortHandle,
+    /// Bytes sent and received since the ring was formed.
+    pub(super) moved: u64,
 }
 
 impl Connection {
@@ -90,7 +92,7 @@ impl Connection {
             stream.try_clone()
         };
         prepare().map_err(|source| CollectiveError::Io { action: "preparing a connection", source })?;
-        Ok(Self { stream, rank, abort: abort.clone() })
+        Ok(Self { stream, rank, abort: abort.clone(), moved: 0 })
     }
 
     /// Lets the abort handle shut this connection down from now on.
@@ -108,7 +110,10 @@ impl Connection {
             deadline.check(&self.abort)?;
             match self.stream.read(buffer) {
                 Ok(0) => return Err(self.closed(deadline)),
-                Ok(count) => buffer = &mut buffer[count..],
+                Ok(count) => {
+                    self.moved += count as u64;
+                    buffer = &mut buffer[count..];
+                }
                 Err(error) => self.survive(error, deadline, "receiving")?,
             }
         }
@@ -127,6 +132,7 @@ impl Connection {
             match sent {
                 Ok(0) => return Err(self.closed(deadline)),
                 Ok(count) => {
+                    self.moved += count as u64;
                     let of_head = count.min(head.len());
                     head = &head[of_head..];
                     body = &body[count - of_head..];
