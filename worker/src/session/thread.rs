@@ -99,7 +99,7 @@ fn failed(generation: Option<u64>, failure: Failure, lost: &mut Option<String>) 
         *lost = Some(failure.reason.clone());
     }
     tracing::error!(generation, kind = failure.kind.as_str_name(), reason = failure.reason, "cannot go on");
-    let Failure { kind, reason, moved } = failure;
+    let Failure { kind, reason, moved, .. } = failure;
     Input::Failed { generation, kind, reason, moved }
 }
 
