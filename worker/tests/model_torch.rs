@@ -1,8 +1,8 @@
 //! The model against recorded PyTorch losses and gradients, and against itself on other numbers of threads.
 //!
-//! `fixtures/make_fixtures.py` computed Llama's in float64 from the published definition, `make_gpt2_fixtures.py` those of
-//! GPT-2 with Hugging Face's model. The parameters are hashes of their canonical index, so a difference in order or layout
-//! would show too.
+//! `fixtures/make_fixtures.py` computed Llama's in float64 from the published definition, `make_gpt2_fixtures.py` those
+//! of GPT-2 with Hugging Face's model. The parameters are hashes of their canonical index, so a difference in order or
+//! layout would show too.
 
 use proto::spec::{Architecture, ModelSpec};
 use safetensors::SafeTensors;

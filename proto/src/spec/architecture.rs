@@ -113,7 +113,7 @@ impl ModelSpec {
     /// All parameters in canonical order: name and row-major shape.
     ///
     /// Names, shapes and order are those of Hugging Face's `LlamaForCausalLM` (matrices `[out, in]`) and
-    /// `GPT2LMHeadModel` (matrices `[in, out]`, but for the embeddings). Laid end to end in this order, with no padding,
+    /// `GPT2LMHeadModel` (matrices `[in, out]`, but for the embeddings). Laid end to end in this order without padding,
     /// they are the canonical space: a function of the model alone, the same for training, sharding and checkpoints.
     /// The order makes neighbours of matrices that multiply the same input: Llama's `[q; k; v]` and `[gate; up]` are
     /// each one taller matrix, and one product.

@@ -155,8 +155,8 @@ pub trait Device: Send + Sync + Sized {
         d_table: PartMut<'_, Self::Buffer>,
     ) -> DeviceResult;
 
-    /// The gradient of learned positions: `d_positions[t] = Σ d_out[b·sequence + t]` over the sequences in order, for the
-    /// first `sequence` positions.
+    /// The gradient of learned positions: `d_positions[t] = Σ d_out[b·sequence + t]` over the sequences in order, for
+    /// the first `sequence` positions.
     fn position_backward(
         &self,
         width: usize,
@@ -219,8 +219,8 @@ pub trait Device: Send + Sync + Sized {
     fn norm_workspace(&self, norm: NormShape) -> usize;
 
     /// Residual addition and LayerNorm (Ba, Kiros and Hinton, 2016) in one pass, as [`Device::rmsnorm_forward`]:
-    /// `normed = (sum − mean)/σ·gain + bias` with `σ² = mean((sum − mean)²)+ε`. `affine` is the gain and, behind it, the
-    /// bias; `statistics` gets mean and `1/σ` of each row, `[rows, 2]`.
+    /// `normed = (sum − mean)/σ·gain + bias` with `σ² = mean((sum − mean)²)+ε`. `affine` is the gain and, behind it,
+    /// the bias; `statistics` gets mean and `1/σ` of each row, `[rows, 2]`.
     #[allow(clippy::too_many_arguments)]
     fn layernorm_forward(
         &self,
@@ -231,8 +231,8 @@ pub trait Device: Send + Sync + Sized {
         normed: &mut Self::Activation,
         statistics: &mut Self::Buffer,
     ) -> DeviceResult;
-    /// The backward of [`Device::layernorm_forward`]: `d_x` gets (or is increased by) the gradient of `x`; the gradients
-    /// of gain and bias, one behind the other, replace `d_affine`. `workspace` holds [`Device::layernorm_workspace`]
+    /// The backward of [`Device::layernorm_forward`]: `d_x` gets (or is increased by) the gradient of `x`; those of
+    /// gain and bias, one behind the other, replace `d_affine`. `workspace` holds [`Device::layernorm_workspace`]
     /// elements.
     #[allow(clippy::too_many_arguments)]
     fn layernorm_backward(

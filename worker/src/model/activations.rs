@@ -1,8 +1,8 @@
 //! Memory of one micro-batch: what the forward saves for the backward, and scratch shared by all layers.
 //!
-//! Saved per layer are the inputs of every product and norm. The feed-forward block's inner activation is not: the backward
-//! computes it again in the buffer of its own gradient. With `recompute` only the stream entering each layer is saved,
-//! and one set of the rest serves all layers: the backward runs a layer's forward again before it reads it.
+//! Saved per layer are the inputs of every product and norm. The feed-forward block's inner activation is not: the
+//! backward computes it again in the buffer of its own gradient. With `recompute` only the stream entering each layer is
+//! saved, and one set of the rest serves all layers: the backward runs a layer's forward again before it reads it.
 
 use proto::spec::{ModelSpec, Norm, Positions};
 
@@ -27,8 +27,8 @@ pub(super) struct LayerActs<D: Device> {
     pub(super) post_statistics: D::Buffer,
     /// Its norm.
     pub(super) post_normed: D::Activation,
-    /// What the feed-forward block's activation reads: `[gate | up]`, `[rows, 2·inner]`, of SwiGLU, else `[rows, inner]`.
-    /// The backward turns it into its gradient.
+    /// What the feed-forward block's activation reads, `[rows, inner]`, or of SwiGLU `[gate | up]`, twice as wide; the
+    /// backward turns it into its gradient.
     pub(super) up: D::Activation,
 }
 

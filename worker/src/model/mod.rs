@@ -1,5 +1,5 @@
-//! The model: forward and backward written by hand over a [`Device`], for Llama and GPT-2 alike. What a layer is made of
-//! is data ([`Block`]); `parts` has the device operation of each kind.
+//! The model: forward and backward written by hand over a [`Device`], for Llama and GPT-2 alike. What a layer is made
+//! of is data ([`Block`]); `parts` has the device operation of each kind.
 //!
 //! One [`Model`] serves micro-batches of one shape. Everything it needs is allocated by [`Model::new`] (see
 //! `activations`), and [`Model::loss_and_gradient`] runs `forward`, then `backward`, which reads the saved activations

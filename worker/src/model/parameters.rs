@@ -1,8 +1,8 @@
 //! Where the parameters of a model lie in the canonical space.
 //!
 //! [`ModelSpec::tensors`] declares them; here are the offsets the model computes with. Matrices that multiply the same
-//! input are neighbours, so `[q; k; v]` and `[gate; up]` are each one taller matrix, and one product. A bias lies behind
-//! its matrix or gain.
+//! input are neighbours, so `[q; k; v]` and `[gate; up]` are each one taller matrix, and one product. A bias lies
+//! behind its matrix or gain.
 
 use proto::spec::{Block, FeedForward, Layout, ModelSpec, Norm, Positions};
 

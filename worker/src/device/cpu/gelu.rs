@@ -15,14 +15,15 @@ const CUBE: f32 = 0.044_715;
 /// Beyond this `σ(2u)` is 0 or 1 in float32; inputs are held there, so that the cube of a finite one is finite.
 const END: f32 = 16.0;
 
-/// `σ(2u)`, and `x` held within ±[`END`].
+/// `σ(2u)`; `x` held above −[`END`], which the sigmoid's smallest value multiplies; and held within ±[`END`].
 #[inline(always)]
-unsafe fn gate<L: Lanes>(x: L) -> [L; 2] {
+unsafe fn gate<L: Lanes>(x: L) -> [L; 3] {
     unsafe {
-        let held = L::splat(END).min(L::splat(-END).max(x));
+        let above = L::splat(-END).max(x);
+        let held = L::splat(END).min(above);
         let u2 = held.mul(L::splat(SCALE)).mul(held.mul(held).fma(L::splat(CUBE), L::splat(1.0)));
         let one = L::splat(1.0);
-        [one.div(one.add(L::zero().sub(u2).exp())), held]
+        [one.div(one.add(L::zero().sub(u2).exp())), above, held]
     }
 }
 
@@ -31,9 +32,8 @@ unsafe fn forward_run<L: Lanes>(n: usize, pre: *const f32, act: *mut f32) {
     unsafe {
         for j in (0..n).step_by(16) {
             let m = 16.min(n - j);
-            let x = L::load_first(pre.add(j), m);
-            let [sigmoid, _] = gate(x);
-            x.mul(sigmoid).store_first(act.add(j), m);
+            let [sigmoid, above, _] = gate(L::load_first(pre.add(j), m));
+            above.mul(sigmoid).store_first(act.add(j), m);
         }
     }
 }
@@ -45,12 +45,12 @@ unsafe fn backward_run<L: Lanes>(n: usize, pre: *mut f32, d_act: *mut f32) {
         for j in (0..n).step_by(16) {
             let m = 16.min(n - j);
             let (x, d) = (L::load_first(pre.add(j), m), L::load_first(d_act.add(j), m));
-            let [sigmoid, held] = gate(x);
+            let [sigmoid, above, held] = gate(x);
             // d(x·σ(2u))/dx = σ·(1 + x·(1 − σ)·2u'), 2u' = 2·√(2/π)·(1 + 3·0.044715·x²)
             let slope_u2 = held.mul(held).fma(L::splat(3.0 * CUBE), one).mul(L::splat(SCALE));
             let slope = held.mul(one.sub(sigmoid)).fma(slope_u2, one).mul(sigmoid);
             d.mul(slope).store_first(pre.add(j), m);
-            x.mul(sigmoid).store_first(d_act.add(j), m);
+            above.mul(sigmoid).store_first(d_act.add(j), m);
         }
     }
 }

@@ -1,8 +1,9 @@
 //! The CPU device: faer's matrix products, and vectorised kernels on a pool of threads.
 //!
 //! `lanes` and `x86` are the vector types, `pool` the threads, `gemm` the products, `attention*` with `micro`
-//! attention, `elementwise`, `layernorm`, `gelu`, `bias` and `loss` the rest of the model, `state` the update. A kernel's bits depend on its shape:
-//! not on threads, and, but for matrix products, not on the instruction set either.
+//! attention, `elementwise`, `layernorm`, `gelu`, `bias` and `loss` the rest of the model, `state` the update, `train`
+//! what training asks of a device beyond the model. A kernel's bits depend on its shape: not on threads, and, but for
+//! matrix products, not on the instruction set either.
 
 // Vector code must inline into the function that enables its instruction set; see `lanes`.
 #![allow(clippy::inline_always)]
