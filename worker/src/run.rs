@@ -37,6 +37,9 @@ pub enum WorkerError {
     /// The agent does not know this worker.
     #[error("the agent turned this worker away: {0}")]
     Refused(String),
+    /// The device cannot be used by this process any more.
+    #[error("the worker ends, so that another takes its place: {0}")]
+    DeviceLost(String),
 }
 
 impl WorkerError {

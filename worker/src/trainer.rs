@@ -15,6 +15,7 @@ use tokio::runtime::Handle;
 
 use crate::capture::{CaptureError, Capturer, Snapshot};
 use crate::collective::{CollectiveError, RingListener, RingMembership, RingTimeouts, connect};
+use crate::device::choose::{Chosen, choose, start};
 use crate::device::cpu::CpuDevice;
 use crate::device::{DeviceError, Frozen, RankState, TrainDevice};
 use crate::generation::{Finished, Member, Observer, Trainer, train};
@@ -22,6 +23,7 @@ use crate::load::{LoadError, Start, load_shard, scalar_state};
 use crate::machine::cadence::Tier;
 use crate::machine::session::{Identity, Input};
 use crate::machine::stragglers::{Straggler, Stragglers};
+use crate::model::ModelError;
 use crate::session::{Control, News};
 use crate::slots::SlotError;
 use crate::step::{StepError, Taken, gather_parameters};
@@ -38,12 +40,14 @@ pub struct Failure {
     pub kind: FailureKind,
     /// For people.
     pub reason: String,
+    /// The device is lost to this process: another has to take its place.
+    pub lost: bool,
 }
 
 impl Failure {
     /// A failure of a kind.
     pub fn new(kind: FailureKind, reason: impl std::fmt::Display) -> Self {
-        Self { kind, reason: reason.to_string() }
+        Self { kind, reason: reason.to_string(), lost: false }
     }
 
     fn input(reason: impl std::fmt::Display) -> Self {
@@ -57,6 +61,9 @@ impl From<StepError> for Failure {
             StepError::Exchange(_) | StepError::Aborted => FailureKind::Exchange,
             StepError::Data(_) => FailureKind::Input,
             StepError::Fault { .. } => FailureKind::NonFinite,
+            StepError::Model(ModelError::Device(device)) | StepError::Device(device) if device.is_lost() => {
+                return Self { lost: true, ..Self::new(FailureKind::Transient, error) };
+            }
             StepError::Model(_) | StepError::Device(_) | StepError::NoSlot(_) => FailureKind::Fatal,
         };
         Self::new(kind, error)
@@ -129,8 +136,26 @@ pub fn prepare(job: &JobName, prepare: &wire::Prepare, capturer: &Capturer) -> R
         return Err(Failure::input(format!("the spec is of job {}, this worker is of {job}", spec.name)));
     }
     spec.validate("the job's spec").map_err(Failure::input)?;
-    let device = CpuDevice::new(prepare.threads as usize).map_err(Failure::input)?;
-    Ok(Box::new(Prepared::new(spec, device, prepare, capturer)?))
+    let chosen = choose(spec.resources.device, prepare.place as usize).map_err(|error| {
+        Failure::input(format!("{error}; `cairn doctor` says more, and resources.device = \"cpu\" does without"))
+    })?;
+    tracing::info!(device = ?chosen, "computing");
+    match chosen {
+        Chosen::Cpu => {
+            let device = CpuDevice::new(prepare.threads as usize).map_err(Failure::input)?;
+            Ok(Box::new(Prepared::new(spec, device, prepare, capturer)?))
+        }
+        Chosen::Cuda(index) => {
+            let device = start(index, spec.training.reduction).map_err(|error| {
+                if error.is_lost() {
+                    Failure { lost: true, ..Failure::new(FailureKind::Transient, error) }
+                } else {
+                    Failure::input(error)
+                }
+            })?;
+            Ok(Box::new(Prepared::new(spec, device, prepare, capturer)?))
+        }
+    }
 }
 
 /// A worker on one kind of device.
@@ -411,5 +436,23 @@ impl Saver<'_> {
             },
         };
         Ok(self.capturer.announce(snapshot)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::cuda::error::CudaError;
+
+    #[test]
+    fn a_lost_device_asks_for_another_process_and_a_full_one_ends_the_job() {
+        let lost = CudaError::Lost { device: "a GPU".into(), operation: "a copy".into(), code: "ECC".into() };
+        for error in [StepError::Device(lost.clone().into()), StepError::Model(ModelError::Device(lost.into()))] {
+            let failure = Failure::from(error);
+            assert!(failure.lost && failure.kind == FailureKind::Transient && failure.reason.contains("Xid"));
+        }
+        let full = CudaError::OutOfMemory { bytes: 9, what: "activations" };
+        let failure = Failure::from(StepError::Device(full.into()));
+        assert!(!failure.lost && failure.kind == FailureKind::Fatal);
     }
 }

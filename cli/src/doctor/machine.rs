@@ -55,6 +55,7 @@ pub(super) fn cores(cores: usize, need: Option<&Need>) -> Finding {
 /// What workers can compute on. A machine without a GPU is not at fault; one whose GPU cannot be used is told why.
 pub(super) fn device() -> Finding {
     const CHECK: &str = "device";
+    const CPU: &str = "mend it, or set resources.device = \"cpu\" in jobs that are to run on this machine";
     let probe = Probe::new();
     let values = device_values(&probe);
     let usable = probe.usable(0);
@@ -63,7 +64,7 @@ pub(super) fn device() -> Finding {
             CudaError::LibraryAbsent { .. } => "no CUDA driver found: the CPU is used".to_string(),
             CudaError::NoDevice { .. } => "the CUDA driver sees no device: the CPU is used".to_string(),
             other => {
-                return Finding::warn(CHECK, format!("the CPU is used: {other}"), "mend or remove it").with(values);
+                return Finding::fail(CHECK, other, CPU).with(values);
             }
         };
         return Finding::ok(CHECK, found).with(values);
@@ -73,7 +74,7 @@ pub(super) fn device() -> Finding {
     let found = format!("{}; driver for CUDA {driver}", devices.join(", "));
     match usable {
         Ok(()) => Finding::ok(CHECK, found),
-        Err(error) => Finding::warn(CHECK, format!("{found}; the CPU is used"), error),
+        Err(error) => Finding::fail(CHECK, format!("{found}; it cannot be used: {error}"), CPU),
     }
     .with(values)
 }

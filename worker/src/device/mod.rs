@@ -8,6 +8,7 @@
 //! on thread count or timing. Different device kinds may give different bits; [`Device::numeric_identity`] says which
 //! arithmetic this one is.
 
+pub mod choose;
 pub mod cpu;
 pub mod cuda;
 mod shape;
@@ -44,6 +45,14 @@ pub enum DeviceError {
     /// CUDA failed.
     #[error(transparent)]
     Cuda(cuda::error::CudaError),
+}
+
+impl DeviceError {
+    /// Whether the device is gone for this process, which has to be replaced by another.
+    pub fn is_lost(&self) -> bool {
+        use cuda::error::CudaError::{Hung, Lost};
+        matches!(self, Self::Cuda(Lost { .. } | Hung { .. }))
+    }
 }
 
 /// The result of a device operation.

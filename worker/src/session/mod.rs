@@ -71,7 +71,10 @@ pub(crate) async fn serve(options: &Options, handle: Handle) -> Result<(), Worke
                 Ok(Some(wire::AgentCommand { body: Some(agent_command::Body::Quit(_)) }) | None) | Err(_) => break,
                 Ok(Some(command)) => server.obey(command).await,
             },
-            Some(news) = incoming.recv() => server.hear(news).await,
+            Some(news) = incoming.recv() => match news {
+                News::Lost(reason) => return Err(WorkerError::DeviceLost(reason)),
+                news => server.hear(news).await,
+            },
         }
     }
     if let Some((_, control)) = &server.control {
@@ -121,6 +124,8 @@ impl Server<'_> {
             News::Skipped(skipped) => self.send(worker_message::Body::Skipped(skipped)).await,
             News::Restore(restore) => self.send(worker_message::Body::Restore(restore)).await,
             News::Complete(complete) => self.send(worker_message::Body::Complete(complete)).await,
+            // The loop ends on it.
+            News::Lost(_) => {}
         }
     }
 

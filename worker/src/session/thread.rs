@@ -41,6 +41,8 @@ pub enum News {
     Restore(wire::Restore),
     /// For the agent: a step is complete in all parity groups.
     Complete(wire::StepComplete),
+    /// The device is gone, and this process of no more use; why.
+    Lost(String),
 }
 
 /// Starts the thread; it ends when the sender of its orders is dropped.
@@ -55,6 +57,7 @@ pub(super) fn start(
     let job = options.job.clone();
     std::thread::Builder::new().name("cairn-trainer".into()).spawn(move || {
         let mut prepared: Option<Box<dyn Ready>> = None;
+        let mut lost = None;
         while let Ok(order) = orders.recv() {
             let event = match order {
                 Order::Prepare(prepare) => match guarded(|| prepare_on(&job, &prepare, &capturer)) {
@@ -63,7 +66,7 @@ pub(super) fn start(
                         prepared = Some(ready);
                         Input::Prepared(identity)
                     }
-                    Err(failure) => failed(None, failure),
+                    Err(failure) => failed(None, failure, &mut lost),
                 },
                 Order::Run(run, control) => {
                     let generation = run.announcement.as_ref().map_or(0, |announcement| announcement.generation);
@@ -75,11 +78,15 @@ pub(super) fn start(
                     match ended {
                         Ok(Ended { step, loss }) => Input::Stopped { generation, step, loss },
                         Err(_) if control.is_aborted() => Input::Left { generation },
-                        Err(failure) => failed(Some(generation), failure),
+                        Err(failure) => failed(Some(generation), failure, &mut lost),
                     }
                 }
             };
             if news.blocking_send(News::Event(event)).is_err() {
+                return;
+            }
+            if let Some(reason) = lost.take() {
+                drop(news.blocking_send(News::Lost(reason)));
                 return;
             }
         }
@@ -87,7 +94,10 @@ pub(super) fn start(
     Ok(sender)
 }
 
-fn failed(generation: Option<u64>, failure: Failure) -> Input {
+fn failed(generation: Option<u64>, failure: Failure, lost: &mut Option<String>) -> Input {
+    if failure.lost {
+        *lost = Some(failure.reason.clone());
+    }
     tracing::error!(generation, kind = failure.kind.as_str_name(), reason = failure.reason, "cannot go on");
     Input::Failed { generation, kind: failure.kind, reason: failure.reason }
 }
