@@ -30,7 +30,7 @@ pub fn initialize(spec: &ModelSpec, seed: u64, range: Range<usize>, out: &mut [f
         let part = range.start.max(start)..range.end.min(end);
         if !part.is_empty() {
             let target = &mut out[part.start - range.start..part.end - range.start];
-            if tensor.name.ends_with(".bias") {
+            if tensor.name.ends_with("bias") {
                 target.fill(0.0);
             } else if tensor.shape.len() == 1 {
                 target.fill(1.0);

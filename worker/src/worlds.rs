@@ -43,6 +43,10 @@ pub(crate) fn spec(model: &str, reduction: &str) -> JobSpec {
 pub(crate) const SMALL: &str = "hidden_size = 64\nnum_hidden_layers = 2\nnum_attention_heads = 2\n\
                                 num_key_value_heads = 1\nintermediate_size = 96\nvocab_size = 1100";
 
+/// The same as a GPT-2, of more positions than a sequence has tokens.
+pub(crate) const SMALL_GPT2: &str = "architecture = \"gpt2\"\nhidden_size = 64\nnum_hidden_layers = 2\n\
+                                     num_attention_heads = 2\nvocab_size = 1100\nmax_position_embeddings = 24";
+
 /// Trains from `start`, or from the beginning, to step `until` with `world` workers.
 pub(crate) fn run<D: TrainDevice>(
     make: &(impl Fn() -> D + Sync),
@@ -163,6 +167,14 @@ fn worlds_agree_on_the_fixed_grid_and_on_block_grids() {
     for form in [ExactForm::Fixed, ExactForm::Blocks] {
         let make = || CpuDevice::new(1).unwrap().with_form(form);
         same_bits_in_every_world(&make, &spec(SMALL, "exact"), 6);
+    }
+}
+
+#[test]
+fn worlds_agree_on_a_gpt2() {
+    for form in [ExactForm::Fixed, ExactForm::Blocks] {
+        let make = || CpuDevice::new(2).unwrap().with_form(form);
+        same_bits_in_every_world(&make, &spec(SMALL_GPT2, "exact"), 6);
     }
 }
 

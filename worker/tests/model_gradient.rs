@@ -48,9 +48,9 @@ fn ids(count: usize, vocabulary: usize, lane: u32) -> Vec<u32> {
 fn unsettle(spec: &ModelSpec, weights: &mut [f32]) {
     let (random, mut at) = (Counter::new(6, Place::Test, 0), 0);
     for tensor in parameters(spec) {
-        for i in at..at + tensor.elements() {
-            if tensor.shape.len() == 1 {
-                weights[i] += 0.1 * random.normal(i as u64) as f32;
+        if tensor.shape.len() == 1 {
+            for (i, weight) in weights.iter_mut().enumerate().skip(at).take(tensor.elements()) {
+                *weight += 0.1 * random.normal(i as u64) as f32;
             }
         }
         at += tensor.elements();

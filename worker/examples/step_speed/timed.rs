@@ -92,6 +92,12 @@ impl<D: Device> Device for Timed<'_, D> {
     fn norm_workspace(&self, norm: NormShape) -> usize {
         self.inner.norm_workspace(norm)
     }
+    fn layernorm_workspace(&self, norm: NormShape) -> usize {
+        self.inner.layernorm_workspace(norm)
+    }
+    fn bias_workspace(&self, width: usize, rows: usize) -> usize {
+        self.inner.bias_workspace(width, rows)
+    }
     fn attention_workspace(&self, shape: AttentionShape) -> usize {
         self.inner.attention_workspace(shape)
     }
@@ -140,10 +146,27 @@ impl<D: Device> Device for Timed<'_, D> {
         fn zero(elements: usize, to: PartMut<'_, D::Buffer>) -> DeviceResult;
         fn axpy(elements: usize, alpha: f32, x: Part<'_, D::Buffer>, y: PartMut<'_, D::Buffer>) -> DeviceResult;
         fn embedding_forward(
-            width: usize, rows: usize, tokens: &D::Tokens, table: Part<'_, D::Activation>, out: &mut D::Activation,
+            width: usize, rows: usize, tokens: &D::Tokens, table: Part<'_, D::Activation>,
+            positions: Option<(Part<'_, D::Activation>, usize)>, out: &mut D::Activation,
         ) -> DeviceResult;
         fn embedding_backward(
             width: usize, rows: usize, tokens: &D::Tokens, d_out: &D::Activation, d_table: PartMut<'_, D::Buffer>,
+        ) -> DeviceResult;
+        fn position_backward(
+            width: usize, batch: usize, sequence: usize, d_out: &D::Activation, d_positions: PartMut<'_, D::Buffer>,
+        ) -> DeviceResult;
+        fn add_bias(width: usize, rows: usize, bias: Part<'_, D::Activation>, out: &mut D::Activation) -> DeviceResult;
+        fn bias_gradient(
+            width: usize, rows: usize, d_out: &D::Activation, d_bias: PartMut<'_, D::Buffer>, workspace: &mut D::Buffer,
+        ) -> DeviceResult;
+        fn layernorm_forward(
+            norm: NormShape, x: &D::Activation, delta: Option<(&D::Activation, &mut D::Activation)>,
+            affine: Part<'_, D::Activation>, normed: &mut D::Activation, statistics: &mut D::Buffer,
+        ) -> DeviceResult;
+        fn layernorm_backward(
+            norm: NormShape, x: &D::Activation, statistics: &D::Buffer, affine: Part<'_, D::Activation>,
+            d_normed: &D::Activation, write: Write, d_x: &mut D::Activation, d_affine: PartMut<'_, D::Buffer>,
+            workspace: &mut D::Buffer,
         ) -> DeviceResult;
         fn rmsnorm_forward(
             norm: NormShape, x: &D::Activation, delta: Option<(&D::Activation, &mut D::Activation)>, weight: Part<'_, D::Activation>,
@@ -164,6 +187,8 @@ impl<D: Device> Device for Timed<'_, D> {
         ) -> DeviceResult;
         fn swiglu_forward(width: usize, rows: usize, gate_up: &D::Activation, act: &mut D::Activation) -> DeviceResult;
         fn swiglu_backward(width: usize, rows: usize, gate_up: &mut D::Activation, d_act: &mut D::Activation) -> DeviceResult;
+        fn gelu_forward(elements: usize, pre: &D::Activation, act: &mut D::Activation) -> DeviceResult;
+        fn gelu_backward(elements: usize, pre: &mut D::Activation, d_act: &mut D::Activation) -> DeviceResult;
         fn cross_entropy(
             shape: LossShape, targets: &D::Tokens, gradient: Option<f32>, logits: &mut D::Activation, write: Write,
             losses: &mut D::Losses, index: usize,

@@ -9,21 +9,33 @@ use super::pool::{Pool, Shared, chunk};
 /// Elements of one task; a whole number of vectors.
 const ELEMENTS: usize = 1 << 14;
 /// `2·√(2/π)`.
-const SCALE: f32 = 1.595_769_1;
+const SCALE: f32 = 1.595_769;
 /// The weight of the cube.
 const CUBE: f32 = 0.044_715;
 /// Beyond this `σ(2u)` is 0 or 1 in float32; inputs are held there, so that the cube of a finite one is finite.
 const END: f32 = 16.0;
 
-/// `σ(2u)`; `x` held above −[`END`], which the sigmoid's smallest value multiplies; and held within ±[`END`].
+/// What one element needs.
+struct Gate<L> {
+    /// `σ(2u)`.
+    open: L,
+    /// `1 − σ(2u)`, not by that difference, which has few digits where the gate is open.
+    shut: L,
+    /// `x` held above −[`END`], so that a huge negative one times the gate's smallest value is nearly zero.
+    above: L,
+    /// `x` held within ±[`END`].
+    held: L,
+}
+
 #[inline(always)]
-unsafe fn gate<L: Lanes>(x: L) -> [L; 3] {
+unsafe fn gate<L: Lanes>(x: L) -> Gate<L> {
     unsafe {
         let above = L::splat(-END).max(x);
         let held = L::splat(END).min(above);
         let u2 = held.mul(L::splat(SCALE)).mul(held.mul(held).fma(L::splat(CUBE), L::splat(1.0)));
-        let one = L::splat(1.0);
-        [one.div(one.add(L::zero().sub(u2).exp())), above, held]
+        let (one, e) = (L::splat(1.0), L::zero().sub(u2).exp());
+        let open = one.div(one.add(e));
+        Gate { open, shut: e.mul(open), above, held }
     }
 }
 
@@ -32,8 +44,8 @@ unsafe fn forward_run<L: Lanes>(n: usize, pre: *const f32, act: *mut f32) {
     unsafe {
         for j in (0..n).step_by(16) {
             let m = 16.min(n - j);
-            let [sigmoid, above, _] = gate(L::load_first(pre.add(j), m));
-            above.mul(sigmoid).store_first(act.add(j), m);
+            let Gate { open, above, .. } = gate(L::load_first(pre.add(j), m));
+            above.mul(open).store_first(act.add(j), m);
         }
     }
 }
@@ -45,12 +57,12 @@ unsafe fn backward_run<L: Lanes>(n: usize, pre: *mut f32, d_act: *mut f32) {
         for j in (0..n).step_by(16) {
             let m = 16.min(n - j);
             let (x, d) = (L::load_first(pre.add(j), m), L::load_first(d_act.add(j), m));
-            let [sigmoid, above, held] = gate(x);
+            let Gate { open, shut, above, held } = gate(x);
             // d(x·σ(2u))/dx = σ·(1 + x·(1 − σ)·2u'), 2u' = 2·√(2/π)·(1 + 3·0.044715·x²)
             let slope_u2 = held.mul(held).fma(L::splat(3.0 * CUBE), one).mul(L::splat(SCALE));
-            let slope = held.mul(one.sub(sigmoid)).fma(slope_u2, one).mul(sigmoid);
+            let slope = held.mul(shut).fma(slope_u2, one).mul(open);
             d.mul(slope).store_first(pre.add(j), m);
-            above.mul(sigmoid).store_first(d_act.add(j), m);
+            above.mul(open).store_first(d_act.add(j), m);
         }
     }
 }

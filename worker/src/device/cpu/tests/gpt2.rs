@@ -134,10 +134,10 @@ fn positions_are_added_and_get_the_sum_over_the_sequences() {
         [out, d].concat()
     });
     let (out, d) = got.split_at(rows * width);
-    for i in 0..rows * width {
+    for (i, value) in out.iter().enumerate() {
         let (row, column) = (i / width, i % width);
         let position = positions[row % sequence * width + column];
-        assert_eq!(out[i], table[tokens[row] as usize * width + column] + position, "row {row}, column {column}");
+        assert_eq!(*value, table[tokens[row] as usize * width + column] + position, "row {row}, column {column}");
     }
     for i in 0..sequence * width {
         let of = |b: usize| d_out[b * sequence * width + i];
