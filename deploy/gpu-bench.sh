@@ -39,7 +39,7 @@ part() {
     shift
     printf '== %s\n' "$name"
     if "$@" >"$OUT/$name.txt" 2>&1; then
-        tail -n 12 "$OUT/$name.txt"
+        tail -n 40 "$OUT/$name.txt"
     else
         printf 'failed (%s):\n' "$?"
         tail -n 30 "$OUT/$name.txt"
@@ -53,7 +53,7 @@ part tests "$BINARIES/worker-tests" --test-threads 1 gpu::
 part kernels "$BINARIES/worker-tests" --nocapture every_kernel_compiles
 # 124M parameters, 64 sequences of 1,024 tokens a step, in one micro-batch.
 part train "$BINARIES/cairn" bench train --device cuda --preset gpt2-124m --sequence-length 1024 --global-batch 64 \
-    --micro-batch 64 --seconds 20
+    --micro-batch 64 --seconds 20 --table
 if python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
     part torch python3 tests/peers/torch_gpu.py --batch 64 --sequence 1024 --seconds 30
 else

@@ -466,6 +466,9 @@ pub(crate) struct BenchTrainArgs {
     /// Seconds of each measurement.
     #[arg(long, default_value_t = 10.0)]
     pub(crate) seconds: f64,
+    /// Then a table of the step's operations: the time of each, and its floor on this machine.
+    #[arg(long)]
+    pub(crate) table: bool,
     /// Also measure PyTorch on the same model, in turn.
     #[arg(long)]
     pub(crate) peer: bool,

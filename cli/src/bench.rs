@@ -4,6 +4,7 @@ use std::process::Command;
 
 use proto::spec::{DeviceKind, JobSpec, Overrides, PRESETS};
 use serde_json::{Value, json};
+use worker::bench_table::bench_table;
 
 use crate::args::{BenchCommand, BenchTrainArgs, Output};
 use crate::failure::{Failure, chain};
@@ -74,7 +75,7 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
             "ratio": peer.map(|peer| mine / peer),
         });
         say!("{line}");
-        return Ok(0);
+        return operations(args, &spec, threads);
     }
     say!(
         "model {}: {} wide, {} layers, {} heads, ffn {}, vocabulary {}; {} sequences of {} tokens a step, exact sums",
@@ -101,6 +102,46 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
     if let Some(peer) = peer {
         say!("ratio {:.2}", mine / peer);
     }
+    operations(args, &spec, threads)
+}
+
+/// The table of a step's operations, if it was asked for.
+fn operations(args: &BenchTrainArgs, spec: &JobSpec, threads: usize) -> Result<u8, Failure> {
+    if !args.table {
+        return Ok(0);
+    }
+    let measured = bench_table(spec, args.device.kind(), threads, args.seconds);
+    let measured = measured.map_err(|error| Failure::job(chain(&error)))?;
+    if args.output == Output::Json {
+        for line in &measured.lines {
+            let mut line = json!(line);
+            line["event"] = "operation".into();
+            say!("{line}");
+        }
+        return Ok(0);
+    }
+    let total: f64 = measured.lines.iter().map(|line| line.seconds).sum();
+    say!(
+        "\none worker's step by operation, each waited for; floors at {:.2} TFLOP/s and {:.1} GB/s, measured here",
+        measured.operations_per_second / 1e12,
+        measured.bytes_per_second / 1e9
+    );
+    let rows: Vec<Vec<String>> = measured
+        .lines
+        .iter()
+        .map(|line| {
+            let of_floor =
+                if line.floor > 0.0 { format!("{:.0}%", 100.0 * line.floor / line.seconds) } else { "-".into() };
+            vec![
+                line.operation.clone(),
+                line.calls.to_string(),
+                format!("{:.3}", line.seconds * 1e3),
+                format!("{:.1}%", 100.0 * line.seconds / total),
+                of_floor,
+            ]
+        })
+        .collect();
+    table::print(&["OPERATION", "CALLS", "MS A STEP", "SHARE", "FLOOR/TIME"], &rows);
     Ok(0)
 }
 

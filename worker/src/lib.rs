@@ -17,6 +17,7 @@ pub mod data;
 pub mod bench;
 pub mod bench_capture;
 pub mod bench_collective;
+pub mod bench_table;
 pub mod capture;
 pub mod dataset;
 pub mod feed;

@@ -12,6 +12,7 @@ pub mod choose;
 pub mod cpu;
 pub mod cuda;
 mod shape;
+pub mod timed;
 mod train;
 
 pub use shape::{AdamwParts, AttentionShape, LossShape, MatmulShape, NormShape, Part, PartMut, Product, Write};
@@ -60,6 +61,9 @@ pub type DeviceResult<T = ()> = Result<T, DeviceError>;
 
 /// One kind of device. See the module's text for what every implementation promises.
 pub trait Device: Send + Sync + Sized {
+    /// Bytes of an element of [`Device::Activation`].
+    const ACTIVATION_BYTES: usize;
+
     /// Float32 memory: gradients of parameters, statistics, workspaces.
     type Buffer: Send + Sync;
     /// Memory in the precision that products read: float32 on the CPU, bfloat16 on a GPU. Holds the parameters as the

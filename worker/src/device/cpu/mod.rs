@@ -71,6 +71,8 @@ impl CpuDevice {
 }
 
 impl Device for CpuDevice {
+    const ACTIVATION_BYTES: usize = 4;
+
     type Buffer = CpuBuffer;
     type Activation = CpuBuffer;
     type Sums = Vec<i64>;

@@ -33,6 +33,8 @@ type Floats<D> = Array<D, f32>;
 type Halves<D> = Array<D, Bf16>;
 
 impl<D: Driver> Device for CudaDevice<D> {
+    const ACTIVATION_BYTES: usize = 2;
+
     type Buffer = Floats<D>;
     type Activation = Halves<D>;
     type Sums = NoSums;
