@@ -69,7 +69,8 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
     let m = &spec.model;
     if args.output == Output::Json {
         let line = json!({
-            "event": "bench_train", "preset": args.preset, "device": device, "parameters": parameters, "workers": args.workers, "threads": threads,
+            "event": "bench_train", "preset": args.preset, "device": device, "parameters": parameters,
+            "workers": args.workers, "threads": threads,
             "tokens_per_second": mine, "rounds": ours, "peer_tokens_per_second": peer, "peer_rounds": theirs,
             "ratio": peer.map(|peer| mine / peer),
         });

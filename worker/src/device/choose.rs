@@ -75,7 +75,7 @@ mod tests {
         assert_eq!(choose(DeviceKind::Cpu, 3), Ok(Chosen::Cpu));
         let none = || Err(CudaError::NoDevice { wanted: 0, found: 0 });
         assert_eq!(pick(&machine(0, none()), DeviceKind::Auto, 0), Ok(Chosen::Cpu));
-        assert_eq!(pick(&machine(0, none()), DeviceKind::Cuda, 0), none().map(|()| Chosen::Cpu));
+        assert_eq!(pick(&machine(0, none()), DeviceKind::Cuda, 0), none().map(|_: Version| Chosen::Cpu));
         let old =
             CudaError::DriverTooOld { found: Version { major: 11, minor: 0 }, needed: Version { major: 12, minor: 0 } };
         for kind in [DeviceKind::Auto, DeviceKind::Cuda] {

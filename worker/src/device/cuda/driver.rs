@@ -179,7 +179,8 @@ pub trait Driver: Send + Sync + 'static {
     fn allocate(&self, bytes: usize, what: &'static str) -> CudaResult<u64>;
     /// Gives memory back, after all work enqueued so far.
     fn release(&self, address: u64);
-    /// Zeroed memory of the host that copies can read and write while both sides work; cached, as reads of it are common.
+    /// Zeroed memory of the host that copies can read and write while both sides work; cached, as reads of it are
+    /// common.
     fn pin(&self, bytes: usize) -> CudaResult<NonNull<u8>>;
     /// Gives pinned memory back, after all work enqueued so far.
     fn unpin(&self, memory: NonNull<u8>);
@@ -211,12 +212,14 @@ pub trait Driver: Send + Sync + 'static {
     /// # Safety
     /// The arguments are what the kernel's parameters ask for.
     unsafe fn launch(&self, stream: Stream, launch: &Launch<'_>) -> CudaResult;
-    /// Makes a matrix product on [`Stream::Compute`]. The first of a kind may allocate and wait, to choose its algorithm.
+    /// Makes a matrix product on [`Stream::Compute`]. The first of a kind may allocate and wait, to choose its
+    /// algorithm.
     ///
     /// # Safety
     /// The three addresses hold matrices of these shapes and pitches, and C overlaps neither A nor B.
     unsafe fn product(&self, key: &ProductKey, operands: [u64; 3]) -> CudaResult;
-    /// Names the rule by which algorithms are chosen, or the list they were adopted from: a word for the numeric identity.
+    /// Names the rule by which algorithms are chosen, or the list they were adopted from: a word for the numeric
+    /// identity.
     fn plan_identity(&self) -> String;
     /// The algorithms chosen so far, a line each: what other workers adopt to have the same bits.
     fn plans(&self) -> String;

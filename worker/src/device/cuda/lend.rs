@@ -1,7 +1,7 @@
 //! What the exchange sums and gathers, lent to it in pinned memory of the host.
 //!
-//! One area serves all that is lent, as large as the largest, from the first exchange on. Only what the exchange needs is
-//! copied to the host, and only what it leaves behind is copied back.
+//! One area serves all that is lent, as large as the largest, from the first exchange on. Only what the exchange needs
+//! is copied to the host, and only what it leaves behind is copied back.
 
 use std::ops::Range;
 use std::sync::PoisonError;

@@ -10,9 +10,9 @@
 //!
 //! Nothing here is linked: the libraries are looked for when a device is asked for, so that one binary serves machines
 //! with and without a GPU. An operation enqueues and returns; only what brings something to the host waits, each time
-//! with a deadline. All work of a device is in one order, [`Stream::Compute`], but for snapshots, which are copied beside
-//! it. Parameters as the model reads them, activations and their gradients are bfloat16; sums within kernels, parameters'
-//! gradients and the optimizer's state are float32.
+//! with a deadline. All work of a device is in one order, [`Stream::Compute`], but for snapshots, which are copied
+//! beside it. Parameters as the model reads them, activations and their gradients are bfloat16; sums within kernels,
+//! parameters' gradients and the optimizer's state are float32.
 
 pub mod bf16;
 pub mod driver;

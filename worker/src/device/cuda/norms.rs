@@ -1,5 +1,5 @@
-//! RMSNorm and LayerNorm: two kernels of one form, which differ in their names and in how many numbers go with a row and
-//! with a column.
+//! RMSNorm and LayerNorm: two kernels of one form, which differ in their names and in how many numbers go with a row
+//! and with a column.
 
 use super::driver::Driver;
 use super::memory::{Array, Bf16};

@@ -1,7 +1,7 @@
 //! The device's operations, each as the kernels it takes and how they are launched.
 //!
-//! How many blocks and threads a kernel wants, and how much shared memory, is told in the header of its file; the numbers
-//! here repeat it. Where the number of blocks decides the order of a sum it follows from the shape alone.
+//! How many blocks and threads a kernel wants, and how much shared memory, is told in the header of its file; the
+//! numbers here repeat it. Where the number of blocks decides the order of a sum it follows from the shape alone.
 
 use super::driver::{Driver, Element};
 use super::memory::{Array, Bf16};

@@ -17,8 +17,10 @@ use crate::device::cuda::driver::{Argument, Launch};
 /// Where the sources lie, and where what is built goes.
 const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels");
 const BUILT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/emulator");
-/// How they are compiled. Contraction would make other bits than the kernels ask for.
-const FLAGS: [&str; 7] = ["-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-DCAIRN_EMULATOR"];
+/// How they are compiled, with the planted mistakes that tests look for. Contraction would make other bits than the
+/// kernels ask for.
+const FLAGS: [&str; 8] =
+    ["-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-DCAIRN_EMULATOR", "-DCAIRN_PLANTED"];
 /// Bytes for words about a launch that failed.
 const WORDS: usize = 1 << 10;
 

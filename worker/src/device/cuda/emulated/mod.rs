@@ -1,8 +1,8 @@
 //! The driver that runs the kernels on the CPU: host memory stands for the device's, products are plain loops.
 //!
 //! It is strict where a device is lenient. Memory comes full of NaN and between guards that are looked at when it goes.
-//! Without a seed everything runs when it is enqueued. With one, nothing runs before somebody waits for it, and then the
-//! two streams take turns as the seed says: a copy that nobody waited for is seen too late, a staging area that is
+//! Without a seed everything runs when it is enqueued. With one, nothing runs before somebody waits for it, and then
+//! the two streams take turns as the seed says: a copy that nobody waited for is seen too late, a staging area that is
 //! filled again too early is copied with its new content, and what depends on an order nobody asked for has other bits.
 
 mod library;

@@ -91,8 +91,8 @@ fn a_cubin_is_compiled_once_for_each_source_and_architecture() {
 #[test]
 fn the_compilers_log_is_read_as_it_is_written() {
     let log = "ptxas info    : Compiling entry function 'axpy' for 'sm_90'\n\
-               ptxas info    : Function properties for axpy\n    0 bytes stack frame, 12 bytes spill stores, 8 bytes spill \
-               loads\nptxas info    : Used 26 registers, used 1 barriers, 380 bytes cmem[0]\n";
+               ptxas info    : Function properties for axpy\n    0 bytes stack frame, 12 bytes spill stores, \
+               8 bytes spill loads\nptxas info    : Used 26 registers, used 1 barriers, 380 bytes cmem[0]\n";
     let expected = [Usage { kernel: "axpy".into(), registers: 26, spilled: 12 }];
     assert_eq!(usage(log), expected);
 }

@@ -2,14 +2,15 @@
 //!
 //! Each case runs on a device, checks what comes out against [`CpuDevice`] on the same operands (rounded to bfloat16
 //! beforehand where the device has them so), and returns all results. Here a case runs on the emulator, at once and
-//! deferred in several orders, and all its results must have the same bits; with the feature `gpu-tests` the same cases run
-//! on a real device, twice.
+//! deferred in several orders, and all its results must have the same bits; with the feature `gpu-tests` the same cases
+//! run on a real device, twice.
 
 mod asked;
 mod compiled;
 mod elementwise;
 mod gpt;
 mod model;
+mod planted;
 mod products;
 mod sums;
 mod training;
@@ -66,8 +67,8 @@ impl<'a, D: Driver> Bench<'a, D> {
         tokens
     }
 
-    /// Downloads float32 results and holds them against `expected`: off by at most `tolerance` of the value itself and of
-    /// the root of the mean square of all, where sums cancel.
+    /// Downloads float32 results and holds them against `expected`: off by at most `tolerance` of the value itself and
+    /// of the root of the mean square of all, where sums cancel.
     fn floats_are(&mut self, name: &str, got: &Array<D, f32>, expected: &[f32], tolerance: f64) {
         let mut values = vec![f32::NAN; expected.len()];
         self.cuda.download(Part(got, 0), &mut values).unwrap();

@@ -83,8 +83,8 @@ fn products_of_padded_rows<D: Driver>(bench: &mut Bench<'_, D>) {
 }
 
 /// Probabilities and their gradients are rounded to bfloat16 before they are multiplied, and so are the output, which
-/// the backward reads, and the result. The gradient of a score is a difference of two large numbers, one of them made of
-/// the rounded output; so single elements are off by up to 16 units of rounding (found by simulating these roundings
+/// the backward reads, and the result. The gradient of a score is a difference of two large numbers, one of them made
+/// of the rounded output; so single elements are off by up to 16 units of rounding (found by simulating these roundings
 /// alone in float64), while all together are off by less than one.
 fn attention_and_its_backward<D: Driver>(bench: &mut Bench<'_, D>) {
     for (batch, sequence, heads, kv_heads, head_dim) in
