@@ -50,7 +50,13 @@ fn written(name: &str) -> Vec<(&'static str, Vec<u8>)> {
                 serde_json::to_vec(&json).unwrap()
             };
             let step = HeldStep { step: 5, captures: (0..4).map(described).collect(), encoded: true };
-            let state = GroupState { job: "tiny".into(), generation: 1, node: "a".into(), steps: vec![step.clone()] };
+            let state = GroupState {
+                job: "tiny".into(),
+                generation: 1,
+                node: "a".into(),
+                sequence: 1,
+                steps: vec![step.clone()],
+            };
             let fewer = HeldStep { captures: step.captures[1..].to_vec(), ..step };
             vec![
                 ("valid-step", state.encode_to_vec()),

@@ -97,7 +97,7 @@ async fn relay(listener: TcpListener, target: SocketAddr, record: Arc<Mutex<Vec<
 }
 
 fn state() -> GroupState {
-    GroupState { job: JOB.into(), generation: 1, node: NODE.into(), steps: vec![] }
+    GroupState { job: JOB.into(), generation: 1, node: NODE.into(), sequence: 1, steps: vec![] }
 }
 
 #[tokio::test]

@@ -3,12 +3,11 @@
 use std::time::Duration;
 
 use proto::event::JobEvent;
-use proto::ids::{Epoch, Step};
+use proto::ids::Step;
 use proto::wire::SubmitMode;
 
 use super::super::*;
-use super::doubting::Pair;
-use super::rig::{Rig, STEPS, job_name, node, settings, spec};
+use super::rig::{Rig, STEPS, job_name, node, spec};
 
 #[test]
 fn a_job_forms_trains_and_finishes() {
