@@ -469,15 +469,8 @@ pub(crate) struct BenchTrainArgs {
     /// Then a table of the step's operations: the time of each, and its floor on this machine.
     #[arg(long)]
     pub(crate) table: bool,
-    /// Also measure PyTorch on the same model, in turn.
-    #[arg(long)]
-    pub(crate) peer: bool,
-    /// The Python that has PyTorch.
-    #[arg(long, default_value = "python3", requires = "peer")]
-    pub(crate) python: PathBuf,
-    /// The peer script.
-    #[arg(long, default_value = "tests/peers/torch_train.py", requires = "peer")]
-    pub(crate) script: PathBuf,
+    #[command(flatten)]
+    pub(crate) peers: crate::bench::PeerArgs,
     /// What standard output carries.
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) output: Output,

@@ -1,5 +1,6 @@
 //! `cairn bench train`: tokens a second of full training steps, beside PyTorch if asked.
 
+use std::path::PathBuf;
 use std::process::Command;
 
 use proto::spec::{DeviceKind, JobSpec, Overrides, PRESETS};
@@ -19,6 +20,20 @@ const ROUNDS: usize = 3;
 pub(crate) enum BenchDevice {
     Cpu,
     Cuda,
+}
+
+/// PyTorch beside Cairn.
+#[derive(Debug, clap::Args)]
+pub(crate) struct PeerArgs {
+    /// Also measure PyTorch on the same model, in turn.
+    #[arg(long)]
+    peer: bool,
+    /// The Python that has PyTorch.
+    #[arg(long, default_value = "python3", requires = "peer")]
+    python: PathBuf,
+    /// The peer script.
+    #[arg(long, default_value = "tests/peers/torch_train.py", requires = "peer")]
+    script: PathBuf,
 }
 
 impl BenchDevice {
@@ -44,7 +59,7 @@ pub(crate) async fn run(command: BenchCommand) -> Result<u8, Failure> {
 fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
     let spec = spec(args)?;
     let shape = (args.preset.as_str(), args.sequence_length, args.global_batch);
-    if args.peer && shape != ("small", 256, 16) {
+    if args.peers.peer && shape != ("small", 256, 16) {
         return Err(Failure::request(
             "--peer trains preset small, 16 sequences of 256 tokens a step: leave --preset, --sequence-length and \
              --global-batch at their defaults",
@@ -60,12 +75,12 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
                 .map_err(|error| Failure::job(chain(&error)))?;
         ours.push(report.tokens_per_second);
         (device, parameters) = (report.device, report.parameters);
-        if args.peer {
+        if args.peers.peer {
             theirs.push(peer(args, threads)?);
         }
     }
     let mine = median(&mut ours);
-    let peer = args.peer.then(|| median(&mut theirs));
+    let peer = args.peers.peer.then(|| median(&mut theirs));
     let m = &spec.model;
     if args.output == Output::Json {
         let line = json!({
@@ -161,12 +176,14 @@ fn spec(args: &BenchTrainArgs) -> Result<JobSpec, Failure> {
 
 /// One run of the peer: the same model, batch and threads.
 fn peer(args: &BenchTrainArgs, threads: usize) -> Result<f64, Failure> {
-    let output = Command::new(&args.python)
-        .arg(&args.script)
+    let output = Command::new(&args.peers.python)
+        .arg(&args.peers.script)
         .args(["--processes", &args.workers.to_string(), "--threads", &threads.to_string()])
         .args(["--seconds", &args.seconds.to_string()])
         .output()
-        .map_err(|error| Failure::request(format!("cannot run the peer with {}: {error}", args.python.display())))?;
+        .map_err(|error| {
+            Failure::request(format!("cannot run the peer with {}: {error}", args.peers.python.display()))
+        })?;
     let text = String::from_utf8_lossy(&output.stdout);
     let rate = text.lines().rev().find_map(|line| serde_json::from_str::<Value>(line).ok());
     rate.and_then(|line| line["tokens_per_second"].as_f64()).ok_or_else(|| {

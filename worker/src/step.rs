@@ -3,8 +3,8 @@
 //! Each rank computes its run of the step's micro-batches and adds their gradients as integers; the sums are scattered
 //! so that each rank holds its own shard's; losses, block norms and flags meet in one small message; each rank updates
 //! its shard, and the parameters are gathered. Sums on per-block grids may turn out to have been too fine; then all
-//! ranks compute the step again (see [`crate::exact32`]). Every number that decides something is the same on all ranks, because it
-//! is computed from the same gathered values in the same order.
+//! ranks compute the step again (see [`crate::exact32`]). Every number that decides something is the same on all ranks,
+//! because it is computed from the same gathered values in the same order.
 
 use std::ops::Range;
 

@@ -2,8 +2,8 @@
 //!
 //! Losses of its micro-batches, squared norms of its blocks, whether it was asked to stop, its word on the next
 //! capture, how fast it is, the magnitudes of its gradients, and the first number it could not use. Encoded
-//! little-endian: flags, three counts, the capture's numbers, the pace, the values, the magnitudes, the fault's text. What a peer sends is checked: the data plane is
-//! authenticated, but a length is never believed.
+//! little-endian: flags, three counts, the capture's numbers, the pace, the values, the magnitudes, the fault's text.
+//! What a peer sends is checked: the data plane is authenticated, but a length is never believed.
 
 use crate::collective::{Collective, CollectiveError};
 use crate::exact::GradientFault;

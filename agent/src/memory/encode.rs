@@ -6,7 +6,6 @@
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use bytes::Bytes;
 use checkpoint_store::aside;
@@ -16,6 +15,7 @@ use memmap2::MmapMut;
 use proto::ids::JobName;
 use proto::wire::ReadRequest;
 use rustix::fs::FallocateFlags;
+use tokio::time::Instant;
 
 use super::peers::Peers;
 use crate::machine::keeper::StepKey;

@@ -1,8 +1,8 @@
 //! The memory tier on this node (§8): snapshots in slots, parity among agents, and restoring from both.
 //!
 //! [`crate::machine::keeper`] decides what is kept; this file carries it out. `vault` holds the bytes, `service` and
-//! `peers` are the two ends between agents, `group` is what members tell one another, `encode` makes parity, `restore` fills a slot by the `plan` of where bytes
-//! lie, `adopt` takes over what an earlier life of this agent left.
+//! `peers` are the two ends between agents, `group` is what members tell one another, `encode` makes parity, `restore`
+//! fills a slot by the `plan` of where bytes lie, `adopt` takes over what an earlier life of this agent left.
 
 pub(crate) mod adopt;
 mod encode;
@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use checkpoint_store::{BlockHash, Capture, CheckpointRef, Opener, ShardSource, Space, Stage, StoreError};
@@ -33,6 +33,7 @@ use proto::spec::JobSpec;
 use proto::wire;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
 use self::encode::{Encode, Stripe};
 use self::heard::Heard;

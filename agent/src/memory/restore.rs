@@ -7,7 +7,6 @@
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::path::PathBuf;
-use std::time::Instant;
 
 use bytes::Bytes;
 use checkpoint_store::parity::{COLUMN, Layout, Shard};
@@ -19,6 +18,7 @@ use memmap2::MmapMut;
 use proto::ids::{JobName, WorldSize};
 use proto::wire::{self, FailureKind, ReadRequest, StepRequest};
 use tokio::sync::OnceCell;
+use tokio::time::Instant;
 
 use super::peers::Peers;
 use super::plan::{Piece, layout, payload_bytes, pieces, slot_bytes};

@@ -2,10 +2,11 @@
 //!
 //! An incident is opened where a generation is given up or told to stop, passes its stages as the job is seen to reach
 //! them, and is closed by the first step of the next generation, by another incident, or by the job's coming to rest.
-//! It becomes a record as it stands when the next generation's record is stored, while the workers take their state, and
-//! another when it is over, which takes its place: so it costs the way back nothing, and a coordinator that takes over
-//! brings it to its end. (One that dies before the next generation's record leaves workers behind that have failed, and
-//! the next finds the same incident anew.) How long the rest took a successor does not know: its clock is another one.
+//! It becomes a record as it stands when the next generation's record is stored, while the workers take their state,
+//! and another when it is over, which takes its place: so it costs the way back nothing, and a coordinator that takes
+//! over brings it to its end. (One that dies before the next generation's record leaves workers behind that have
+//! failed, and the next finds the same incident anew.) How long the rest took a successor does not know: its clock is
+//! another one.
 
 use std::collections::BTreeSet;
 use std::time::Duration;

@@ -5,7 +5,7 @@
 //! cargo run --release -p tests --bin campaign -- --seeds 10000
 //! cargo run -p tests --bin campaign -- --first 17 --seeds 1 --trace     one seed, with its trace
 //! cargo run -p tests --bin campaign -- --plant OldOrders                a mistake that must be noticed
-//! cargo run -p tests --bin campaign -- --shut --seeds 40                a node whose snapshots nobody can read any more
+//! cargo run -p tests --bin campaign -- --shut --seeds 40                a node whose snapshots nobody can read
 //! ```
 //!
 //! It ends with code 1 if an invariant was broken, and says how to see that again.

@@ -115,7 +115,7 @@ impl fmt::Display for Report {
         }
         writeln!(
             f,
-            "| Fault | Count | Incidents | Attributed rightly | a node or link named | Without a new step, median | worst |"
+            "| Fault | Count | Incidents | Attributed rightly | with a node or link | No new step, median | worst |"
         )?;
         writeln!(f, "|---|---|---|---|---|---|---|")?;
         let (mut incidents, mut right) = (0, 0);

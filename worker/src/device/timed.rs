@@ -1,8 +1,8 @@
 //! A device that measures another: every operation is passed on, waited for, and its time added up by name.
 //!
 //! Beside its time each operation has its floor: the arithmetic it cannot do without, and the bytes it has to move at
-//! least. Waiting after every operation keeps the host from running ahead, so a whole step takes longer here than it does
-//! in training; what a wait alone takes is measured first and left out.
+//! least. Waiting after every operation keeps the host from running ahead, so a whole step takes longer here than it
+//! does in training; what a wait alone takes is measured first and left out.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};

@@ -1,8 +1,8 @@
 //! Memory of one micro-batch: what the forward saves for the backward, and scratch shared by all layers.
 //!
 //! Saved per layer are the inputs of every product and norm. The feed-forward block's inner activation is not: the
-//! backward computes it again in the buffer of its own gradient. With `recompute` only the stream entering each layer is
-//! saved, and one set of the rest serves all layers: the backward runs a layer's forward again before it reads it.
+//! backward computes it again in the buffer of its own gradient. With `recompute` only the stream entering each layer
+//! is saved, and one set of the rest serves all layers: the backward runs a layer's forward again before it reads it.
 
 use proto::spec::{ModelSpec, Norm, Positions};
 

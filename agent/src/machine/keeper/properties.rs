@@ -1,5 +1,5 @@
-//! A whole parity group of keepers, whose words are delayed, lost and overtake one another, whose parity fails, and whose
-//! captures run out of slots. Whatever happens, a step that anybody takes for complete can be restored.
+//! A whole parity group of keepers, whose words are delayed, lost and overtake one another, whose parity fails, and
+//! whose captures run out of slots. Whatever happens, a step that anybody takes for complete can be restored.
 
 use proptest::prelude::*;
 
