@@ -1,6 +1,6 @@
 //! The generated gRPC messages, clients and servers of `schema/cairn.proto`.
 
-#![allow(missing_docs, unreachable_pub, clippy::pedantic)] // generated code; the schema carries the documentation
+#![allow(missing_docs, unreachable_pub, clippy::pedantic, clippy::large_enum_variant)] // generated code; the schema carries the documentation
 
 tonic::include_proto!("cairn.v1");
 

@@ -211,7 +211,8 @@ impl Job {
             let mut state =
                 wire::WorkerState { job: self.name.to_string(), worker: worker.to_string(), ..Default::default() };
             state.set_phase(WorkerPhase::Starting);
-            let place = (0..).find(|place| !places.contains(place)).unwrap_or(0);
+            // One of so many is free.
+            let place = (0..=places.len() as u32).find(|place| !places.contains(place)).unwrap_or_default();
             places.insert(place);
             let entry = Worker {
                 state,

@@ -219,7 +219,9 @@ impl Memory {
             of.group = group;
             of.heard.clear();
             // What still fills a slot for an earlier generation must not write into one that is used anew.
-            std::mem::take(&mut of.restoring).into_values().for_each(|task| task.abort());
+            for task in std::mem::take(&mut of.restoring).into_values() {
+                task.abort();
+            }
         }
         self.carry_out(job, todo)
     }

@@ -57,17 +57,17 @@ mod tests {
         broken(&nodes.iter().zip(moved).collect::<Vec<_>>())
     }
 
-    fn between(one: &str, other: &str) -> Option<Lost> {
-        Some(Lost::Between(NodeName::new(one).unwrap(), NodeName::new(other).unwrap()))
+    fn between(one: &str, other: &str) -> Lost {
+        Lost::Between(NodeName::new(one).unwrap(), NodeName::new(other).unwrap())
     }
 
     #[test]
     fn the_way_that_lost_something_is_named() {
-        assert_eq!(lost(&[("a", 30, 20), ("b", 20, 20), ("c", 20, 20)]), between("a", "b"));
+        assert_eq!(lost(&[("a", 30, 20), ("b", 20, 20), ("c", 20, 20)]), Some(between("a", "b")));
         assert_eq!(lost(&[("b", 30, 30), ("a", 20, 30), ("c", 30, 20)]), None, "all arrived");
         // Behind the break the buffers are full.
-        assert_eq!(lost(&[("a", 30, 20), ("b", 20, 20), ("c", 25, 20)]), between("a", "b"));
-        assert_eq!(lost(&[("a", 30, 20), ("b", 30, 20)]), between("a", "b"), "both ways");
+        assert_eq!(lost(&[("a", 30, 20), ("b", 20, 20), ("c", 25, 20)]), Some(between("a", "b")));
+        assert_eq!(lost(&[("a", 30, 20), ("b", 30, 20)]), Some(between("a", "b")), "both ways");
         assert_eq!(lost(&[("a", 30, 30), ("a", 30, 20), ("b", 30, 30)]), None, "not within a node");
     }
 

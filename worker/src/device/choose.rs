@@ -66,9 +66,7 @@ mod tests {
         Probe { driver, libraries: vec![("library", Ok(PathBuf::from("/lib")))], devices: vec![device; devices] }
     }
 
-    fn found() -> CudaResult<Version> {
-        Ok(Version { major: 13, minor: 0 })
-    }
+    const FOUND: Version = Version { major: 13, minor: 0 };
 
     #[test]
     fn the_cpu_is_taken_only_where_there_is_no_gpu_or_it_is_asked_for() {
@@ -81,7 +79,7 @@ mod tests {
         for kind in [DeviceKind::Auto, DeviceKind::Cuda] {
             assert_eq!(pick(&machine(0, Err(old.clone())), kind, 0), Err(old.clone()));
         }
-        let mut broken = machine(2, found());
+        let mut broken = machine(2, Ok(FOUND));
         broken.devices[1].capability = (7, 0);
         assert!(matches!(pick(&broken, DeviceKind::Auto, 1), Err(CudaError::DeviceTooOld { .. })));
     }

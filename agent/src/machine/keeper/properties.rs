@@ -214,7 +214,9 @@ proptest! {
         nodes in 2..5usize, member in 0..4usize, events in prop::collection::vec(happens(), 1..60),
     ) {
         let mut group = Group::new(nodes);
-        events.into_iter().for_each(|event| group.happens(event));
+        for event in events {
+            group.happens(event);
+        }
         let captured = group.run_with_unreachable(member % nodes, 20);
         prop_assert!(captured >= 4, "{captured} captures, {} given up", group.given_up);
         group.check()?;

@@ -177,7 +177,9 @@ fn an_incident_that_is_open_at_a_takeover_is_brought_to_its_end() {
 fn a_broken_exchange_names_the_link_that_lost_its_bytes() {
     let broken = |moved: [(u64, u64); 3]| {
         let mut rig = Rig::new();
-        ["a", "b", "c"].into_iter().for_each(|name| rig.attach(name, 1));
+        for name in ["a", "b", "c"] {
+            rig.attach(name, 1);
+        }
         rig.submit(spec("3"), SubmitMode::New, None);
         rig.settle();
         rig.train(5);
