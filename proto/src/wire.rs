@@ -1,6 +1,7 @@
 //! The generated gRPC messages, clients and servers of `schema/cairn.proto`.
 
-#![allow(missing_docs, unreachable_pub, clippy::pedantic, clippy::large_enum_variant)] // generated code; the schema carries the documentation
+// Generated code; the schema carries the documentation.
+#![allow(missing_docs, unreachable_pub, clippy::pedantic, clippy::large_enum_variant)]
 
 tonic::include_proto!("cairn.v1");
 

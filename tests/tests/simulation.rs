@@ -49,8 +49,8 @@ fn no_fault_breaks_an_invariant_and_every_job_finishes() {
     assert!(totals.faults.values().all(|count| *count > 0) && totals.faults.len() > 10, "{:?}", totals.faults);
 }
 
-/// Not understood yet: in the second run of this seed in one process the operator's first status after the restore comes
-/// one tick of the network later, and all else at the same time.
+/// Not understood yet: in the second run of this seed in one process the operator's first status after the restore
+/// comes one tick of the network later, and all else at the same time.
 const UNEXPLAINED: u64 = 16;
 
 /// The same seed twice: the same events, faults and answers, byte for byte.
