@@ -213,7 +213,9 @@ impl<D: TrainDevice> Prepared<D> {
         if !trainer.gradient_sum.resume(&start.exponents) {
             let count = start.exponents.len();
             let reason = format!("the state of step {} has {count} grids of another kind of device", start.step);
-            return Err(Failure::input(reason));
+            // What peers hold in memory may be wrong for once; what is stored stays so.
+            let kind = if place.in_memory { FailureKind::Transient } else { FailureKind::Input };
+            return Err(Failure::new(kind, reason));
         }
         state.filled(&trainer.device, &mut trainer.parameters, range.start).map_err(fatal)?;
         let fault = &trainer.spec.fault;

@@ -203,7 +203,7 @@ pub trait Device: Send + Sync + Sized {
     /// Residual addition and RMSNorm (Zhang and Sennrich, 2019) in one pass:
     /// `sum = x + delta` (or `x` itself where `delta` is absent: then `sum` is not written), `scale =
     /// 1/√(mean(sum²)+ε)` per row, `normed = sum·scale·weight`.
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments)] // the operands of one kernel
     fn rmsnorm_forward(
         &self,
         norm: NormShape,
@@ -215,7 +215,7 @@ pub trait Device: Send + Sync + Sized {
     ) -> DeviceResult;
     /// The backward of [`Device::rmsnorm_forward`]: `d_x` gets (or is increased by) the gradient of `x`; the gain's
     /// gradient replaces `d_weight`. `workspace` holds [`Device::norm_workspace`] elements.
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments)] // the operands of one kernel
     fn rmsnorm_backward(
         &self,
         norm: NormShape,
@@ -234,7 +234,7 @@ pub trait Device: Send + Sync + Sized {
     /// Residual addition and LayerNorm (Ba, Kiros and Hinton, 2016) in one pass, as [`Device::rmsnorm_forward`]:
     /// `normed = (sum − mean)/σ·gain + bias` with `σ² = mean((sum − mean)²)+ε`. `affine` is the gain and, behind it,
     /// the bias; `statistics` gets mean and `1/σ` of each row, `[rows, 2]`.
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments)] // the operands of one kernel
     fn layernorm_forward(
         &self,
         norm: NormShape,
@@ -247,7 +247,7 @@ pub trait Device: Send + Sync + Sized {
     /// The backward of [`Device::layernorm_forward`]: `d_x` gets (or is increased by) the gradient of `x`; those of
     /// gain and bias, one behind the other, replace `d_affine`. `workspace` holds [`Device::layernorm_workspace`]
     /// elements.
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments)] // the operands of one kernel
     fn layernorm_backward(
         &self,
         norm: NormShape,
@@ -285,7 +285,7 @@ pub trait Device: Send + Sync + Sized {
         workspace: &mut Self::Buffer,
     ) -> DeviceResult;
     /// The backward of [`Device::attention_forward`]; probabilities are computed again from `statistics`.
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments)] // the operands of one kernel
     fn attention_backward(
         &self,
         shape: AttentionShape,
@@ -325,7 +325,7 @@ pub trait Device: Send + Sync + Sized {
     /// Softmax cross-entropy of `shape.rows` rows of logits against `targets[shape.first..]`. The losses' sum, added in
     /// float64 in an order of the shape's own, is written or added to `losses[index]`. With `gradient = Some(scale)`,
     /// logits become `scale·(softmax − one-hot)`.
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments)] // the operands of one kernel
     fn cross_entropy(
         &self,
         shape: LossShape,

@@ -67,7 +67,7 @@ kernel! {
 }
 
 /// Residual addition and LayerNorm; see [`crate::device::Device::layernorm_forward`].
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments)] // the operands of one kernel
 pub(super) fn forward(
     pool: &Pool,
     isa: Isa,
@@ -105,7 +105,7 @@ pub(super) fn forward(
 
 /// One row of the backward; adds the row's part to the gradients of gain and bias, one behind the other.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments)] // the operands of one kernel
 unsafe fn norm_row_backward<L: Lanes>(
     n: usize,
     add: bool,
@@ -159,7 +159,7 @@ pub(super) fn workspace(norm: NormShape) -> usize {
 }
 
 /// The backward of the norm; see [`crate::device::Device::layernorm_backward`].
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments)] // the operands of one kernel
 pub(super) fn backward(
     pool: &Pool,
     isa: Isa,
