@@ -439,6 +439,7 @@ pub(crate) struct BenchCoordinatorArgs {
 Examples:
   cairn bench train --workers 1 --threads 2
   cairn bench train --workers 2 --threads 1 --peer
+  cairn bench train --device cuda --preset gpt2-124m --sequence-length 1024 --global-batch 64 --micro-batch 64 --table
 
 --peer runs tests/peers/torch_train.py (PyTorch must be installed) in turn with Cairn and prints the ratio.")]
 pub(crate) struct BenchTrainArgs {
@@ -469,6 +470,12 @@ pub(crate) struct BenchTrainArgs {
     /// Then a table of the step's operations: the time of each, and its floor on this machine.
     #[arg(long)]
     pub(crate) table: bool,
+    /// Then a run with a snapshot of the state at every step, beside one without.
+    #[arg(long)]
+    pub(crate) snapshots: bool,
+    /// Override any key of the job that is measured, such as training.reduction=fast; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    pub(crate) set: Vec<(String, String)>,
     #[command(flatten)]
     pub(crate) peers: crate::bench::PeerArgs,
     /// What standard output carries.

@@ -90,10 +90,10 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
             "ratio": peer.map(|peer| mine / peer),
         });
         say!("{line}");
-        return operations(args, &spec, threads);
+        return further(args, &spec, threads);
     }
     say!(
-        "model {}: {} wide, {} layers, {} heads, ffn {}, vocabulary {}; {} sequences of {} tokens a step, exact sums",
+        "model {}: {} wide, {} layers, {} heads, ffn {}, vocabulary {}; {} sequences of {} tokens a step, {} sums",
         args.preset,
         m.hidden_size,
         m.num_hidden_layers,
@@ -101,7 +101,8 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
         m.intermediate_size,
         m.vocab_size,
         args.global_batch,
-        args.sequence_length
+        args.sequence_length,
+        format!("{:?}", spec.training.reduction).to_lowercase()
     );
     say!("{parameters} parameters on {device}");
     say!("{} workers × {threads} threads, median of {ROUNDS} runs of {} s", args.workers, args.seconds);
@@ -117,7 +118,18 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
     if let Some(peer) = peer {
         say!("ratio {:.2}", mine / peer);
     }
-    operations(args, &spec, threads)
+    further(args, &spec, threads)
+}
+
+/// What else was asked for.
+fn further(args: &BenchTrainArgs, spec: &JobSpec, threads: usize) -> Result<u8, Failure> {
+    if args.snapshots {
+        let (kind, workers) = (args.device.kind(), args.workers as usize);
+        let seconds = args.seconds * ROUNDS as f64;
+        let report = worker::bench_capture::bench_snapshots(spec, kind, threads, workers, seconds);
+        bench_capture::print(&report.map_err(|error| Failure::job(chain(&error)))?, args.output);
+    }
+    operations(args, spec, threads)
 }
 
 /// The table of a step's operations, if it was asked for.
@@ -171,7 +183,8 @@ fn spec(args: &BenchTrainArgs) -> Result<JobSpec, Failure> {
          resources.workers = {}\n",
         args.preset, args.sequence_length, args.global_batch, args.micro_batch, args.workers
     );
-    Ok(JobSpec::parse("bench", &text, std::path::Path::new("/"), &Overrides::new())?)
+    let overrides: Overrides = args.set.iter().cloned().collect();
+    Ok(JobSpec::parse("bench", &text, std::path::Path::new("/"), &overrides)?)
 }
 
 /// One run of the peer: the same model, batch and threads.

@@ -1,6 +1,7 @@
 //! `cairn bench store --capture`: how long a capture at every step holds the training thread.
 
 use serde_json::json;
+use worker::bench_capture::CaptureReport;
 
 use crate::args::{BenchStoreArgs, Output};
 use crate::failure::{Failure, chain};
@@ -16,9 +17,15 @@ pub(crate) fn run(args: &BenchStoreArgs) -> Result<u8, Failure> {
     let threads = (cores / workers as usize).max(1);
     let report = worker::bench_capture::bench_capture(args.size, threads, workers as usize, SECONDS)
         .map_err(|error| Failure::job(chain(&error)))?;
-    if args.output == Output::Json {
+    print(&report, args.output);
+    Ok(0)
+}
+
+/// Shows what was measured.
+pub(crate) fn print(report: &CaptureReport, output: Output) {
+    if output == Output::Json {
         say!("{}", json!({"event": "bench_capture", "report": report}));
-        return Ok(0);
+        return;
     }
     say!(
         "{} of state a worker ({} parameters in all), {} workers of {} threads, a snapshot at every step",
@@ -39,5 +46,4 @@ pub(crate) fn run(args: &BenchStoreArgs) -> Result<u8, Failure> {
     ];
     let rows: Vec<Vec<String>> = rows.into_iter().map(|(what, value)| vec![what.into(), value]).collect();
     table::print(&["WHAT", "VALUE"], &rows);
-    Ok(0)
 }

@@ -13,9 +13,8 @@ use proto::spec::{DeviceKind, JobSpec};
 use checkpoint_store::Space;
 
 use crate::collective::{CollectiveError, RingListener, RingMembership, RingTimeouts, connect};
+use crate::device::choose;
 use crate::device::cpu::CpuDevice;
-use crate::device::cuda::real::{Choice, Real};
-use crate::device::cuda::{CudaDevice, PATIENCE};
 use crate::device::{DeviceError, PartMut, RankState, TrainDevice};
 use crate::feed::{Source, Synthetic};
 use crate::generation::{Finished, Member, Observer, Trainer, train};
@@ -132,10 +131,7 @@ fn on_device(
     real_data: bool,
 ) -> Result<Report, BenchError> {
     if kind == DeviceKind::Cuda {
-        // The fastest products: one worker's bits need not be another's here.
-        let real = Real::new(0, Choice::Fastest).map_err(DeviceError::from)?;
-        let device = CudaDevice::new(real, PATIENCE).map_err(DeviceError::from)?;
-        return work(device, spec, threads, place, seconds, real_data);
+        return work(choose::start(0, spec.training.reduction)?, spec, threads, place, seconds, real_data);
     }
     work(CpuDevice::new(threads)?, spec, threads, place, seconds, real_data)
 }

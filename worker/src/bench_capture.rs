@@ -11,15 +11,16 @@ use std::time::{Duration, Instant};
 
 use checkpoint_store::{CAPTURE_FORMAT, Capture, Space, StateDecl};
 use proto::ids::{Generation, Rank, WorldSize};
-use proto::spec::{JobSpec, Overrides};
+use proto::spec::{DeviceKind, JobSpec, Overrides};
 use proto::wire;
 use tokio::sync::mpsc;
 
 use crate::bench::BenchError;
 use crate::capture::{Capturer, Snapshot};
 use crate::collective::{RingListener, RingMembership, RingTimeouts, connect};
+use crate::device::choose;
 use crate::device::cpu::CpuDevice;
-use crate::device::{Frozen, RankState};
+use crate::device::{Frozen, PartMut, RankState, TrainDevice};
 use crate::feed::Synthetic;
 use crate::generation::{Finished, Member, Observer, Trainer, train};
 use crate::init::initialize;
@@ -65,9 +66,20 @@ pub struct CaptureReport {
 
 /// Trains a model whose state takes about `bytes` on each of `workers` workers, for `seconds`, capturing every step.
 pub fn bench_capture(bytes: u64, threads: usize, workers: usize, seconds: f64) -> Result<CaptureReport, BenchError> {
-    let spec = spec(bytes * workers as u64 / BYTES)?;
-    let with = run(&spec, threads, workers, seconds * 0.75, true)?;
-    let without = run(&spec, threads, workers, seconds * 0.25, false)?;
+    bench_snapshots(&spec(bytes * workers as u64 / BYTES)?, DeviceKind::Cpu, threads, workers, seconds)
+}
+
+/// Trains a job on synthetic sequences, capturing every step, and without captures for a quarter of the time. With
+/// [`DeviceKind::Cuda`] all workers share the first GPU.
+pub fn bench_snapshots(
+    spec: &JobSpec,
+    kind: DeviceKind,
+    threads: usize,
+    workers: usize,
+    seconds: f64,
+) -> Result<CaptureReport, BenchError> {
+    let with = run(spec, (kind, threads), workers, seconds * 0.75, true)?;
+    let without = run(spec, (kind, threads), workers, seconds * 0.25, false)?;
     Ok(CaptureReport { step_without: without.step_median, ..with })
 }
 
@@ -89,7 +101,7 @@ fn spec(parameters: u64) -> Result<JobSpec, BenchError> {
 
 fn run(
     spec: &JobSpec,
-    threads: usize,
+    device: (DeviceKind, usize),
     workers: usize,
     seconds: f64,
     capture: bool,
@@ -100,12 +112,16 @@ fn run(
     let memberships = RingMembership::of_ring(&addresses, &spec.name, Generation::new(1), [7; 32]);
     let mut spec = spec.clone();
     spec.checkpoint.memory = capture;
+    spec.checkpoint.memory_every = 1;
+    spec.checkpoint.every_steps = u64::MAX;
+    spec.training.steps = u64::MAX;
+    spec.training.validate_every = 0;
     let spec = &spec;
     let reports: Vec<Result<CaptureReport, BenchError>> = std::thread::scope(|scope| {
         let running: Vec<_> = listeners
             .into_iter()
             .zip(memberships)
-            .map(|(listener, membership)| scope.spawn(move || work(spec, threads, &listener, &membership, seconds)))
+            .map(|(listener, membership)| scope.spawn(move || on_device(spec, device, &listener, &membership, seconds)))
             .collect();
         running.into_iter().map(|worker| worker.join().unwrap_or(Err(BenchError::Panic))).collect()
     });
@@ -117,20 +133,38 @@ fn run(
     first.map(|report| CaptureReport { workers, ..report }).ok_or(BenchError::Panic)
 }
 
-/// One worker, its slots in a folder of their own on the memory file system.
-fn work(
+fn on_device(
     spec: &JobSpec,
-    threads: usize,
+    (kind, threads): (DeviceKind, usize),
+    listener: &RingListener,
+    membership: &RingMembership,
+    seconds: f64,
+) -> Result<CaptureReport, BenchError> {
+    let report = if kind == DeviceKind::Cuda {
+        work(choose::start(0, spec.training.reduction)?, spec, listener, membership, seconds)?
+    } else {
+        work(CpuDevice::new(threads)?, spec, listener, membership, seconds)?
+    };
+    Ok(CaptureReport { threads, ..report })
+}
+
+/// One worker, its slots in a folder of their own on the memory file system.
+fn work<D: TrainDevice>(
+    device: D,
+    spec: &JobSpec,
     listener: &RingListener,
     membership: &RingMembership,
     seconds: f64,
 ) -> Result<CaptureReport, BenchError> {
     let input = |error: String| BenchError::Input(error);
     let space = Space::of_model(&spec.model).map_err(|error| input(error.to_string()))?;
-    let source = Synthetic { vocabulary: 256, sequence: spec.training.sequence_length, held_out: 0 };
-    let mut trainer = Trainer::new(spec.clone(), CpuDevice::new(threads)?, space, Box::new(source))?;
-    let count = trainer.parameters.len();
-    initialize(&spec.model, spec.training.seed, 0..count, &mut trainer.parameters);
+    let vocabulary = u32::try_from(spec.model.vocab_size).unwrap_or(u32::MAX);
+    let source = Synthetic { vocabulary, sequence: spec.training.sequence_length, held_out: 0 };
+    let mut trainer = Trainer::new(spec.clone(), device, space, Box::new(source))?;
+    let count = trainer.model.parameter_count();
+    let mut parameters = vec![0.0; count];
+    initialize(&spec.model, spec.training.seed, 0..count, &mut parameters);
+    trainer.device.upload_activation(&parameters, PartMut(&mut trainer.parameters, 0))?;
     let control = Control::new(false);
     let timeouts = RingTimeouts { connect: EXCHANGE, operation: EXCHANGE };
     let ring = connect(listener, membership, timeouts, control.ring())?;
@@ -138,12 +172,17 @@ fn work(
     let slots = Arc::new(Slots::default());
     slots.place_in(folder.0.clone(), 0);
     let world = ring.world_size();
-    let shard = trainer.shards(world)[ring.rank().index()].len();
+    let place = trainer.shards(world)[ring.rank().index()].clone();
+    let shard = place.len();
     slots.reserve(shard)?;
     let (news, incoming) = mpsc::channel(64);
     let keeper = keep(slots.clone(), incoming);
     let capturer = Capturer::start(slots.clone(), news).map_err(|error| input(error.to_string()))?;
-    let state = RankState::new(&trainer.device, slots.clone(), shard)?.ok_or(BenchError::NoSlot)?;
+    let mut state = D::State::new(&trainer.device, slots.clone(), shard)?.ok_or(BenchError::NoSlot)?;
+    let start = place.start;
+    state.fill()[0].copy_from_slice(&parameters[place]);
+    state.filled(&trainer.device, &mut trainer.parameters, start)?;
+    drop(parameters);
     let mut member = Member::new(&trainer, ring, state, slots, (membership.generation, 0))?;
     let until = Instant::now() + Duration::from_secs_f64(seconds);
     let mut watch = Watch { control: &control, capturer, membership, world, until, seen: Seen::default() };
@@ -155,7 +194,7 @@ fn work(
     let mut hashes = keeper.join().map_err(|_| BenchError::Panic)?;
     Ok(CaptureReport {
         workers: 1,
-        threads,
+        threads: 0,
         parameters: count as u64,
         state_bytes: shard as u64 * BYTES,
         steps: seen.steps.len() as u64,
@@ -205,15 +244,15 @@ struct Watch<'a> {
     seen: Seen,
 }
 
-impl Observer<CpuDevice> for Watch<'_> {
+impl<D: TrainDevice> Observer<D> for Watch<'_> {
     type Error = StepError;
 
     fn updated(&mut self, _: u64, _: &Taken) {}
 
     fn finished(
         &mut self,
-        trainer: &Trainer<CpuDevice>,
-        member: &mut Member<CpuDevice>,
+        trainer: &Trainer<D>,
+        member: &mut Member<D>,
         done: Finished,
     ) -> Result<(), StepError> {
         // The first steps touch their memory for the first time; they and their captures are not counted.

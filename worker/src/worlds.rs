@@ -26,7 +26,7 @@ pub(crate) struct Whole {
     exponents: Vec<i8>,
     /// Parameters, first and second moment of the whole space.
     states: [Vec<u32>; 3],
-    losses: Vec<u64>,
+    pub(crate) losses: Vec<u64>,
 }
 
 /// A small job: several micro-batches, so that worlds of several sizes have something to share.

@@ -90,33 +90,48 @@ fn attention_and_its_backward<D: Driver>(bench: &mut Bench<'_, D>) {
     for (batch, sequence, heads, kv_heads, head_dim) in
         [(1, 1, 1, 1, 2), (2, 17, 4, 2, 6), (1, 70, 2, 1, 32), (1, 33, 3, 3, 48), (1, 131, 2, 2, 64), (1, 65, 2, 1, 80)]
     {
-        let shape = AttentionShape { batch, sequence, heads, kv_heads, head_dim };
-        let rows = batch * sequence;
-        let (qkv, d_out) = (random(rows * shape.row(), 0), random(rows * shape.output_row(), 1));
-        let name = format!("{shape:?}");
-
-        let (cpu, n) = (&bench.cpu, rows * shape.output_row());
-        let (tqkv, td) = (bench.twin(&qkv), bench.twin(&d_out));
-        let [mut tout, mut stats] = [n, 2 * rows * heads].map(|n| bench.twin(&vec![0.0; n]));
-        let mut work = bench.twin(&vec![0.0; cpu.attention_workspace(shape)]);
-        cpu.attention_forward(shape, &tqkv, &mut tout, &mut stats, &mut work).unwrap();
-        let mut td_qkv = bench.twin(&vec![0.0; qkv.len()]);
-        cpu.attention_backward(shape, &tqkv, &tout, &stats, &td, &mut td_qkv, &mut work).unwrap();
-
-        let cuda = bench.cuda;
-        let (cqkv, cd) = (bench.halves(&qkv), bench.halves(&d_out));
-        let [mut out, mut d_qkv] = [n, qkv.len()].map(|n| bench.halves(&vec![f32::NAN; n]));
-        let [mut stats, mut work] =
-            [2 * rows * heads, cuda.attention_workspace(shape)].map(|n| bench.floats(&vec![f32::NAN; n]));
-        cuda.attention_forward(shape, &cqkv, &mut out, &mut stats, &mut work).unwrap();
-        bench.halves_are(&name, &out, &tout, 2.0);
-        cuda.attention_backward(shape, &cqkv, &out, &stats, &cd, &mut d_qkv, &mut work).unwrap();
-        bench.halves_are(&format!("backward {name}"), &d_qkv, &td_qkv, 24.0);
-        let from = bench.results.len() - td_qkv.len();
-        let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>();
-        let pairs = bench.results[from..].iter().zip(td_qkv.iter());
-        let off = squares(&mut pairs.map(|(got, expected)| f64::from(*got) - f64::from(*expected))).sqrt();
-        let all = squares(&mut td_qkv.iter().map(|value| f64::from(*value))).sqrt();
-        assert!(off <= UNIT * all, "backward {name}: off by {} units in all", off / all / UNIT);
+        attention(bench, AttentionShape { batch, sequence, heads, kv_heads, head_dim });
     }
+}
+
+/// Of the sizes that are trained, which take the emulator too long.
+#[cfg(feature = "gpu-tests")]
+#[test]
+fn gpu_attention_of_long_sequences() {
+    super::on_gpu(|bench| {
+        for (batch, sequence, heads, kv_heads, head_dim) in [(2, 1024, 3, 3, 64), (1, 2048, 4, 2, 128)] {
+            attention(bench, AttentionShape { batch, sequence, heads, kv_heads, head_dim });
+        }
+    });
+}
+
+fn attention<D: Driver>(bench: &mut Bench<'_, D>, shape: AttentionShape) {
+    let (batch, sequence, heads) = (shape.batch, shape.sequence, shape.heads);
+    let rows = batch * sequence;
+    let (qkv, d_out) = (random(rows * shape.row(), 0), random(rows * shape.output_row(), 1));
+    let name = format!("{shape:?}");
+
+    let (cpu, n) = (&bench.cpu, rows * shape.output_row());
+    let (tqkv, td) = (bench.twin(&qkv), bench.twin(&d_out));
+    let [mut tout, mut stats] = [n, 2 * rows * heads].map(|n| bench.twin(&vec![0.0; n]));
+    let mut work = bench.twin(&vec![0.0; cpu.attention_workspace(shape)]);
+    cpu.attention_forward(shape, &tqkv, &mut tout, &mut stats, &mut work).unwrap();
+    let mut td_qkv = bench.twin(&vec![0.0; qkv.len()]);
+    cpu.attention_backward(shape, &tqkv, &tout, &stats, &td, &mut td_qkv, &mut work).unwrap();
+
+    let cuda = bench.cuda;
+    let (cqkv, cd) = (bench.halves(&qkv), bench.halves(&d_out));
+    let [mut out, mut d_qkv] = [n, qkv.len()].map(|n| bench.halves(&vec![f32::NAN; n]));
+    let [mut stats, mut work] =
+        [2 * rows * heads, cuda.attention_workspace(shape)].map(|n| bench.floats(&vec![f32::NAN; n]));
+    cuda.attention_forward(shape, &cqkv, &mut out, &mut stats, &mut work).unwrap();
+    bench.halves_are(&name, &out, &tout, 2.0);
+    cuda.attention_backward(shape, &cqkv, &out, &stats, &cd, &mut d_qkv, &mut work).unwrap();
+    bench.halves_are(&format!("backward {name}"), &d_qkv, &td_qkv, 24.0);
+    let from = bench.results.len() - td_qkv.len();
+    let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>();
+    let pairs = bench.results[from..].iter().zip(td_qkv.iter());
+    let off = squares(&mut pairs.map(|(got, expected)| f64::from(*got) - f64::from(*expected))).sqrt();
+    let all = squares(&mut td_qkv.iter().map(|value| f64::from(*value))).sqrt();
+    assert!(off <= UNIT * all, "backward {name}: off by {} units in all", off / all / UNIT);
 }
