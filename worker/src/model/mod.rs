@@ -10,6 +10,8 @@ mod backward;
 mod forward;
 mod parameters;
 mod parts;
+#[cfg(test)]
+pub(crate) mod recorded;
 
 use proto::spec::{Block, ModelSpec};
 
