@@ -69,11 +69,13 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
     let threads = if args.threads == 0 { (cores / args.workers as usize).max(1) } else { args.threads };
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     let (mut device, mut parameters) = (String::new(), 0);
+    let (mut steps, mut again) = (0, 0);
     for _ in 0..ROUNDS {
         let report =
             worker::bench::bench_train(&spec, args.device.kind(), threads, args.workers as usize, args.seconds, false)
                 .map_err(|error| Failure::job(chain(&error)))?;
         ours.push(report.tokens_per_second);
+        (steps, again) = (steps + report.steps, again + report.again);
         (device, parameters) = (report.device, report.parameters);
         if args.peers.peer {
             theirs.push(peer(args, threads)?);
@@ -86,7 +88,7 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
         let line = json!({
             "event": "bench_train", "preset": args.preset, "device": device, "parameters": parameters,
             "workers": args.workers, "threads": threads,
-            "tokens_per_second": mine, "rounds": ours, "peer_tokens_per_second": peer, "peer_rounds": theirs,
+            "steps": steps, "again": again, "tokens_per_second": mine, "rounds": ours, "peer_tokens_per_second": peer, "peer_rounds": theirs,
             "ratio": peer.map(|peer| mine / peer),
         });
         say!("{line}");
@@ -106,6 +108,9 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
     );
     say!("{parameters} parameters on {device}");
     say!("{} workers × {threads} threads, median of {ROUNDS} runs of {} s", args.workers, args.seconds);
+    if again > 0 {
+        say!("{again} of {steps} steps were computed twice: a gradient outgrew its grid");
+    }
     let row = |name: &str, rate: f64, all: &[f64]| {
         let each: Vec<String> = all.iter().map(|rate| table::count(*rate)).collect();
         vec![name.to_string(), format!("{rate:.0}"), each.join(" ")]

@@ -34,7 +34,13 @@ pub(crate) fn print(report: &CaptureReport, output: Output) {
         report.workers,
         report.threads
     );
-    say!("captured {} of {} steps, skipped {}", report.captured, report.steps, report.skipped);
+    say!(
+        "captured {} of {} steps, skipped {}; {} computed twice as a gradient outgrew its grid",
+        report.captured,
+        report.steps,
+        report.skipped,
+        report.again
+    );
     let milliseconds = |seconds: f64| format!("{:.2} ms", seconds * 1e3);
     let rows = [
         ("training thread held, median", milliseconds(report.held_median)),

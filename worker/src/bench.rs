@@ -42,6 +42,8 @@ pub struct Report {
     pub seconds_per_step: f64,
     /// Tokens of a step over the median step.
     pub tokens_per_second: f64,
+    /// Steps that were computed twice because a gradient outgrew its grid.
+    pub again: u64,
     /// Loss of the last step.
     pub loss: f64,
     /// The arithmetic it ran on.
@@ -166,10 +168,15 @@ fn work<D: TrainDevice>(
     state.filled(&trainer.device, &mut trainer.parameters, shard.start)?;
     drop(parameters);
     let mut member = Member::new(&trainer, ring, state, slots, (membership.generation, 0))?;
-    let mut watch =
-        Stopwatch { control, until: Instant::now() + Duration::from_secs_f64(seconds), times: vec![], loss: 0.0 };
+    let mut watch = Stopwatch {
+        control,
+        until: Instant::now() + Duration::from_secs_f64(seconds),
+        times: vec![],
+        again: 0,
+        loss: 0.0,
+    };
     train(&mut trainer, &mut member, 0, u64::MAX, control, &mut watch)?;
-    let Stopwatch { mut times, loss, .. } = watch;
+    let Stopwatch { mut times, loss, again, .. } = watch;
     times.sort_unstable_by(f64::total_cmp);
     let median = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
     Ok(Report {
@@ -179,6 +186,7 @@ fn work<D: TrainDevice>(
         steps: times.len() as u64,
         seconds_per_step: median,
         tokens_per_second: spec.training.tokens_per_step() as f64 / median,
+        again,
         loss,
         device: trainer.device.numeric_identity(),
     })
@@ -189,6 +197,7 @@ struct Stopwatch<'a> {
     control: &'a Control,
     until: Instant,
     times: Vec<f64>,
+    again: u64,
     loss: f64,
 }
 
@@ -200,6 +209,7 @@ impl<D: TrainDevice> Observer<D> for Stopwatch<'_> {
     fn finished(&mut self, _: &Trainer<D>, _: &mut Member<D>, done: Finished) -> Result<(), StepError> {
         if done.step > 1 {
             self.times.push(done.took.as_secs_f64());
+            self.again += u64::from(done.taken.again > 0);
         }
         self.loss = done.taken.loss;
         if Instant::now() >= self.until && done.step > 2 {

@@ -52,6 +52,8 @@ pub struct CaptureReport {
     pub captured: u64,
     /// See `steps`.
     pub skipped: u64,
+    /// Steps that were computed twice because a gradient outgrew its grid.
+    pub again: u64,
     /// Seconds that a capture held the training thread: the median.
     pub held_median: f64,
     /// And the 99th percentile.
@@ -200,6 +202,7 @@ fn work<D: TrainDevice>(
         steps: seen.steps.len() as u64,
         captured: seen.held.len() as u64,
         skipped: seen.skipped,
+        again: seen.again,
         held_median: quantile(&mut seen.held, 0.5),
         held_p99: quantile(&mut seen.held, 0.99),
         step_median: quantile(&mut seen.steps, 0.5),
@@ -233,6 +236,7 @@ struct Seen {
     steps: Vec<f64>,
     held: Vec<f64>,
     skipped: u64,
+    again: u64,
 }
 
 struct Watch<'a> {
@@ -249,16 +253,12 @@ impl<D: TrainDevice> Observer<D> for Watch<'_> {
 
     fn updated(&mut self, _: u64, _: &Taken) {}
 
-    fn finished(
-        &mut self,
-        trainer: &Trainer<D>,
-        member: &mut Member<D>,
-        done: Finished,
-    ) -> Result<(), StepError> {
+    fn finished(&mut self, trainer: &Trainer<D>, member: &mut Member<D>, done: Finished) -> Result<(), StepError> {
         // The first steps touch their memory for the first time; they and their captures are not counted.
         let counted = done.step > 2;
         if counted {
             self.seen.steps.push(done.took.as_secs_f64());
+            self.seen.again += u64::from(done.taken.again > 0);
         }
         if Instant::now() >= self.until && done.step > 4 {
             self.control.stop();
@@ -274,6 +274,7 @@ impl<D: TrainDevice> Observer<D> for Watch<'_> {
         let snapshot = Snapshot {
             slot,
             arrival,
+            threads: trainer.device.spare_threads(),
             elements: member.shard.len(),
             frozen: (began, began.elapsed()),
             message: wire::Captured { generation: generation.get(), step, ..Default::default() },

@@ -4,6 +4,7 @@
 //! is read and written. What an operation takes at least is its operations over the one or its bytes over the other,
 //! whichever is more; attention's products run at the rate of products, as they would in the best kernel.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use checkpoint_store::Space;
@@ -12,17 +13,19 @@ use proto::spec::{DeviceKind, JobSpec};
 use crate::bench::BenchError;
 use crate::device::choose::start;
 use crate::device::cpu::CpuDevice;
-use crate::device::timed::{Row, Timed};
-use crate::device::{Device, ExactForm, MatmulShape, Part, PartMut, Product, TrainDevice, Write};
+use crate::device::timed::{Row, Timed, UPDATE};
+use crate::device::{Device, ExactForm, MatmulShape, Part, PartMut, Product, RankState, TrainDevice, Update, Write};
 use crate::exact::{ExactGradient, mean_scale};
 use crate::exact32::BlockGradient;
 use crate::feed::{Feed, Synthetic};
 use crate::init::initialize;
-use crate::model::{MicroBatch, Model};
+use crate::model::{MicroBatch, Model, parameters};
+use crate::optimizer::AdamW;
+use crate::slots::Slots;
 
-/// Elements that are moved to measure the memory's rate: 256 MiB each way.
-const MOVED: usize = 1 << 26;
-/// Rows and columns of the products that measure the arithmetic's rate; the largest is for GPUs.
+/// Elements that are moved to measure the memory's rate, and rows and columns of the products that measure the
+/// arithmetic's; the larger ones are for GPUs.
+const MOVED: [usize; 2] = [1 << 26, 1 << 28];
 const SQUARES: [usize; 2] = [1024, 8192];
 
 /// One operation of a step.
@@ -58,17 +61,21 @@ pub fn bench_table(spec: &JobSpec, kind: DeviceKind, threads: usize, seconds: f6
 }
 
 fn measure<D: TrainDevice>(device: &D, spec: &JobSpec, seconds: f64) -> Result<Table, BenchError> {
-    let square = SQUARES[usize::from(D::ACTIVATION_BYTES == 2)];
-    let (operations, bytes) = (arithmetic(device, square)?, memory(device)?);
-    let timed = Timed::new(device)?;
+    let kind = usize::from(D::ACTIVATION_BYTES == 2);
+    let (operations, bytes) = (arithmetic(device, SQUARES[kind])?, memory(device, MOVED[kind])?);
+    let timed = Timed::new(device);
     let mut step = Step::new(&timed, device.exact_form(), spec)?;
-    step.take(&timed)?; // touches its memory for the first time
-    timed.restart();
-    let (began, mut steps) = (Instant::now(), 0);
-    while steps == 0 || began.elapsed().as_secs_f64() < seconds {
-        step.take(&timed)?;
-        steps += 1;
+    let mut optimizer = Optimizer::new(device, &mut step, spec)?;
+    // The first step touches its memory for the first time.
+    for limit in [0.0, seconds] {
+        timed.restart();
+        let began = Instant::now();
+        while timed.rounds() == 0 || began.elapsed().as_secs_f64() < limit {
+            step.take(&timed)?;
+            optimizer.update(&timed, device, &mut step)?;
+        }
     }
+    let steps = timed.rounds();
     let line = |(operation, row): (String, Row)| Line {
         operation,
         calls: row.calls.div_ceil(steps),
@@ -83,9 +90,11 @@ fn measure<D: TrainDevice>(device: &D, spec: &JobSpec, seconds: f64) -> Result<T
 /// Operations a second of a square product, the best of a few.
 fn arithmetic<D: TrainDevice>(device: &D, n: usize) -> Result<f64, BenchError> {
     let matrix = || device.allocate_activation(n * n, "a matrix");
-    let (mut a, b, mut c) = (matrix()?, matrix()?, matrix()?);
-    let values: Vec<f32> = (0..n * n).map(|i| (i * 37 % 101) as f32 / 101.0 - 0.5).collect();
+    let (mut a, mut b, mut c) = (matrix()?, matrix()?, matrix()?);
+    // No zeros: a device that has less to switch runs faster.
+    let values: Vec<f32> = (0..n * n).map(|i| (i * 7919 % 1009) as f32 / 1009.0 - 0.5).collect();
     device.upload_activation(&values, PartMut(&mut a, 0))?;
+    device.upload_activation(&values, PartMut(&mut b, 0))?;
     best(device, 2.0 * (n * n * n) as f64, || {
         let shape = MatmulShape::dense(n, n, n);
         device.enter(|| device.matmul(Product::NT, shape, Part(&a, 0), Part(&b, 0), Write::Replace, PartMut(&mut c, 0)))
@@ -93,9 +102,9 @@ fn arithmetic<D: TrainDevice>(device: &D, n: usize) -> Result<f64, BenchError> {
 }
 
 /// Bytes a second of a copy, the best of a few.
-fn memory<D: TrainDevice>(device: &D) -> Result<f64, BenchError> {
-    let [from, mut to] = [device.allocate(MOVED, "a run of memory")?, device.allocate(MOVED, "a run of memory")?];
-    best(device, 8.0 * MOVED as f64, || device.enter(|| device.scale(MOVED, 0.5, Part(&from, 0), &mut to)))
+fn memory<D: TrainDevice>(device: &D, moved: usize) -> Result<f64, BenchError> {
+    let [from, mut to] = [device.allocate(moved, "a run of memory")?, device.allocate(moved, "a run of memory")?];
+    best(device, 8.0 * moved as f64, || device.copy(moved, Part(&from, 0), PartMut(&mut to, 0)))
 }
 
 fn best<D: TrainDevice>(
@@ -105,11 +114,8 @@ fn best<D: TrainDevice>(
 ) -> Result<f64, BenchError> {
     let mut rate = 0.0f64;
     for _ in 0..5 {
-        device.finish()?;
-        let began = Instant::now();
-        run()?;
-        device.finish()?;
-        rate = rate.max(work / began.elapsed().as_secs_f64());
+        let ((), seconds) = device.time(&mut run)?;
+        rate = rate.max(work / seconds);
     }
     Ok(rate)
 }
@@ -127,6 +133,43 @@ struct Step<D: Device> {
     block: usize,
 }
 
+/// The whole optimizer state, as a rank alone has it.
+struct Optimizer<D: TrainDevice> {
+    state: D::State,
+    rule: AdamW,
+    elements: usize,
+}
+
+impl<D: TrainDevice> Optimizer<D> {
+    fn new(device: &D, step: &mut Step<Timed<'_, D>>, spec: &JobSpec) -> Result<Self, BenchError> {
+        let elements = step.model.parameter_count();
+        let slots = Arc::new(Slots::default());
+        slots.reserve(elements)?;
+        let mut state = D::State::new(device, slots, elements)?.ok_or(BenchError::NoSlot)?;
+        let [values, first, second] = state.fill();
+        initialize(&spec.model, spec.training.seed, 0..elements, values);
+        first.fill(0.0);
+        second.fill(0.0);
+        state.filled(device, &mut step.parameters, 0)?;
+        Ok(Self { state, rule: AdamW::new(&spec.optimizer, &parameters(&spec.model)), elements })
+    }
+
+    /// One update: of three states, and from the gradient, and to the model's copy of the parameters.
+    fn update(&mut self, timed: &Timed<'_, D>, device: &D, step: &mut Step<Timed<'_, D>>) -> Result<(), BenchError> {
+        let bytes = self.elements * (24 + 4 + D::ACTIVATION_BYTES);
+        let update = Update {
+            rule: &self.rule,
+            scalars: self.rule.scalars(1, 0.0, 1.0),
+            shard: 0..self.elements,
+            parameters: &mut step.parameters,
+            gradient: &step.gradient,
+            capture: false,
+        };
+        timed.time(UPDATE, (0, bytes), || self.state.update(device, update))?;
+        Ok(())
+    }
+}
+
 enum Sums<D: Device> {
     Fixed(ExactGradient<D>),
     Blocks(BlockGradient<D>),
@@ -140,10 +183,6 @@ impl<D: Device> Step<D> {
         let (batch, sequence, micro_batches) =
             (training.micro_batch, training.sequence_length, training.micro_batches());
         let vocabulary = u32::try_from(spec.model.vocab_size).unwrap_or(u32::MAX);
-        let mut values = vec![0.0; count];
-        initialize(&spec.model, training.seed, 0..count, &mut values);
-        let mut parameters = device.allocate_activation(count, "the parameters")?;
-        device.upload_activation(&values, PartMut(&mut parameters, 0))?;
         let sums = match form {
             ExactForm::Fixed => Sums::Fixed(ExactGradient::new(device, count, micro_batches)?),
             ExactForm::Blocks => Sums::Blocks(BlockGradient::new(device, count, block, micro_batches)?),
@@ -151,7 +190,7 @@ impl<D: Device> Step<D> {
         Ok(Self {
             model: Model::new(&spec.model, batch, sequence, device)?,
             feed: Feed::new(Box::new(Synthetic { vocabulary, sequence, held_out: 0 }), batch * sequence),
-            parameters,
+            parameters: device.allocate_activation(count, "the parameters")?,
             gradient: device.allocate(count, "a gradient")?,
             sums,
             losses: device.allocate_losses(micro_batches)?,
@@ -169,8 +208,8 @@ impl<D: Device> Step<D> {
         for m in 0..self.micro_batches {
             let (tokens, targets) =
                 self.feed.micro_batch(1, m).map_err(|error| BenchError::Input(error.to_string()))?;
-            let batch = MicroBatch { tokens, targets };
-            self.model.compute(device, &self.parameters, batch, &mut self.gradient, &mut self.losses, m)?;
+            self.model.load(device, MicroBatch { tokens, targets })?;
+            self.model.compute(device, &self.parameters, &mut self.gradient, &mut self.losses, m)?;
             match &mut self.sums {
                 Sums::Fixed(sums) => drop(sums.add(device, &self.gradient)?),
                 Sums::Blocks(sums) => sums.add(device, &self.gradient)?,
@@ -204,6 +243,7 @@ mod tests {
         // Two micro-batches, two layers and the last norm.
         assert_eq!(find("rmsnorm_forward").calls, 2 * 5);
         assert_eq!(find("attention_backward").calls, 4);
+        assert_eq!(find("adamw").calls, 1);
         assert_eq!(find("accumulate_exact").calls, 2);
         assert!(find("product TN 704 × 128 × 32").floor > 0.0);
         assert!(table.operations_per_second > 1e8 && table.bytes_per_second > 1e7);

@@ -34,6 +34,8 @@ pub struct Snapshot {
     pub arrival: Option<Arrival>,
     /// Elements of each of its three states.
     pub elements: usize,
+    /// Threads to hash it with.
+    pub threads: usize,
     /// Job, generation, step, rank, world size and tier, for the agent.
     pub message: wire::Captured,
     /// Everything about it but the hashes.
@@ -57,17 +59,18 @@ impl Capturer {
     /// Starts the hashing thread; it ends with the capturer.
     pub fn start(slots: Arc<Slots>, news: mpsc::Sender<News>) -> std::io::Result<Self> {
         let (tasks, queue) = std::sync::mpsc::channel();
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(1)
-            .thread_name(|_| "cairn-hash".into())
-            .build()
-            .map_err(std::io::Error::other)?;
+        let mut pool = pool(1).map_err(std::io::Error::other)?;
         let shared = slots.clone();
         std::thread::Builder::new().name("cairn-capture".into()).spawn(move || {
             while let Ok(task) = queue.recv() {
                 match task {
                     Task::Hash(snapshot) => {
                         let index = snapshot.slot.index;
+                        if snapshot.threads != pool.current_num_threads()
+                            && let Ok(other) = self::pool(snapshot.threads)
+                        {
+                            pool = other;
+                        }
                         let Some(message) = announce(*snapshot, &shared, &pool) else {
                             shared.free(index);
                             continue;
@@ -105,9 +108,14 @@ impl Capturer {
     }
 }
 
+/// Threads that hash.
+fn pool(threads: usize) -> Result<rayon::ThreadPool, rayon::ThreadPoolBuildError> {
+    rayon::ThreadPoolBuilder::new().num_threads(threads.max(1)).thread_name(|_| "cairn-hash".into()).build()
+}
+
 /// Hashes a snapshot; the message that tells the agent of it.
 fn announce(snapshot: Snapshot, slots: &Slots, pool: &rayon::ThreadPool) -> Option<wire::Captured> {
-    let Snapshot { slot, arrival, elements, mut message, mut capture, frozen } = snapshot;
+    let Snapshot { slot, arrival, elements, mut message, mut capture, frozen, .. } = snapshot;
     if let Some(arrive) = arrival
         && let Err(error) = arrive()
     {
@@ -131,7 +139,7 @@ fn announce(snapshot: Snapshot, slots: &Slots, pool: &rayon::ThreadPool) -> Opti
     let waited = began.duration_since(frozen.0).as_secs_f64();
     capture.stages =
         vec![Stage::new("capture", 0.0, frozen.1.as_secs_f64(), bytes), Stage::new("hash", waited, seconds, bytes)];
-    slots.hashed(seconds);
+    slots.hashed(seconds * pool.current_num_threads() as f64);
     match capture.to_json() {
         Ok(json) => message.capture = json,
         Err(error) => {

@@ -18,7 +18,7 @@ use crate::feed::{Feed, Source};
 use crate::gradient::GradientSum;
 use crate::machine::cadence::{Cadence, Measured, Wish};
 use crate::machine::stragglers::Stragglers;
-use crate::model::{Model, ModelError, parameters};
+use crate::model::{MicroBatch, Model, ModelError, parameters};
 use crate::optimizer::AdamW;
 use crate::session::Control;
 use crate::slots::Slots;
@@ -46,6 +46,8 @@ pub struct Trainer<D: TrainDevice> {
     pub gradient_sum: GradientSum<D>,
     /// Sums of the losses of the step's micro-batches, in the order in which this rank computed them.
     pub losses: D::Losses,
+    /// The step and micro-batch whose tokens the model has.
+    pub loaded: Option<(u64, usize)>,
 }
 
 impl<D: TrainDevice> Trainer<D> {
@@ -62,11 +64,30 @@ impl<D: TrainDevice> Trainer<D> {
             gradient: device.allocate(count, "a gradient")?,
             gradient_sum: GradientSum::new(&device, training, &space)?,
             losses: device.allocate_losses(training.micro_batches())?,
+            loaded: None,
             spec,
             device,
             model,
             space,
         })
+    }
+
+    /// Has the model hold the tokens of a micro-batch of a step, unless it does.
+    pub fn load(&mut self, step: u64, micro_batch: usize) -> Result<(), StepError> {
+        if self.loaded.take() != Some((step, micro_batch)) {
+            let (tokens, targets) = self.feed.micro_batch(step, micro_batch)?;
+            self.model.load(&self.device, MicroBatch { tokens, targets })?;
+        }
+        self.loaded = Some((step, micro_batch));
+        Ok(())
+    }
+
+    /// The same while the device is still at work on the last one, if there is such a step. What fails here fails again
+    /// when it is needed.
+    pub fn load_ahead(&mut self, step: u64, micro_batch: usize) {
+        if step <= self.spec.training.steps {
+            let _ = self.load(step, micro_batch);
+        }
     }
 
     /// The elements of each rank, in rank order.
@@ -131,6 +152,7 @@ impl<D: TrainDevice> Member<D> {
             cost: self.slots.hash_seconds() + complete.map_or(0.0, |complete| complete.seconds),
             step: self.pace.step_seconds,
             threads: trainer.device.threads(),
+            spare: trainer.device.spare_threads(),
         };
         let ready = self.state.ready();
         self.cadence.wish(ready, complete.map_or(0, |complete| complete.step), measured)

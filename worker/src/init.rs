@@ -9,12 +9,16 @@
 use std::ops::Range;
 
 use proto::spec::ModelSpec;
+use rayon::prelude::*;
 
 use crate::model::parameters;
 use crate::rng::{Counter, Place};
 
 /// Parts of the names of projections into the residual stream.
 const RESIDUAL: [&str; 3] = ["o_proj", "down_proj", "c_proj"];
+
+/// Elements that a thread draws at a time.
+const CHUNK: usize = 1 << 16;
 
 /// Fills `out` with the initial values of `range` of the canonical space.
 ///
@@ -37,9 +41,11 @@ pub fn initialize(spec: &ModelSpec, seed: u64, range: Range<usize>, out: &mut [f
             } else {
                 let residual = RESIDUAL.iter().any(|part| tensor.name.contains(part));
                 let deviation = spec.initializer_range * if residual { narrow } else { 1.0 };
-                for (value, index) in target.iter_mut().zip(part.clone()) {
-                    *value = (counter.normal(index as u64) * deviation) as f32;
-                }
+                target.par_chunks_mut(CHUNK).zip(part.clone().into_par_iter().step_by(CHUNK)).for_each(|(run, first)| {
+                    for (value, index) in run.iter_mut().zip(first as u64..) {
+                        *value = (counter.normal(index) * deviation) as f32;
+                    }
+                });
             }
             filled += part.len();
         }

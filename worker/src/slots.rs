@@ -205,12 +205,12 @@ impl Slots {
         inner.trim(SLOTS);
     }
 
-    /// A snapshot was hashed in this time.
+    /// A snapshot was hashed, and threads were busy with it for so long in all.
     pub(crate) fn hashed(&self, seconds: f64) {
         self.lock().hash_seconds = seconds;
     }
 
-    /// How long the last snapshot took to hash.
+    /// How long threads were busy with hashing the last snapshot.
     pub(crate) fn hash_seconds(&self) -> f64 {
         self.lock().hash_seconds
     }

@@ -17,7 +17,7 @@ use crate::exact32::Verdict;
 use crate::feed::FeedError;
 use crate::generation::{Lap, Member, Trainer};
 use crate::machine::cadence::Decision;
-use crate::model::{MicroBatch, ModelError};
+use crate::model::ModelError;
 use crate::optimizer::clip_scale;
 use crate::schedule::learning_rate;
 use crate::session::Control;
@@ -63,6 +63,8 @@ pub struct Taken {
     pub norm: f64,
     /// This is the last step: it was to be, or some rank was asked to stop.
     pub last: bool,
+    /// How often it was computed again, on other grids.
+    pub again: u32,
     /// Whether the state is captured now; the update has written it into the live slot then.
     pub decision: Decision,
 }
@@ -75,6 +77,7 @@ pub fn take<D: TrainDevice>(
     last: bool,
     control: &Control,
 ) -> Result<Taken, StepError> {
+    let mut again = 0;
     let (words, norm) = loop {
         let mut word = compute(trainer, member, step, control)?;
         word.stop = control.is_stopping();
@@ -87,6 +90,7 @@ pub fn take<D: TrainDevice>(
             let norm = words.iter().flat_map(|word| &word.norms).sum::<f64>().sqrt();
             break (words, norm);
         }
+        again += 1;
     };
     let loss = words.iter().flat_map(|word| &word.losses).sum::<f64>() / trainer.spec.training.micro_batches() as f64;
     if !norm.is_finite() {
@@ -99,7 +103,7 @@ pub fn take<D: TrainDevice>(
     let decision = member.cadence.decide(step, last, &wishes);
     update(trainer, member, step, norm, decision.capture.is_some())?;
     gather_parameters(trainer, member)?;
-    Ok(Taken { loss, norm, last, decision })
+    Ok(Taken { loss, norm, last, again, decision })
 }
 
 /// Computes this rank's micro-batches, sums them over the ranks, and says what came of it. The device is waited for
@@ -119,12 +123,13 @@ fn compute<D: TrainDevice>(
         if control.is_aborted() {
             return Err(StepError::Aborted);
         }
-        let (tokens, targets) = trainer.feed.micro_batch(step, m)?;
-        let (batch, device) = (MicroBatch { tokens, targets }, &trainer.device);
-        let (gradient, losses) = (&mut trainer.gradient, &mut trainer.losses);
-        trainer.model.compute(device, &trainer.parameters, batch, gradient, losses, index)?;
+        trainer.load(step, m)?;
+        let (device, gradient, losses) = (&trainer.device, &mut trainer.gradient, &mut trainer.losses);
+        trainer.model.compute(device, &trainer.parameters, gradient, losses, index)?;
         let fault = trainer.gradient_sum.add(device, gradient)?;
         beyond = beyond.or(fault.map(|fault| (m, fault)));
+        let next = if index + 1 < count { (step, m + 1) } else { (step + 1, first) };
+        trainer.load_ahead(next.0, next.1);
     }
     if member.ring.world_size() != WorldSize::ONE {
         trainer.device.finish()?;
@@ -232,6 +237,7 @@ pub fn validate<D: TrainDevice>(
         return Ok(None);
     }
     let mut word = Word::default();
+    trainer.loaded = None;
     for unit in member.own(units) {
         if control.is_aborted() {
             return Err(StepError::Aborted);

@@ -422,6 +422,7 @@ impl Saver<'_> {
             slot,
             arrival,
             frozen: (began, began.elapsed()),
+            threads: trainer.device.spare_threads(),
             elements: member.shard.len(),
             message: wire::Captured {
                 job: job.to_string(),

@@ -87,6 +87,19 @@ pub trait Device: Send + Sync + Sized {
     /// Runs `work` with the device's threads or context at hand, so that the operations inside start faster.
     fn enter<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R;
 
+    /// What is kept of work that is the same every time.
+    type Repeated: Default + Send + Sync;
+    /// Does `work`, which asks for the same operations on the same memory each time it is called with these `parameters`
+    /// and `gradient`: a device may take it down once and play it later, without asking again. It may ask for kernels
+    /// and products only, and nothing that reaches the host.
+    fn repeat(
+        &self,
+        repeated: &mut Self::Repeated,
+        parameters: &Self::Activation,
+        gradient: Option<&mut Self::Buffer>,
+        work: impl FnOnce(Option<&mut Self::Buffer>) -> DeviceResult + Send,
+    ) -> DeviceResult;
+
     /// Token rows whose logits exist at once, of `rows`.
     fn loss_rows(&self, vocabulary: usize, rows: usize) -> usize;
     /// Elements from one row of logits to the next; at least `vocabulary`.
@@ -113,8 +126,18 @@ pub trait Device: Send + Sync + Sized {
     fn upload_activation(&self, from: &[f32], to: PartMut<'_, Self::Activation>) -> DeviceResult;
     /// Copies device values to the host, after all operations before it.
     fn download_activation(&self, from: Part<'_, Self::Activation>, to: &mut [f32]) -> DeviceResult;
-    /// Copies token ids to the device; ids must be below the vocabulary size.
-    fn upload_tokens(&self, from: &[u32], to: &mut Self::Tokens) -> DeviceResult;
+    /// Copies token ids to the device; ids must be below the vocabulary size. Ids that are `ordered` can be given to
+    /// [`Device::embedding_backward`].
+    fn upload_tokens(&self, from: &[u32], ordered: bool, to: &mut Self::Tokens) -> DeviceResult;
+    /// Copies `elements` elements from one place to another.
+    fn copy(&self, elements: usize, from: Part<'_, Self::Buffer>, to: PartMut<'_, Self::Buffer>) -> DeviceResult;
+    /// The same in compute precision.
+    fn copy_activation(
+        &self,
+        elements: usize,
+        from: Part<'_, Self::Activation>,
+        to: PartMut<'_, Self::Activation>,
+    ) -> DeviceResult;
     /// Sets `elements` elements to zero.
     fn zero(&self, elements: usize, to: PartMut<'_, Self::Buffer>) -> DeviceResult;
     /// `y += alpha·x`.
@@ -136,6 +159,35 @@ pub trait Device: Send + Sync + Sized {
         write: Write,
         c: PartMut<'_, Self::Activation>,
     ) -> DeviceResult;
+    /// A dense product with `bias`, a number for each column, added to every row, at best before sums are rounded.
+    fn matmul_bias(
+        &self,
+        product: Product,
+        shape: MatmulShape,
+        a: Part<'_, Self::Activation>,
+        b: Part<'_, Self::Activation>,
+        bias: Part<'_, Self::Activation>,
+        c: &mut Self::Activation,
+    ) -> DeviceResult {
+        self.matmul(product, shape, a, b, Write::Replace, PartMut(c, 0))?;
+        self.add_bias(shape.n, shape.m, bias, c)
+    }
+    /// As [`Device::matmul_bias`] into `pre`, and [`Device::gelu_forward`] of that into `act`, at best of the sums
+    /// before they are rounded.
+    #[allow(clippy::too_many_arguments)] // the operands of one product
+    fn matmul_gelu(
+        &self,
+        product: Product,
+        shape: MatmulShape,
+        a: Part<'_, Self::Activation>,
+        b: Part<'_, Self::Activation>,
+        bias: Part<'_, Self::Activation>,
+        pre: &mut Self::Activation,
+        act: &mut Self::Activation,
+    ) -> DeviceResult {
+        self.matmul_bias(product, shape, a, b, bias, pre)?;
+        self.gelu_forward(shape.m * shape.n, pre, act)
+    }
     /// A matrix product whose result is a gradient of parameters, in float32.
     fn matmul_gradient(
         &self,

@@ -1,17 +1,19 @@
 //! A device that measures another: every operation is passed on, waited for, and its time added up by name.
 //!
 //! Beside its time each operation has its floor: the arithmetic it cannot do without, and the bytes it has to move at
-//! least. Waiting after every operation keeps the host from running ahead, so a whole step takes longer here than it
-//! does in training; what a wait alone takes is measured first and left out.
+//! least. A GPU's operations are timed by its own clock, from when it begins one to when it is done; since each is waited
+//! for, a whole step takes longer here than it does in training.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
 
 use super::{
     AttentionShape, Device, DeviceResult, LossShape, MatmulShape, NormShape, Part, PartMut, Product, TrainDevice, Write,
 };
 use crate::exact::GradientFault;
+
+/// The name of the optimizer's update, which is no operation of the model's.
+pub const UPDATE: &str = "adamw";
 
 /// What an operation came to, over all its calls.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -29,27 +31,23 @@ pub struct Row {
 /// Passes operations on to another device, and keeps a table of them.
 pub struct Timed<'a, D> {
     inner: &'a D,
-    /// Seconds that waiting takes when there is nothing to wait for.
-    wait: f64,
     table: Mutex<BTreeMap<String, Row>>,
 }
 
 impl<'a, D: TrainDevice> Timed<'a, D> {
     /// Measures `inner`.
-    pub fn new(inner: &'a D) -> DeviceResult<Self> {
-        let mut waits = [0.0; 15];
-        for wait in &mut waits {
-            let start = Instant::now();
-            inner.finish()?;
-            *wait = start.elapsed().as_secs_f64();
-        }
-        waits.sort_by(f64::total_cmp);
-        Ok(Self { inner, wait: waits[waits.len() / 2], table: Mutex::default() })
+    pub fn new(inner: &'a D) -> Self {
+        Self { inner, table: Mutex::default() }
     }
 
     /// Forgets what was measured so far.
     pub fn restart(&self) {
         self.table.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// How often the update was measured, which every step has once.
+    pub fn rounds(&self) -> usize {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner).get(UPDATE).map_or(0, |row| row.calls)
     }
 
     /// What was measured, by name.
@@ -64,10 +62,7 @@ impl<'a, D: TrainDevice> Timed<'a, D> {
         floor: (usize, usize),
         run: impl FnOnce() -> DeviceResult<R>,
     ) -> DeviceResult<R> {
-        let start = Instant::now();
-        let result = run()?;
-        self.inner.finish()?;
-        let seconds = (start.elapsed().as_secs_f64() - self.wait).max(0.0);
+        let (result, seconds) = self.inner.time(run)?;
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let row = table.entry(name.into()).or_default();
         row.calls += 1;
@@ -111,6 +106,7 @@ impl<D: TrainDevice> Device for Timed<'_, D> {
     type BlockSums = D::BlockSums;
     type Tokens = D::Tokens;
     type Losses = D::Losses;
+    type Repeated = ();
 
     fn threads(&self) -> usize {
         self.inner.threads()
@@ -166,7 +162,51 @@ impl<D: TrainDevice> Device for Timed<'_, D> {
         self.time(name, floor, || self.inner.matmul_gradient(product, shape, a, b, write, c))
     }
 
+    fn matmul_bias(
+        &self,
+        product: Product,
+        shape: MatmulShape,
+        a: Part<'_, D::Activation>,
+        b: Part<'_, D::Activation>,
+        bias: Part<'_, D::Activation>,
+        c: &mut D::Activation,
+    ) -> DeviceResult {
+        let (name, floor) = product_floor(product, shape, D::ACTIVATION_BYTES, D::ACTIVATION_BYTES);
+        self.time(name + " bias", floor, || self.inner.matmul_bias(product, shape, a, b, bias, c))
+    }
+
+    fn matmul_gelu(
+        &self,
+        product: Product,
+        shape: MatmulShape,
+        a: Part<'_, D::Activation>,
+        b: Part<'_, D::Activation>,
+        bias: Part<'_, D::Activation>,
+        pre: &mut D::Activation,
+        act: &mut D::Activation,
+    ) -> DeviceResult {
+        let (name, floor) = product_floor(product, shape, 2 * D::ACTIVATION_BYTES, D::ACTIVATION_BYTES);
+        self.time(name + " bias gelu", floor, || self.inner.matmul_gelu(product, shape, a, b, bias, pre, act))
+    }
+
+    fn repeat(
+        &self,
+        (): &mut (),
+        _parameters: &D::Activation,
+        gradient: Option<&mut D::Buffer>,
+        work: impl FnOnce(Option<&mut D::Buffer>) -> DeviceResult + Send,
+    ) -> DeviceResult {
+        // Each operation by itself.
+        work(gradient)
+    }
+
     pass! { a;
+        fn copy(elements: usize, from: Part<'_, D::Buffer>, to: PartMut<'_, D::Buffer>) -> DeviceResult =
+            (0, 8 * elements);
+        fn copy_activation(
+            elements: usize, from: Part<'_, D::Activation>, to: PartMut<'_, D::Activation>,
+        ) -> DeviceResult =
+            (0, 2 * elements * a);
         fn allocate(elements: usize, what: &'static str) -> DeviceResult<D::Buffer> = (0, 0);
         fn allocate_activation(elements: usize, what: &'static str) -> DeviceResult<D::Activation> = (0, 0);
         fn allocate_losses(elements: usize) -> DeviceResult<D::Losses> = (0, 0);
@@ -177,7 +217,7 @@ impl<D: TrainDevice> Device for Timed<'_, D> {
         fn download(from: Part<'_, D::Buffer>, to: &mut [f32]) -> DeviceResult = (0, 0);
         fn upload_activation(from: &[f32], to: PartMut<'_, D::Activation>) -> DeviceResult = (0, 0);
         fn download_activation(from: Part<'_, D::Activation>, to: &mut [f32]) -> DeviceResult = (0, 0);
-        fn upload_tokens(from: &[u32], to: &mut D::Tokens) -> DeviceResult = (0, 0);
+        fn upload_tokens(from: &[u32], ordered: bool, to: &mut D::Tokens) -> DeviceResult = (0, 0);
         fn zero(elements: usize, to: PartMut<'_, D::Buffer>) -> DeviceResult = (0, 4 * elements);
         fn axpy(
             elements: usize, alpha: f32, x: Part<'_, D::Buffer>, y: PartMut<'_, D::Buffer>,

@@ -37,8 +37,14 @@ pub trait TrainDevice: Device {
     /// How it keeps exact sums.
     fn exact_form(&self) -> ExactForm;
 
+    /// Threads of the host that steps leave idle; none where the host itself computes.
+    fn spare_threads(&self) -> usize;
+
     /// Returns when all that was asked of the device is done.
     fn finish(&self) -> DeviceResult;
+
+    /// Does `work`, waits for it, and says how many seconds the device took.
+    fn time<R>(&self, work: impl FnOnce() -> DeviceResult<R>) -> DeviceResult<(R, f64)>;
 
     /// Lends the first `elements` sums to `work`; what it leaves in `keep` is the device's afterwards.
     fn lend_sums<R>(

@@ -8,6 +8,8 @@ use proto::spec::CheckpointSpec;
 
 /// The share of a step that snapshots in memory may cost, on average.
 const SHARE: f64 = 0.02;
+/// The share of the threads that steps leave idle which snapshots may take.
+const SPARE_SHARE: f64 = 0.5;
 /// Steps between a snapshot and the next stored one, at the least: a slot must be free again by then.
 const LEAST_GUARD: u32 = 2;
 /// The longest interval between two snapshots that a measurement can ask for.
@@ -55,6 +57,8 @@ pub struct Measured {
     pub step: f64,
     /// Threads that compute steps.
     pub threads: usize,
+    /// Threads that steps leave idle.
+    pub spare: usize,
 }
 
 /// The rhythm of captures in one generation.
@@ -90,7 +94,8 @@ impl Cadence {
     /// generation.
     pub fn wish(&mut self, ready: bool, complete: u64, measured: Measured) -> Wish {
         self.measure(complete);
-        let budget = SHARE * measured.step * measured.threads.max(1) as f64;
+        let busy = SHARE * measured.threads.max(1) as f64;
+        let budget = measured.step * busy.max(SPARE_SHARE * measured.spare as f64);
         let cheap = if budget > 0.0 { (measured.cost / budget).ceil() } else { 1.0 };
         let interval = self.memory_every.unwrap_or((cheap as u32).clamp(1, LONGEST_INTERVAL));
         let guard = LEAST_GUARD.max(self.latency.saturating_add(1)).min(LONGEST_INTERVAL);
@@ -172,9 +177,11 @@ mod tests {
     #[test]
     fn snapshots_cost_two_percent_of_a_step() {
         let mut cadence = Cadence::new(&spec(100, true, 0), 0);
-        let measured = |cost| Measured { cost, step: 1.0, threads: 2 };
+        let measured = |cost| Measured { cost, step: 1.0, threads: 2, spare: 0 };
         assert_eq!(cadence.wish(true, 0, measured(0.03)).interval, 1);
         assert_eq!(cadence.wish(true, 0, measured(0.1)).interval, 3);
+        let spare = Measured { spare: 4, ..measured(1.9) };
+        assert_eq!(cadence.wish(true, 0, spare).interval, 1, "where idle threads hash");
         assert_eq!(cadence.wish(true, 0, measured(f64::INFINITY)).interval, LONGEST_INTERVAL);
         assert_eq!(Cadence::new(&spec(100, true, 7), 0).wish(true, 0, measured(9.0)).interval, 7);
     }

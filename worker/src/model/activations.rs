@@ -32,6 +32,15 @@ pub(super) struct LayerActs<D: Device> {
     pub(super) up: D::Activation,
 }
 
+/// The output head's table, and its gradient, with rows of zeros for the tokens that fill the rows of logits: products
+/// of odd sizes run at a fraction of the speed.
+pub(super) struct Padded<D: Device> {
+    /// `[logits pitch, hidden]`.
+    pub(super) table: D::Activation,
+    /// The same.
+    pub(super) d_table: D::Buffer,
+}
+
 /// Everything of one micro-batch.
 pub(super) struct Activations<D: Device> {
     pub(super) tokens: D::Tokens,
@@ -58,6 +67,8 @@ pub(super) struct Activations<D: Device> {
     pub(super) d_qkv: D::Activation,
     /// Logits of one chunk of rows, and their gradient.
     pub(super) logits: D::Activation,
+    /// The output head, where the vocabulary is shorter than a row of logits.
+    pub(super) padded: Option<Padded<D>>,
     /// Cosines and sines of every position, if positions are rotary.
     pub(super) rope: Option<D::Buffer>,
     /// For sums over rows: gradients of gains and biases.
@@ -93,6 +104,11 @@ impl<D: Device> Activations<D> {
                 })
             })
             .collect::<DeviceResult<Vec<_>>>()?;
+        let (pitch, width) = (sizes.logits_pitch, sizes.hidden);
+        let padded = || -> DeviceResult<Padded<D>> {
+            let table = device.allocate_activation(pitch * width, "the padded output head")?;
+            Ok(Padded { table, d_table: device.allocate(pitch * width, "the padded output head's gradient")? })
+        };
         let rope = match sizes.block.positions {
             Positions::Rotary { theta } => Some(upload_rope(device, &rope_table(theta, attention))?),
             Positions::Learned { .. } => None,
@@ -112,6 +128,7 @@ impl<D: Device> Activations<D> {
             d_attention: buffer(heads)?,
             d_qkv: buffer(qkv)?,
             logits: device.allocate_activation(sizes.loss_rows * sizes.logits_pitch, "logits")?,
+            padded: (pitch > sizes.vocabulary).then(padded).transpose()?,
             rope,
             sums_workspace: device.allocate(sums_workspace(sizes, device), "workspace of sums over rows")?,
             attention_workspace: device.allocate(device.attention_workspace(attention), "attention workspace")?,

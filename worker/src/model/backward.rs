@@ -9,7 +9,7 @@ use super::{Model, Sizes};
 use crate::device::{Device, DeviceResult, PartMut, Write};
 
 impl<D: Device> Model<D> {
-    /// Everything below the output head; expects the last norm's gradient in `delta`.
+    /// Everything between output head and embedding; expects the last norm's gradient in `delta`.
     pub(super) fn backward(
         &mut self,
         device: &D,
@@ -26,7 +26,7 @@ impl<D: Device> Model<D> {
             self.feed_forward_backward(&parts, (index, kept), gradient)?;
             self.attention_block_backward(&parts, (index, kept), gradient)?;
         }
-        self.embedding_backward(device, gradient)
+        Ok(())
     }
 
     fn feed_forward_backward(
@@ -82,7 +82,7 @@ impl<D: Device> Model<D> {
     }
 
     /// From the stream's gradient to those of the embedding and of learned positions.
-    fn embedding_backward(&mut self, device: &D, gradient: &mut D::Buffer) -> DeviceResult {
+    pub(super) fn embedding_backward(&mut self, device: &D, gradient: &mut D::Buffer) -> DeviceResult {
         let Sizes { rows, hidden, vocabulary, attention, .. } = self.sizes;
         let (at, acts) = (self.offsets.embedding, &self.acts);
         if self.offsets.head != at {

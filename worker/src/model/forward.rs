@@ -23,10 +23,11 @@ impl<D: Device> Model<D> {
         for index in 0..self.offsets.layers.len() {
             self.layer_input(&parts, index, index > 0)?;
             self.layer_body(&parts, index)?;
-            let (kept, acts) = (self.kept(index), &mut self.acts);
-            parts.activate(&acts.layers[kept].up, &mut acts.act)?;
+            let (kept, at, acts) = (self.kept(index), self.offsets.layers[index], &mut self.acts);
+            let layer = &mut acts.layers[kept];
+            parts.feed_forward(at.up, &layer.post_normed, &mut layer.up, &mut acts.act)?;
             // Left in `delta`, not yet added to the stream.
-            parts.linear(self.offsets.layers[index].down, &acts.act, &mut acts.delta)?;
+            parts.linear(at.down, &acts.act, &mut acts.delta)?;
         }
         let acts = &mut self.acts;
         let to = Normed { normed: &mut acts.last_normed, statistics: &mut acts.last_statistics };
@@ -59,7 +60,7 @@ impl<D: Device> Model<D> {
         }
     }
 
-    /// From a layer's first norm to what its activation reads.
+    /// From a layer's first norm to its second.
     fn layer_body(&mut self, parts: &Parts<'_, D>, index: usize) -> DeviceResult {
         let (attention, at, kept) = (self.sizes.attention, self.offsets.layers[index], self.kept(index));
         let acts = &mut self.acts;
@@ -73,8 +74,7 @@ impl<D: Device> Model<D> {
         parts.linear(at.output, &layer.attention, &mut acts.delta)?;
 
         let to = Normed { normed: &mut layer.post_normed, statistics: &mut layer.post_statistics };
-        parts.norm(at.post_norm, &acts.streams[index], Some((&acts.delta, &mut acts.middles[kept])), to)?;
-        parts.linear(at.up, &layer.post_normed, &mut layer.up)
+        parts.norm(at.post_norm, &acts.streams[index], Some((&acts.delta, &mut acts.middles[kept])), to)
     }
 
     /// Makes a layer's activations those that the backward is to read; returns where they are.
@@ -83,12 +83,15 @@ impl<D: Device> Model<D> {
         if self.sizes.recompute && index + 1 < self.offsets.layers.len() {
             self.layer_input(parts, index, false)?;
             self.layer_body(parts, index)?;
+            let layer = &mut self.acts.layers[0];
+            parts.linear(self.offsets.layers[index].up, &layer.post_normed, &mut layer.up)?;
         }
         Ok(self.kept(index))
     }
 
     /// The losses' sum, chunk by chunk, into `to`.
     pub(super) fn head(&mut self, device: &D, parameters: &D::Activation, to: LossAt<'_, D>) -> DeviceResult {
+        self.pad_head(device, parameters)?;
         self.chunks(|model, shape, write| {
             model.logits(device, parameters, shape)?;
             let acts = &mut model.acts;
@@ -105,30 +108,35 @@ impl<D: Device> Model<D> {
         gradient: &mut D::Buffer,
         to: LossAt<'_, D>,
     ) -> DeviceResult {
-        let Sizes { rows, hidden, vocabulary, logits_pitch, .. } = self.sizes;
-        let scale = 1.0 / rows as f32;
+        let Sizes { rows, hidden, vocabulary, logits_pitch: pitch, .. } = self.sizes;
+        let (scale, head) = (1.0 / rows as f32, self.offsets.head);
+        self.pad_head(device, parameters)?;
         self.chunks(|model, shape, write| {
             model.logits(device, parameters, shape)?;
-            let (acts, head) = (&mut model.acts, model.offsets.head);
+            let acts = &mut model.acts;
             device.cross_entropy(shape, &acts.targets, Some(scale), &mut acts.logits, write, to.0, to.1)?;
-            let logits = |m, n, k| MatmulShape { a_pitch: Some(logits_pitch), ..MatmulShape::dense(m, n, k) };
-            device.matmul(
-                Product::NN,
-                logits(shape.rows, hidden, vocabulary),
-                whole(&acts.logits),
-                Part(parameters, head),
-                Write::Replace,
-                PartMut(&mut acts.delta, shape.first * hidden),
-            )?;
-            device.matmul_gradient(
-                Product::TN,
-                logits(vocabulary, hidden, shape.rows),
-                whole(&acts.logits),
-                Part(&acts.last_normed, shape.first * hidden),
-                write,
-                PartMut(gradient, head),
-            )
-        })
+            let d_normed = PartMut(&mut acts.delta, shape.first * hidden);
+            let by_input = MatmulShape::dense(shape.rows, hidden, pitch);
+            let table = padded_or(acts.padded.as_ref().map(|padded| &padded.table), parameters, head);
+            device.matmul(Product::NN, by_input, whole(&acts.logits), table, Write::Replace, d_normed)?;
+            let by_table = MatmulShape::dense(pitch, hidden, shape.rows);
+            let input = Part(&acts.last_normed, shape.first * hidden);
+            let d_table = match &mut acts.padded {
+                Some(padded) => PartMut(&mut padded.d_table, 0),
+                None => PartMut(&mut *gradient, head),
+            };
+            device.matmul_gradient(Product::TN, by_table, whole(&acts.logits), input, write, d_table)
+        })?;
+        let Some(padded) = &self.acts.padded else { return Ok(()) };
+        device.copy(vocabulary * hidden, whole(&padded.d_table), PartMut(gradient, head))
+    }
+
+    /// Brings what the output head reads up to date, where it is not the parameters themselves.
+    fn pad_head(&mut self, device: &D, parameters: &D::Activation) -> DeviceResult {
+        let Sizes { hidden, vocabulary, .. } = self.sizes;
+        let Some(padded) = &mut self.acts.padded else { return Ok(()) };
+        let table = Part(parameters, self.offsets.head);
+        device.copy_activation(vocabulary * hidden, table, PartMut(&mut padded.table, 0))
     }
 
     /// Works through the token rows in chunks; the first one's results replace what was there, the others are added.
@@ -144,15 +152,15 @@ impl<D: Device> Model<D> {
 
     /// The logits of a chunk of rows.
     fn logits(&mut self, device: &D, parameters: &D::Activation, shape: LossShape) -> DeviceResult {
-        let hidden = self.sizes.hidden;
-        let acts = &mut self.acts;
-        device.matmul(
-            Product::NT,
-            MatmulShape { c_pitch: Some(shape.pitch), ..MatmulShape::dense(shape.rows, shape.vocabulary, hidden) },
-            Part(&acts.last_normed, shape.first * hidden),
-            Part(parameters, self.offsets.head),
-            Write::Replace,
-            PartMut(&mut acts.logits, 0),
-        )
+        let (hidden, acts) = (self.sizes.hidden, &mut self.acts);
+        let table = padded_or(acts.padded.as_ref().map(|padded| &padded.table), parameters, self.offsets.head);
+        let input = Part(&acts.last_normed, shape.first * hidden);
+        let (shape, to) = (MatmulShape::dense(shape.rows, shape.pitch, hidden), PartMut(&mut acts.logits, 0));
+        device.matmul(Product::NT, shape, input, table, Write::Replace, to)
     }
+}
+
+/// The output head's table: padded, or where it lies among the parameters.
+fn padded_or<'a, A>(padded: Option<&'a A>, parameters: &'a A, head: usize) -> Part<'a, A> {
+    padded.map_or(Part(parameters, head), whole)
 }

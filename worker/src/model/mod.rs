@@ -10,6 +10,8 @@ mod backward;
 mod forward;
 mod parameters;
 mod parts;
+#[cfg(test)]
+pub(crate) mod recorded;
 
 use proto::spec::{Block, ModelSpec};
 
@@ -18,7 +20,7 @@ pub use parameters::{ParamDecl, parameter_count, parameters};
 use self::activations::Activations;
 use self::forward::LossAt;
 use self::parameters::Offsets;
-use crate::device::{AttentionShape, Device, DeviceError, NormShape, Part};
+use crate::device::{AttentionShape, Device, DeviceError, DeviceResult, NormShape, Part};
 
 /// Why a micro-batch could not be computed.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +108,8 @@ pub struct Model<D: Device> {
     sizes: Sizes,
     offsets: Offsets,
     acts: Activations<D>,
+    /// The layers' forward and backward, the same for every micro-batch.
+    repeated: [D::Repeated; 2],
     /// The loss of a micro-batch that is computed alone, between two uses.
     loss: Option<D::Losses>,
 }
@@ -146,7 +150,7 @@ impl<D: Device> Model<D> {
             return Err(ModelError::Positions { sequence: sequence_length, positions });
         }
         let acts = Activations::new(spec, &sizes, device)?;
-        Ok(Self { sizes, offsets, acts, loss: None })
+        Ok(Self { sizes, offsets, acts, repeated: Default::default(), loss: None })
     }
 
     /// Elements of the canonical space: the length of `parameters` and `gradient`.
@@ -154,27 +158,38 @@ impl<D: Device> Model<D> {
         self.offsets.total
     }
 
-    /// Computes a micro-batch: the sum of its tokens' losses goes to `losses[index]`, and the gradient of their mean
-    /// replaces `gradient`. Returns when the work is handed to the device, which may still be at it.
-    ///
-    /// `tokens` and `targets` are row-major `[micro_batch, sequence_length]`; the target of a token is the one after
-    /// it. The bits depend on the arguments and the shape alone, not on threads.
+    /// Computes the micro-batch that was loaded: the sum of its tokens' losses goes to `losses[index]`, and the gradient
+    /// of their mean replaces `gradient`. Returns when the work is handed to the device, which may still be at it.
+    /// The bits depend on the arguments and the shape alone, not on threads.
     pub fn compute(
         &mut self,
         device: &D,
         parameters: &D::Activation,
-        batch: MicroBatch<'_>,
         gradient: &mut D::Buffer,
         losses: &mut D::Losses,
         index: usize,
     ) -> Result<(), ModelError> {
-        self.load(device, batch)?;
         device.enter(|| {
-            self.forward(device, parameters)?;
+            self.repeat_forward(device, parameters)?;
             self.head_with_gradient(device, parameters, gradient, LossAt(losses, index))?;
-            self.backward(device, parameters, gradient)
+            let mut repeated = std::mem::take(&mut self.repeated[1]);
+            let work = |gradient: Option<&mut D::Buffer>| match gradient {
+                Some(gradient) => self.backward(device, parameters, gradient),
+                None => Ok(()),
+            };
+            let done = device.repeat(&mut repeated, parameters, Some(&mut *gradient), work);
+            self.repeated[1] = repeated;
+            done?;
+            self.embedding_backward(device, gradient)
         })?;
         Ok(())
+    }
+
+    fn repeat_forward(&mut self, device: &D, parameters: &D::Activation) -> DeviceResult {
+        let mut repeated = std::mem::take(&mut self.repeated[0]);
+        let done = device.repeat(&mut repeated, parameters, None, |_| self.forward(device, parameters));
+        self.repeated[0] = repeated;
+        done
     }
 
     /// Turns the sum of a micro-batch's losses into their mean. A loss that is not finite is NaN.
@@ -192,9 +207,8 @@ impl<D: Device> Model<D> {
         targets: &[u32],
         gradient: &mut D::Buffer,
     ) -> Result<f64, ModelError> {
-        self.alone(device, |model, losses| {
-            model.compute(device, parameters, MicroBatch { tokens, targets }, gradient, losses, 0)
-        })
+        self.load(device, MicroBatch { tokens, targets })?;
+        self.alone(device, |model, losses| model.compute(device, parameters, gradient, losses, 0))
     }
 
     /// The mean loss over the micro-batch's tokens, without a gradient.
@@ -205,10 +219,10 @@ impl<D: Device> Model<D> {
         tokens: &[u32],
         targets: &[u32],
     ) -> Result<f64, ModelError> {
+        self.load(device, MicroBatch { tokens, targets })?;
         self.alone(device, |model, losses| {
-            model.load(device, MicroBatch { tokens, targets })?;
             Ok(device.enter(|| {
-                model.forward(device, parameters)?;
+                model.repeat_forward(device, parameters)?;
                 model.head(device, parameters, LossAt(losses, 0))
             })?)
         })
@@ -231,8 +245,11 @@ impl<D: Device> Model<D> {
         Ok(self.mean(sum[0]))
     }
 
-    /// Checks a micro-batch and copies it to the device.
-    fn load(&mut self, device: &D, batch: MicroBatch<'_>) -> Result<(), ModelError> {
+    /// Checks a micro-batch and copies it to the device, behind all work that is with the device already.
+    ///
+    /// `tokens` and `targets` are row-major `[micro_batch, sequence_length]`; the target of a token is the one after
+    /// it.
+    pub fn load(&mut self, device: &D, batch: MicroBatch<'_>) -> Result<(), ModelError> {
         let MicroBatch { tokens, targets } = batch;
         let Sizes { rows, vocabulary, .. } = self.sizes;
         for (what, list) in [("tokens", tokens), ("targets", targets)] {
@@ -243,8 +260,8 @@ impl<D: Device> Model<D> {
                 return Err(ModelError::Token { what, position, token: list[position], vocabulary });
             }
         }
-        device.upload_tokens(tokens, &mut self.acts.tokens)?;
-        device.upload_tokens(targets, &mut self.acts.targets)?;
+        device.upload_tokens(tokens, true, &mut self.acts.tokens)?;
+        device.upload_tokens(targets, false, &mut self.acts.targets)?;
         Ok(())
     }
 }

@@ -45,12 +45,34 @@ impl<D: Device> Parts<'_, D> {
             Layout::OutIn => Product::NT,
             Layout::InOut => Product::NN,
         };
-        let shape = MatmulShape::dense(rows, outputs, inputs);
-        let to = PartMut(&mut *output, 0);
-        self.device.matmul(product, shape, whole(input), self.at(layer.weight), Write::Replace, to)?;
+        let (shape, weight) = (MatmulShape::dense(rows, outputs, inputs), self.at(layer.weight));
         match layer.bias {
-            Some(bias) => self.device.add_bias(outputs, rows, self.at(bias), output),
-            None => Ok(()),
+            Some(bias) => self.device.matmul_bias(product, shape, whole(input), weight, self.at(bias), output),
+            None => self.device.matmul(product, shape, whole(input), weight, Write::Replace, PartMut(output, 0)),
+        }
+    }
+
+    /// The feed-forward block's first layer, to `pre`, and its activation.
+    pub(super) fn feed_forward(
+        &self,
+        layer: LinearAt,
+        input: &D::Activation,
+        pre: &mut D::Activation,
+        act: &mut D::Activation,
+    ) -> DeviceResult {
+        let (Sizes { rows, inner, .. }, LinearAt { inputs, outputs, .. }) = (self.sizes, layer);
+        let (shape, weight) = (MatmulShape::dense(rows, outputs, inputs), self.at(layer.weight));
+        match (self.sizes.block.feed_forward, layer.bias, layer.layout) {
+            (FeedForward::Gelu, Some(bias), Layout::InOut) => {
+                self.device.matmul_gelu(Product::NN, shape, whole(input), weight, self.at(bias), pre, act)
+            }
+            (kind, ..) => {
+                self.linear(layer, input, pre)?;
+                match kind {
+                    FeedForward::SwiGlu => self.device.swiglu_forward(inner, rows, pre, act),
+                    FeedForward::Gelu => self.device.gelu_forward(rows * inner, pre, act),
+                }
+            }
         }
     }
 
@@ -128,16 +150,7 @@ impl<D: Device> Parts<'_, D> {
         }
     }
 
-    /// The feed-forward block's activation.
-    pub(super) fn activate(&self, pre: &D::Activation, act: &mut D::Activation) -> DeviceResult {
-        let Sizes { rows, inner, .. } = self.sizes;
-        match self.sizes.block.feed_forward {
-            FeedForward::SwiGlu => self.device.swiglu_forward(inner, rows, pre, act),
-            FeedForward::Gelu => self.device.gelu_forward(rows * inner, pre, act),
-        }
-    }
-
-    /// Its backward, in place: `pre` becomes its gradient, `d_act` becomes the activation again.
+    /// The backward of the feed-forward block's activation, in place: `pre` becomes its gradient, `d_act` becomes the activation again.
     pub(super) fn activate_backward(&self, pre: &mut D::Activation, d_act: &mut D::Activation) -> DeviceResult {
         let Sizes { rows, inner, .. } = self.sizes;
         match self.sizes.block.feed_forward {

@@ -79,6 +79,7 @@ impl Device for CpuDevice {
     type BlockSums = BlockSums;
     type Tokens = Vec<u32>;
     type Losses = Vec<f64>;
+    type Repeated = ();
 
     fn numeric_identity(&self) -> String {
         let libraries: Vec<String> = LIBRARIES.iter().map(|(name, version)| format!("{name}-{version}")).collect();
@@ -92,6 +93,16 @@ impl Device for CpuDevice {
 
     fn enter<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.pool.enter(work)
+    }
+
+    fn repeat(
+        &self,
+        (): &mut (),
+        _parameters: &CpuBuffer,
+        gradient: Option<&mut CpuBuffer>,
+        work: impl FnOnce(Option<&mut CpuBuffer>) -> DeviceResult + Send,
+    ) -> DeviceResult {
+        self.enter(|| work(gradient))
     }
 
     fn loss_rows(&self, vocabulary: usize, rows: usize) -> usize {
@@ -145,7 +156,16 @@ impl Device for CpuDevice {
         self.download(from, to)
     }
 
-    fn upload_tokens(&self, from: &[u32], to: &mut Vec<u32>) -> DeviceResult {
+    fn copy(&self, elements: usize, from: Part<'_, CpuBuffer>, to: PartMut<'_, CpuBuffer>) -> DeviceResult {
+        to.0[to.1..to.1 + elements].copy_from_slice(&from.0[from.1..from.1 + elements]);
+        Ok(())
+    }
+
+    fn copy_activation(&self, elements: usize, from: Part<'_, CpuBuffer>, to: PartMut<'_, CpuBuffer>) -> DeviceResult {
+        self.copy(elements, from, to)
+    }
+
+    fn upload_tokens(&self, from: &[u32], _ordered: bool, to: &mut Vec<u32>) -> DeviceResult {
         to[..from.len()].copy_from_slice(from);
         Ok(())
     }

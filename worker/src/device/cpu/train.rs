@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::{BlockSums, CpuBuffer, CpuDevice, state};
 use crate::device::{AdamwParts, DeviceResult, ExactForm, HostDevice, HostParameters, Part, PartMut, TrainDevice};
@@ -14,6 +15,15 @@ impl TrainDevice for CpuDevice {
 
     fn exact_form(&self) -> ExactForm {
         self.form
+    }
+
+    fn spare_threads(&self) -> usize {
+        0
+    }
+
+    fn time<R>(&self, work: impl FnOnce() -> DeviceResult<R>) -> DeviceResult<(R, f64)> {
+        let began = Instant::now();
+        Ok((work()?, began.elapsed().as_secs_f64()))
     }
 
     fn finish(&self) -> DeviceResult {

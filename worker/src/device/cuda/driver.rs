@@ -72,6 +72,10 @@ pub enum Stream {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Event(pub(super) u64);
 
+/// Work of [`Stream::Compute`] that was taken down instead of done, to be done as often as is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Graph(pub(super) u64);
+
 /// An argument of a kernel: its bytes, from the first one on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Argument(pub(super) u64);
@@ -138,6 +142,37 @@ pub enum Element {
     Float32,
 }
 
+/// What a product does with its sums before it rounds them to C.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Epilogue {
+    /// Nothing.
+    Plain,
+    /// Adds a number to each column.
+    Bias,
+    /// Adds a number to each column, keeps that in a matrix of C's shape and pitch, and takes GELU of it.
+    BiasGelu,
+}
+
+/// The addresses of a product's epilogue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct After {
+    /// What is added, a bfloat16 for each column.
+    pub bias: Option<u64>,
+    /// Where the sums are kept, as bfloat16, and what C then gets is their GELU.
+    pub pre: Option<u64>,
+}
+
+impl After {
+    /// What it comes to.
+    pub fn epilogue(self) -> Epilogue {
+        match self {
+            Self { pre: Some(_), .. } => Epilogue::BiasGelu,
+            Self { bias: Some(_), .. } => Epilogue::Bias,
+            Self { .. } => Epilogue::Plain,
+        }
+    }
+}
+
 /// Everything the choice of a product's algorithm may depend on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ProductKey {
@@ -157,13 +192,20 @@ pub struct ProductKey {
     pub result: Element,
     /// Whether the product is added to C.
     pub add: bool,
+    /// What happens to the sums.
+    pub epilogue: Epilogue,
 }
 
 impl fmt::Display for ProductKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { product, m, n, k, pitches: [a, b, c], alignments: [x, y, z], .. } = self;
         let result = if self.result == Element::Bfloat16 { "bf16" } else { "f32" };
-        let write = if self.add { "add" } else { "replace" };
+        let write = match (self.epilogue, self.add) {
+            (Epilogue::Plain, false) => "replace",
+            (Epilogue::Plain, true) => "add",
+            (Epilogue::Bias, _) => "bias",
+            (Epilogue::BiasGelu, _) => "bias-gelu",
+        };
         write!(f, "{product:?} {m} {n} {k} {a} {b} {c} {x} {y} {z} {result} {write}")
     }
 }
@@ -202,6 +244,11 @@ pub trait Driver: Send + Sync + 'static {
     /// # Safety
     /// `to` is pinned or registered and not touched until the copy is done; both sides have `bytes` bytes.
     unsafe fn copy_out(&self, stream: Stream, from: u64, to: *mut u8, bytes: usize) -> CudaResult;
+    /// Copies from one place of the device to another.
+    ///
+    /// # Safety
+    /// Both have as many bytes, and do not overlap.
+    unsafe fn copy(&self, stream: Stream, from: u64, to: u64, bytes: usize) -> CudaResult;
     /// Sets bytes to zero.
     ///
     /// # Safety
@@ -213,11 +260,12 @@ pub trait Driver: Send + Sync + 'static {
     /// The arguments are what the kernel's parameters ask for.
     unsafe fn launch(&self, stream: Stream, launch: &Launch<'_>) -> CudaResult;
     /// Makes a matrix product on [`Stream::Compute`]. The first of a kind may allocate and wait, to choose its
-    /// algorithm.
+    /// algorithm. `false`: this kind with this epilogue cannot be made, now or ever, and nothing was done.
     ///
     /// # Safety
-    /// The three addresses hold matrices of these shapes and pitches, and C overlaps neither A nor B.
-    unsafe fn product(&self, key: &ProductKey, operands: [u64; 3]) -> CudaResult;
+    /// The three addresses hold matrices of these shapes and pitches, and C overlaps neither A nor B; those of `after`,
+    /// which is the key's epilogue, hold one number a column and a matrix like C.
+    unsafe fn product(&self, key: &ProductKey, operands: [u64; 3], after: After) -> CudaResult<bool>;
     /// Names the rule by which algorithms are chosen, or the list they were adopted from: a word for the numeric
     /// identity.
     fn plan_identity(&self) -> String;
@@ -226,14 +274,26 @@ pub trait Driver: Send + Sync + 'static {
     /// Takes over the choices of another worker with the same device and libraries.
     fn adopt_plans(&self, plans: &str) -> CudaResult;
 
-    /// A new event, not recorded.
-    fn event(&self) -> CudaResult<Event>;
+    /// From here on this thread's work for [`Stream::Compute`] is taken down, not done: kernels, products, copies on
+    /// the device, and clearing. Nothing else may be asked for until [`Driver::end_graph`].
+    fn begin_graph(&self) -> CudaResult;
+    /// What was taken down. Whatever went wrong in between, this ends it.
+    fn end_graph(&self) -> CudaResult<Graph>;
+    /// Enqueues all of a graph.
+    fn play(&self, graph: Graph) -> CudaResult;
+    /// Gives a graph back, after all work enqueued so far.
+    fn release_graph(&self, graph: Graph);
+
+    /// A new event, not recorded; one that is `timed` can be asked for times.
+    fn event(&self, timed: bool) -> CudaResult<Event>;
     /// Gives an event back.
     fn release_event(&self, event: Event);
     /// Moves the event's mark to the end of what the stream has so far.
     fn record(&self, event: Event, stream: Stream) -> CudaResult;
     /// What is enqueued in `stream` from now on waits for the event's mark; the host does not.
     fn wait(&self, stream: Stream, event: Event) -> CudaResult;
+    /// Seconds between two marks of timed events that are reached.
+    fn seconds(&self, from: Event, to: Event) -> CudaResult<f64>;
     /// The host waits for the event's mark, `patience` at the most.
     fn wait_host(&self, event: Event, patience: Duration, operation: &'static str) -> CudaResult;
 }

@@ -15,6 +15,10 @@ use super::state::CudaState;
 use super::{CudaBlockSums, CudaDevice, NoSums};
 use crate::device::{DeviceResult, ExactForm, HostParameters, TrainDevice};
 
+/// Threads of the host for what goes on beside a step, hashing above all: a small share of those that machines have for
+/// each of their GPUs.
+const SPARE: usize = 4;
+
 impl<D: Driver> CudaDevice<D> {
     /// Lends `elements` elements of an array, of which those `before` are copied to the host first and those in `keep`
     /// back afterwards.
@@ -57,8 +61,21 @@ impl<D: Driver> TrainDevice for CudaDevice<D> {
         ExactForm::Blocks
     }
 
+    fn spare_threads(&self) -> usize {
+        SPARE
+    }
+
     fn finish(&self) -> DeviceResult {
         Ok(self.transfer().finish()?)
+    }
+
+    fn time<R>(&self, work: impl FnOnce() -> DeviceResult<R>) -> DeviceResult<(R, f64)> {
+        let [begin, end] = &self.timer;
+        self.driver.record(begin.event, Stream::Compute)?;
+        let result = work()?;
+        self.driver.record(end.event, Stream::Compute)?;
+        end.wait_host(self.patience, "an operation")?;
+        Ok((result, self.driver.seconds(begin.event, end.event)?))
     }
 
     fn lend_sums<R>(

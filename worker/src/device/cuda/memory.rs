@@ -5,6 +5,7 @@
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::driver::{Driver, Event, Stream};
 use super::error::CudaResult;
@@ -83,6 +84,30 @@ impl<D: Driver, T: Plain> Drop for Array<D, T> {
     }
 }
 
+/// An event, given back when it goes.
+pub(super) struct Mark<D: Driver> {
+    driver: Arc<D>,
+    pub(super) event: Event,
+}
+
+impl<D: Driver> Mark<D> {
+    /// Not recorded yet; one that is `timed` can be asked for times.
+    pub(super) fn new(driver: &Arc<D>, timed: bool) -> CudaResult<Self> {
+        Ok(Self { event: driver.event(timed)?, driver: driver.clone() })
+    }
+
+    /// The host waits for it.
+    pub(super) fn wait_host(&self, patience: Duration, operation: &'static str) -> CudaResult {
+        self.driver.wait_host(self.event, patience, operation)
+    }
+}
+
+impl<D: Driver> Drop for Mark<D> {
+    fn drop(&mut self) {
+        self.driver.release_event(self.event);
+    }
+}
+
 /// Pinned memory of the host, and the event that says when the device is done with it.
 pub(super) struct Staging<D: Driver> {
     driver: Arc<D>,
@@ -98,7 +123,7 @@ unsafe impl<D: Driver> Sync for Staging<D> {}
 
 impl<D: Driver> Staging<D> {
     pub(super) fn new(driver: &Arc<D>, bytes: usize) -> CudaResult<Self> {
-        let done = driver.event()?;
+        let done = driver.event(false)?;
         let memory = driver.pin(bytes).inspect_err(|_| driver.release_event(done))?;
         Ok(Self { driver: driver.clone(), memory, bytes, done })
     }

@@ -33,6 +33,7 @@ mod norms;
 mod operations;
 #[cfg(test)]
 mod recording;
+mod repeat;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -46,11 +47,12 @@ use std::time::Duration;
 use bytemuck::Pod;
 
 pub use self::blocks::CudaBlockSums;
-use self::driver::{Argument, Driver, Element, Launch, ProductKey, Stream, alignment};
+use self::driver::{After, Argument, Driver, Element, Launch, ProductKey, Stream, alignment};
 use self::error::CudaResult;
 pub use self::memory::{Array, Bf16};
-use self::memory::{Plain, Staging};
+use self::memory::{Mark, Plain, Staging};
 pub use self::operations::NoSums;
+pub use self::repeat::CudaRepeated;
 pub use self::state::CudaState;
 pub use self::tokens::CudaTokens;
 use self::transfer::Transfer;
@@ -75,6 +77,8 @@ pub struct CudaDevice<D: Driver> {
     transfer: Mutex<Transfer<D>>,
     /// What is lent to the exchange lies here; there is none before the first.
     exchange: Mutex<Option<Staging<D>>>,
+    /// Before and after an operation that is timed.
+    timer: [Mark<D>; 2],
     patience: Duration,
 }
 
@@ -90,7 +94,8 @@ impl<D: Driver> CudaDevice<D> {
         let driver = Arc::new(driver);
         let scratch = Array::zeroed(&driver, SCRATCH / 4, "scratch memory")?;
         let transfer = Mutex::new(Transfer::new(&driver, patience)?);
-        Ok(Self { driver, scratch, transfer, exchange: Mutex::new(None), patience })
+        let timer = [Mark::new(&driver, true)?, Mark::new(&driver, true)?];
+        Ok(Self { driver, scratch, transfer, exchange: Mutex::new(None), timer, patience })
     }
 
     /// What runs this device's work.
@@ -162,17 +167,17 @@ impl<D: Driver> CudaDevice<D> {
     }
 
     /// Enqueues a product of bfloat16 matrices. Operands are given with the elements there are from their place on.
+    /// `false`: there is no such product with this epilogue, and nothing was done.
     fn multiply(
         &self,
         product: Product,
         shape: MatmulShape,
         operands: [(u64, usize); 3],
-        result: Element,
-        write: Write,
-    ) -> DeviceResult {
+        (result, write, after): (Element, Write, After),
+    ) -> DeviceResult<bool> {
         let MatmulShape { m, n, k, a_pitch, c_pitch } = shape;
         if m == 0 || n == 0 {
-            return Ok(());
+            return Ok(true);
         }
         let ((a_rows, a_width), (b_rows, b_width)) = match product {
             Product::NN => ((m, k), (k, n)),
@@ -187,10 +192,11 @@ impl<D: Driver> CudaDevice<D> {
         }
         let addresses = operands.map(|(address, _)| address);
         let alignments = addresses.map(alignment);
-        let key = ProductKey { product, m, n, k, pitches, alignments, result, add: write == Write::Add };
-        // SAFETY: the operands were just checked; C is borrowed exclusively.
-        unsafe { self.driver.product(&key, addresses) }?;
-        Ok(())
+        let (add, epilogue) = (write == Write::Add, after.epilogue());
+        let key = ProductKey { product, m, n, k, pitches, alignments, result, add, epilogue };
+        // SAFETY: the operands were just checked, and what the epilogue takes by the caller; what is written is borrowed
+        // exclusively.
+        Ok(unsafe { self.driver.product(&key, addresses, after) }?)
     }
 }
 

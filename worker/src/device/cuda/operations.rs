@@ -3,10 +3,10 @@
 //! How many blocks and threads a kernel wants, and how much shared memory, is told in the header of its file; the
 //! numbers here repeat it. Where the number of blocks decides the order of a sum it follows from the shape alone.
 
-use super::driver::{Driver, Element};
+use super::driver::{After, Driver, Element, Stream};
 use super::memory::{Array, Bf16};
 use super::norms::{self, Norm};
-use super::{CudaBlockSums, CudaDevice, CudaTokens, arguments, attention, bf16, int, kernels, long};
+use super::{CudaBlockSums, CudaDevice, CudaRepeated, CudaTokens, arguments, attention, bf16, int, kernels, long};
 use crate::device::{
     AttentionShape, Device, DeviceError, DeviceResult, LossShape, MatmulShape, NormShape, Part, PartMut, Product, Write,
 };
@@ -41,6 +41,7 @@ impl<D: Driver> Device for CudaDevice<D> {
     type BlockSums = CudaBlockSums<D>;
     type Tokens = CudaTokens<D>;
     type Losses = Array<D, f64>;
+    type Repeated = CudaRepeated<D>;
 
     fn numeric_identity(&self) -> String {
         let identity = self.driver.identity();
@@ -61,6 +62,16 @@ impl<D: Driver> Device for CudaDevice<D> {
 
     fn enter<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         work()
+    }
+
+    fn repeat(
+        &self,
+        repeated: &mut CudaRepeated<D>,
+        parameters: &Halves<D>,
+        gradient: Option<&mut Floats<D>>,
+        work: impl FnOnce(Option<&mut Floats<D>>) -> DeviceResult + Send,
+    ) -> DeviceResult {
+        self.play(repeated, parameters, gradient, work)
     }
 
     fn loss_rows(&self, vocabulary: usize, rows: usize) -> usize {
@@ -111,8 +122,20 @@ impl<D: Driver> Device for CudaDevice<D> {
         self.receive(to.len(), from.0, from.1, |i, bits: u16| to[i] = bf16::widen(bits))
     }
 
-    fn upload_tokens(&self, from: &[u32], to: &mut CudaTokens<D>) -> DeviceResult {
-        Ok(to.upload(from, self.patience)?)
+    fn upload_tokens(&self, from: &[u32], ordered: bool, to: &mut CudaTokens<D>) -> DeviceResult {
+        Ok(to.upload(from, ordered, self.patience)?)
+    }
+
+    fn copy(&self, elements: usize, from: Part<'_, Floats<D>>, to: PartMut<'_, Floats<D>>) -> DeviceResult {
+        let (from, to) = (from.0.at(from.1, elements), to.0.at(to.1, elements));
+        // SAFETY: both have so many elements, and are borrowed apart.
+        Ok(unsafe { self.driver.copy(Stream::Compute, from, to, 4 * elements) }?)
+    }
+
+    fn copy_activation(&self, elements: usize, from: Part<'_, Halves<D>>, to: PartMut<'_, Halves<D>>) -> DeviceResult {
+        let (from, to) = (from.0.at(from.1, elements), to.0.at(to.1, elements));
+        // SAFETY: both have so many elements, and are borrowed apart.
+        Ok(unsafe { self.driver.copy(Stream::Compute, from, to, 2 * elements) }?)
     }
 
     fn zero(&self, elements: usize, to: PartMut<'_, Floats<D>>) -> DeviceResult {
@@ -133,7 +156,45 @@ impl<D: Driver> Device for CudaDevice<D> {
         write: Write,
         c: PartMut<'_, Halves<D>>,
     ) -> DeviceResult {
-        self.multiply(product, shape, [a.0.from(a.1), b.0.from(b.1), c.0.from(c.1)], Element::Bfloat16, write)
+        let operands = [a.0.from(a.1), b.0.from(b.1), c.0.from(c.1)];
+        self.multiply(product, shape, operands, (Element::Bfloat16, write, After::default())).map(drop)
+    }
+
+    fn matmul_bias(
+        &self,
+        product: Product,
+        shape: MatmulShape,
+        a: Part<'_, Halves<D>>,
+        b: Part<'_, Halves<D>>,
+        bias: Part<'_, Halves<D>>,
+        c: &mut Halves<D>,
+    ) -> DeviceResult {
+        let operands = [a.0.from(a.1), b.0.from(b.1), c.from(0)];
+        let after = After { bias: Some(bias.0.at(bias.1, shape.n)), pre: None };
+        if self.multiply(product, shape, operands, (Element::Bfloat16, Write::Replace, after))? {
+            return Ok(());
+        }
+        self.matmul(product, shape, a, b, Write::Replace, PartMut(c, 0))?;
+        self.add_bias(shape.n, shape.m, bias, c)
+    }
+
+    fn matmul_gelu(
+        &self,
+        product: Product,
+        shape: MatmulShape,
+        a: Part<'_, Halves<D>>,
+        b: Part<'_, Halves<D>>,
+        bias: Part<'_, Halves<D>>,
+        pre: &mut Halves<D>,
+        act: &mut Halves<D>,
+    ) -> DeviceResult {
+        let (elements, operands) = (shape.m * shape.n, [a.0.from(a.1), b.0.from(b.1), act.from(0)]);
+        let after = After { bias: Some(bias.0.at(bias.1, shape.n)), pre: Some(pre.at(0, elements)) };
+        if self.multiply(product, shape, operands, (Element::Bfloat16, Write::Replace, after))? {
+            return Ok(());
+        }
+        self.matmul_bias(product, shape, a, b, bias, pre)?;
+        self.gelu_forward(elements, pre, act)
     }
 
     fn matmul_gradient(
@@ -145,7 +206,8 @@ impl<D: Driver> Device for CudaDevice<D> {
         write: Write,
         c: PartMut<'_, Floats<D>>,
     ) -> DeviceResult {
-        self.multiply(product, shape, [a.0.from(a.1), b.0.from(b.1), c.0.from(c.1)], Element::Float32, write)
+        let operands = [a.0.from(a.1), b.0.from(b.1), c.0.from(c.1)];
+        self.multiply(product, shape, operands, (Element::Float32, write, After::default())).map(drop)
     }
 
     fn embedding_forward(

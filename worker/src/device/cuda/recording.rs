@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::driver::{Driver, Event, Identity, Launch, Memory, ProductKey, Stream};
+use super::driver::{After, Driver, Event, Graph, Identity, Launch, Memory, ProductKey, Stream};
 use super::error::{CudaError, CudaResult};
 
 /// A call, with what tests look at.
@@ -20,9 +20,13 @@ pub(crate) enum Call {
     Register(usize),
     CopyIn(Stream, usize),
     CopyOut(Stream, usize),
+    Copy(Stream, usize),
     Zero(Stream, usize),
     Launch { kernel: &'static str, grid: [u32; 3], block: [u32; 3], shared: usize, arguments: usize },
     Product(ProductKey),
+    BeginGraph,
+    EndGraph,
+    Play,
     Event,
     Record(Event, Stream),
     Wait(Stream, Event),
@@ -132,6 +136,10 @@ impl Driver for Recording {
         self.note(Call::CopyOut(stream, bytes)).map(drop)
     }
 
+    unsafe fn copy(&self, stream: Stream, _from: u64, _to: u64, bytes: usize) -> CudaResult {
+        self.note(Call::Copy(stream, bytes)).map(drop)
+    }
+
     unsafe fn zero(&self, stream: Stream, _to: u64, bytes: usize) -> CudaResult {
         self.note(Call::Zero(stream, bytes)).map(drop)
     }
@@ -141,8 +149,8 @@ impl Driver for Recording {
         self.note(Call::Launch { kernel, grid, block, shared, arguments: arguments.len() }).map(drop)
     }
 
-    unsafe fn product(&self, key: &ProductKey, _operands: [u64; 3]) -> CudaResult {
-        self.note(Call::Product(*key)).map(drop)
+    unsafe fn product(&self, key: &ProductKey, _operands: [u64; 3], _after: After) -> CudaResult<bool> {
+        self.note(Call::Product(*key)).map(|_| true)
     }
 
     fn plan_identity(&self) -> String {
@@ -157,7 +165,21 @@ impl Driver for Recording {
         Ok(())
     }
 
-    fn event(&self) -> CudaResult<Event> {
+    fn begin_graph(&self) -> CudaResult {
+        self.note(Call::BeginGraph).map(drop)
+    }
+
+    fn end_graph(&self) -> CudaResult<Graph> {
+        self.note(Call::EndGraph).map(Graph)
+    }
+
+    fn play(&self, _graph: Graph) -> CudaResult {
+        self.note(Call::Play).map(drop)
+    }
+
+    fn release_graph(&self, _graph: Graph) {}
+
+    fn event(&self, _timed: bool) -> CudaResult<Event> {
         self.note(Call::Event).map(Event)
     }
 
@@ -169,6 +191,10 @@ impl Driver for Recording {
 
     fn wait(&self, stream: Stream, event: Event) -> CudaResult {
         self.note(Call::Wait(stream, event)).map(drop)
+    }
+
+    fn seconds(&self, _from: Event, _to: Event) -> CudaResult<f64> {
+        Ok(0.0)
     }
 
     fn wait_host(&self, event: Event, _patience: Duration, _operation: &'static str) -> CudaResult {

@@ -8,37 +8,14 @@
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::time::Duration;
 
-use super::driver::{Driver, Event, Stream};
+use super::driver::{Driver, Stream};
 use super::error::CudaResult;
-use super::memory::{Array, Bf16};
+use super::memory::{Array, Bf16, Mark};
 use super::{CudaDevice, arguments, long};
 use crate::device::{Device, DeviceResult, Frozen, PartMut, RankState, Update};
 use crate::optimizer::{AdamW, AdamwScalars};
 use crate::slots::{Slot, Slots};
-
-/// An event that several may wait for.
-struct Mark<D: Driver> {
-    driver: Arc<D>,
-    event: Event,
-}
-
-impl<D: Driver> Mark<D> {
-    fn new(driver: &Arc<D>) -> CudaResult<Arc<Self>> {
-        Ok(Arc::new(Self { event: driver.event()?, driver: driver.clone() }))
-    }
-
-    fn wait_host(&self, patience: Duration) -> CudaResult {
-        self.driver.wait_host(self.event, patience, "copying a snapshot")
-    }
-}
-
-impl<D: Driver> Drop for Mark<D> {
-    fn drop(&mut self) {
-        self.driver.release_event(self.event);
-    }
-}
 
 /// The runs of the canonical space that are decayed or not, as the kernel takes them.
 struct Runs<D: Driver> {
@@ -134,8 +111,8 @@ impl<D: Driver> RankState<CudaDevice<D>> for CudaState<D> {
             Ok((
                 [state()?, state()?, state()?],
                 Array::zeroed(&driver, 9, "an update's scalars")?,
-                Mark::new(&driver)?,
-                Mark::new(&driver)?,
+                Arc::new(Mark::new(&driver, false)?),
+                Arc::new(Mark::new(&driver, false)?),
             ))
         })();
         let (states, scalars, updated, copied) =
@@ -223,7 +200,7 @@ impl<D: Driver> RankState<CudaDevice<D>> for CudaState<D> {
         self.slots.hand_over(slot.index);
         self.slots.give_back(slot.index);
         let (copied, patience) = (self.copied.clone(), device.patience);
-        let arrival = move || copied.wait_host(patience).map_err(Into::into);
+        let arrival = move || copied.wait_host(patience, "copying a snapshot").map_err(Into::into);
         Ok(Frozen { slot, arrival: Some(Box::new(arrival)) })
     }
 }

@@ -63,6 +63,13 @@ impl Runs {
         }
     }
 
+    /// Has no rows any more.
+    fn forget(&mut self) {
+        for list in [&mut self.order, &mut self.piece_start, &mut self.run_piece, &mut self.run_token] {
+            list.clear();
+        }
+    }
+
     /// Runs that together have at most `most` pieces, one group after another. `None`: one run alone has more.
     pub(super) fn groups(&self, most: usize) -> Option<Vec<Range<usize>>> {
         let pieces = |runs: &Range<usize>| (self.run_piece[runs.end] - self.run_piece[runs.start]) as usize;
@@ -111,9 +118,13 @@ impl<D: Driver> CudaTokens<D> {
         })
     }
 
-    /// Sorts and copies `tokens`. Waits only for the copy before the last one.
-    pub(super) fn upload(&mut self, tokens: &[u32], patience: Duration) -> CudaResult {
-        self.runs.sort(tokens);
+    /// Copies `tokens`, and their order if they are to be `ordered`. Waits only for the copy before the last one.
+    pub(super) fn upload(&mut self, tokens: &[u32], ordered: bool, patience: Duration) -> CudaResult {
+        if ordered {
+            self.runs.sort(tokens);
+        } else {
+            self.runs.forget();
+        }
         let Runs { order, piece_start, run_piece, run_token, .. } = &self.runs;
         self.turn ^= 1;
         let staging = &mut self.staging[self.turn];
@@ -140,7 +151,7 @@ impl<D: Driver> CudaTokens<D> {
 
     /// The addresses of the order, and of the lists of a group of runs: starts of pieces, runs' pieces, runs' tokens.
     pub(super) fn order(&self, rows: usize, runs: &Range<usize>) -> [u64; 4] {
-        assert_eq!(rows, self.rows, "all rows that were sorted");
+        assert_eq!(rows, self.runs.order.len(), "all rows, in their order");
         let pieces = self.runs.pieces(runs);
         let at = |list: usize, first: usize, count: usize| self.words.at(self.starts[list] + first, count);
         [

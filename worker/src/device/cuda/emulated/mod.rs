@@ -15,7 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use self::library::{Emulator, emulator};
-use super::driver::{Argument, Driver, Event, Identity, Launch, Memory, ProductKey, Stream};
+use super::driver::{After, Argument, Driver, Epilogue, Event, Graph, Identity, Launch, Memory, ProductKey, Stream};
 use super::error::{CudaError, CudaResult};
 
 /// Bytes before and after each piece of memory that nobody may write to.
@@ -26,6 +26,7 @@ const POISON: u8 = 0xff;
 const TOTAL: u64 = 64 << 30;
 
 /// Work that is enqueued.
+#[derive(Clone)]
 enum Work {
     CopyIn {
         from: usize,
@@ -35,6 +36,11 @@ enum Work {
     CopyOut {
         from: u64,
         to: usize,
+        bytes: usize,
+    },
+    Copy {
+        from: u64,
+        to: u64,
         bytes: usize,
     },
     Zero {
@@ -51,6 +57,7 @@ enum Work {
     Product {
         key: ProductKey,
         operands: [u64; 3],
+        after: After,
     },
     /// The event's `n`-th mark.
     Record(Event, u64),
@@ -72,6 +79,10 @@ struct State {
     pinned: HashMap<usize, usize>,
     streams: [VecDeque<Work>; 2],
     events: HashMap<u64, Marks>,
+    /// Work that is being taken down.
+    taken_down: Option<Vec<Work>>,
+    graphs: HashMap<u64, Vec<Work>>,
+    /// Number of the newest event or graph.
     made: u64,
     random: u64,
     /// The first error, which every later call repeats, as on a device.
@@ -113,6 +124,16 @@ impl Emulated {
     /// Puts work at the end of a stream; without a seed it is done at once.
     fn enqueue(&self, stream: Stream, work: Work) -> CudaResult {
         let mut state = self.state()?;
+        if let Some(list) = &mut state.taken_down {
+            let fits =
+                matches!(work, Work::Copy { .. } | Work::Zero { .. } | Work::Launch { .. } | Work::Product { .. });
+            if fits && stream == Stream::Compute {
+                list.push(work);
+                return Ok(());
+            }
+            let code = "this cannot be part of a graph".into();
+            return state.fail(CudaError::Call { operation: "taking down a graph".into(), code });
+        }
         state.streams[stream as usize].push_back(work);
         if self.deferred { Ok(()) } else { self.drain(&mut state) }
     }
@@ -157,6 +178,12 @@ impl Emulated {
                 // SAFETY: as above.
                 unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
             }
+            Work::Copy { from, to, bytes } => {
+                state.check(from, bytes, "a copy on the device")?;
+                state.check(to, bytes, "a copy on the device")?;
+                // SAFETY: both sides were checked.
+                unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+            }
             Work::Zero { to, bytes } => {
                 state.check(to, bytes, "clearing memory")?;
                 // SAFETY: checked.
@@ -168,12 +195,16 @@ impl Emulated {
                 let done = unsafe { self.emulator.launch(&launch, seed) };
                 done.map_err(|code| CudaError::Kernel { kernel, code })?;
             }
-            Work::Product { key, operands } => {
-                for (address, bytes) in operands.into_iter().zip(products::bytes(&key)) {
+            Work::Product { key, operands, after } => {
+                let [a, b, c] = products::bytes(&key);
+                for (address, bytes) in operands.into_iter().zip([a, b, c]) {
                     state.check(address, bytes, "a product")?;
                 }
+                for (address, bytes) in [(after.bias, 2 * key.n), (after.pre, c)] {
+                    address.map_or(Ok(()), |address| state.check(address, bytes, "a product's epilogue"))?;
+                }
                 // SAFETY: the operands were checked.
-                unsafe { products::run(&key, operands) };
+                unsafe { products::run(&key, operands, after) };
             }
             Work::Record(event, mark) => {
                 let marks = state.events.entry(event.0).or_default();
@@ -295,6 +326,10 @@ impl Driver for Emulated {
         self.enqueue(stream, Work::CopyOut { from, to: to as usize, bytes })
     }
 
+    unsafe fn copy(&self, stream: Stream, from: u64, to: u64, bytes: usize) -> CudaResult {
+        self.enqueue(stream, Work::Copy { from, to, bytes })
+    }
+
     unsafe fn zero(&self, stream: Stream, to: u64, bytes: usize) -> CudaResult {
         self.enqueue(stream, Work::Zero { to, bytes })
     }
@@ -304,8 +339,12 @@ impl Driver for Emulated {
         self.enqueue(stream, Work::Launch { kernel, grid, block, shared, arguments: arguments.to_vec() })
     }
 
-    unsafe fn product(&self, key: &ProductKey, operands: [u64; 3]) -> CudaResult {
-        self.enqueue(Stream::Compute, Work::Product { key: *key, operands })
+    unsafe fn product(&self, key: &ProductKey, operands: [u64; 3], after: After) -> CudaResult<bool> {
+        // As a library that has no algorithm for some: both ways are tried.
+        if key.epilogue != Epilogue::Plain && key.n % 8 != 0 {
+            return Ok(false);
+        }
+        self.enqueue(Stream::Compute, Work::Product { key: *key, operands, after }).map(|()| true)
     }
 
     fn plan_identity(&self) -> String {
@@ -320,7 +359,31 @@ impl Driver for Emulated {
         Ok(())
     }
 
-    fn event(&self) -> CudaResult<Event> {
+    fn begin_graph(&self) -> CudaResult {
+        self.state()?.taken_down = Some(Vec::new());
+        Ok(())
+    }
+
+    fn end_graph(&self) -> CudaResult<Graph> {
+        let mut state = self.state()?;
+        state.made += 1;
+        let (graph, work) = (state.made, state.taken_down.take().unwrap_or_default());
+        state.graphs.insert(graph, work);
+        Ok(Graph(graph))
+    }
+
+    fn play(&self, graph: Graph) -> CudaResult {
+        let work = self.state()?.graphs.get(&graph.0).cloned().unwrap_or_default();
+        work.into_iter().try_for_each(|work| self.enqueue(Stream::Compute, work))
+    }
+
+    fn release_graph(&self, graph: Graph) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = self.drain(&mut state);
+        state.graphs.remove(&graph.0);
+    }
+
+    fn event(&self, _timed: bool) -> CudaResult<Event> {
         let mut state = self.state()?;
         state.made += 1;
         let event = state.made;
@@ -347,6 +410,11 @@ impl Driver for Emulated {
     fn wait(&self, stream: Stream, event: Event) -> CudaResult {
         let mark = self.state()?.events.entry(event.0).or_default().given;
         self.enqueue(stream, Work::Wait(event, mark))
+    }
+
+    fn seconds(&self, _from: Event, _to: Event) -> CudaResult<f64> {
+        let code = "what is emulated takes no time of its own".into();
+        Err(CudaError::Call { operation: "timing".into(), code })
     }
 
     fn wait_host(&self, event: Event, _patience: Duration, _operation: &'static str) -> CudaResult {

@@ -2,7 +2,7 @@
 
 use crate::device::Product;
 use crate::device::cuda::bf16;
-use crate::device::cuda::driver::{Element, ProductKey};
+use crate::device::cuda::driver::{After, Element, ProductKey};
 
 /// Bytes from the first element of A, B and C to the last.
 pub(super) fn bytes(key: &ProductKey) -> [usize; 3] {
@@ -22,8 +22,8 @@ pub(super) fn bytes(key: &ProductKey) -> [usize; 3] {
 /// Makes the product.
 ///
 /// # Safety
-/// The addresses have as many bytes as [`bytes`] says.
-pub(super) unsafe fn run(key: &ProductKey, [a, b, c]: [u64; 3]) {
+/// The addresses have as many bytes as [`bytes`] says, the bias one number a column, and what is kept as many as C.
+pub(super) unsafe fn run(key: &ProductKey, [a, b, c]: [u64; 3], after: After) {
     let ProductKey { product, m, n, k, pitches: [a_pitch, b_pitch, c_pitch], result, add, .. } = *key;
     // Distances of A's elements along m and k, and of B's along k and n.
     let (a_steps, b_steps) = match product {
@@ -42,6 +42,13 @@ pub(super) unsafe fn run(key: &ProductKey, [a, b, c]: [u64; 3]) {
                     sum += x * bf16::widen(*b.add(l * b_steps.0 + j * b_steps.1));
                 }
                 let at = i * c_pitch + j;
+                if let Some(bias) = after.bias {
+                    sum += bf16::widen(*(bias as *const u16).add(j));
+                }
+                if let Some(pre) = after.pre {
+                    *(pre as *mut u16).add(at) = bf16::round(sum);
+                    sum = gelu(sum);
+                }
                 match result {
                     Element::Float32 => {
                         let to = (c as *mut f32).add(at);
@@ -55,4 +62,10 @@ pub(super) unsafe fn run(key: &ProductKey, [a, b, c]: [u64; 3]) {
             }
         }
     }
+}
+
+/// See `Device::gelu_forward`.
+fn gelu(x: f32) -> f32 {
+    let x = f64::from(x);
+    (0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x * x * x)).tanh())) as f32
 }

@@ -5,21 +5,24 @@
 //! after short sleeps, so that a device that hangs becomes an error instead of a hung process. After such an error,
 //! or one that CUDA says is for good, nothing is given back any more: giving back would wait for the device.
 
+mod arena;
 mod products;
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
+use self::arena::Arena;
 pub use self::products::Choice;
 use self::products::Products;
 use super::compile::{Compiler, cache_folder};
-use super::driver::{Argument, Driver, Event, Identity, Launch, Memory, ProductKey, Stream};
+use super::driver::{After, Argument, Driver, Event, Graph, Identity, Launch, Memory, ProductKey, Stream};
 use super::error::{CudaError, CudaResult};
 use super::kernels::MODULES;
 use super::libraries::{self, Kind};
@@ -27,6 +30,8 @@ use super::probe;
 
 /// Dynamic shared memory above this has to be asked for.
 const SHARED: usize = 48 << 10;
+/// The most parameters a kernel has.
+const PARAMETERS: usize = 16;
 /// How long a wait looks without a pause, and the pause after that.
 const SPIN: Duration = Duration::from_micros(100);
 const PAUSE: Duration = Duration::from_micros(50);
@@ -39,6 +44,7 @@ pub struct Real {
     modules: Vec<sys::CUmodule>,
     functions: HashMap<&'static str, sys::CUfunction>,
     products: Option<Products>,
+    arena: Mutex<Arena>,
     identity: Identity,
     /// Nothing more can be had of it.
     lost: AtomicBool,
@@ -89,6 +95,7 @@ impl Real {
             modules: Vec::new(),
             functions: HashMap::new(),
             products: None,
+            arena: Mutex::default(),
             identity,
             lost: AtomicBool::new(false),
         };
@@ -150,6 +157,10 @@ impl Real {
         CudaError::Call { operation: operation.into(), code: code.to_string() }
     }
 
+    fn arena(&self) -> MutexGuard<'_, Arena> {
+        self.arena.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether what was taken can still be given back.
     fn alive(&self) -> bool {
         !self.lost.load(Ordering::Relaxed) && self.bind().is_ok()
@@ -201,8 +212,7 @@ impl Driver for Real {
 
     fn allocate(&self, bytes: usize, what: &'static str) -> CudaResult<u64> {
         self.bind()?;
-        // SAFETY: nothing reads the memory before it is written.
-        match unsafe { result::malloc_sync(bytes.max(1)) } {
+        match self.arena().take(bytes) {
             Ok(address) => Ok(address),
             Err(code) if code.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
                 Err(CudaError::OutOfMemory { bytes, what })
@@ -213,8 +223,7 @@ impl Driver for Real {
 
     fn release(&self, address: u64) {
         if self.alive() {
-            // SAFETY: the owner of the address gives it back once; the call itself waits for work that uses it.
-            let _ = unsafe { result::free_sync(address) };
+            self.arena().give_back(address);
         }
     }
 
@@ -273,6 +282,13 @@ impl Driver for Real {
         status.result().map_err(|code| self.failed("copying from the device", code))
     }
 
+    unsafe fn copy(&self, stream: Stream, from: u64, to: u64, bytes: usize) -> CudaResult {
+        self.bind()?;
+        // SAFETY: the caller vouches for both sides.
+        let status = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream(stream)) };
+        status.result().map_err(|code| self.failed("copying on the device", code))
+    }
+
     unsafe fn zero(&self, stream: Stream, to: u64, bytes: usize) -> CudaResult {
         self.bind()?;
         // SAFETY: the caller vouches for the address.
@@ -294,23 +310,30 @@ impl Driver for Real {
             // SAFETY: the function is loaded.
             unsafe { result::function::set_function_attribute(function, wanted, *shared as i32) }.map_err(failed)?;
         }
-        let pointer = |argument: &Argument| ptr::from_ref(argument).cast_mut().cast::<c_void>();
-        let mut pointers: Vec<*mut c_void> = arguments.iter().map(pointer).collect();
+        let mut pointers = [ptr::null_mut::<c_void>(); PARAMETERS];
+        let count = arguments.len();
+        if count > PARAMETERS {
+            let code = format!("{count} arguments are more than the {PARAMETERS} there is room for");
+            return Err(CudaError::Kernel { kernel, code });
+        }
+        for (pointer, argument) in pointers.iter_mut().zip(*arguments) {
+            *pointer = ptr::from_ref::<Argument>(argument).cast_mut().cast();
+        }
         let three = |[x, y, z]: [u32; 3]| (x, y, z);
         // SAFETY: the caller vouches for the arguments, which the driver copies before the call returns.
         let launched = unsafe {
             let stream = self.stream(stream);
-            result::launch_kernel(function, three(*grid), three(*block), *shared as u32, stream, &mut pointers)
+            result::launch_kernel(function, three(*grid), three(*block), *shared as u32, stream, &mut pointers[..count])
         };
         launched.map_err(failed)
     }
 
-    unsafe fn product(&self, key: &ProductKey, operands: [u64; 3]) -> CudaResult {
+    unsafe fn product(&self, key: &ProductKey, operands: [u64; 3], after: After) -> CudaResult<bool> {
         self.bind()?;
         let none = || CudaError::Product { product: key.to_string(), code: "products are not set up".into() };
         let products = self.products.as_ref().ok_or_else(none)?;
         // SAFETY: the caller vouches for the operands.
-        unsafe { products.run(self, key, operands) }
+        unsafe { products.run(self, key, operands, after) }
     }
 
     fn plan_identity(&self) -> String {
@@ -325,9 +348,53 @@ impl Driver for Real {
         self.products.as_ref().map_or(Ok(()), |products| products.adopt(plans))
     }
 
-    fn event(&self) -> CudaResult<Event> {
+    fn begin_graph(&self) -> CudaResult {
         self.bind()?;
-        let made = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
+        // Of this thread alone: what others ask meanwhile is not part of it.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is alive.
+        unsafe { result::stream::begin_capture(self.stream(Stream::Compute), mode) }
+            .map_err(|code| self.failed("beginning a graph", code))
+    }
+
+    fn end_graph(&self) -> CudaResult<Graph> {
+        self.bind()?;
+        let failed = |code| self.failed("taking down a graph", code);
+        // SAFETY: the stream is alive; the graph is given up once what can be played is made of it.
+        unsafe {
+            let graph = result::stream::end_capture(self.stream(Stream::Compute)).map_err(failed)?;
+            if graph.is_null() {
+                let code = "nothing was taken down".into();
+                return Err(CudaError::Call { operation: "taking down a graph".into(), code });
+            }
+            let mut ready = ptr::null_mut();
+            let made = sys::cuGraphInstantiateWithFlags(&raw mut ready, graph, 0).result();
+            let given_up = sys::cuGraphDestroy(graph).result();
+            made.and(given_up).map_err(failed)?;
+            Ok(Graph(ready as u64))
+        }
+    }
+
+    fn play(&self, graph: Graph) -> CudaResult {
+        self.bind()?;
+        // SAFETY: both are alive.
+        unsafe { sys::cuGraphLaunch(graph.0 as sys::CUgraphExec, self.stream(Stream::Compute)) }
+            .result()
+            .map_err(|code| self.failed("playing a graph", code))
+    }
+
+    fn release_graph(&self, graph: Graph) {
+        if self.alive() {
+            self.settle();
+            // SAFETY: the owner gives it back once, and it is not running.
+            let _ = unsafe { sys::cuGraphExecDestroy(graph.0 as sys::CUgraphExec) }.result();
+        }
+    }
+
+    fn event(&self, timed: bool) -> CudaResult<Event> {
+        use sys::CUevent_flags as F;
+        self.bind()?;
+        let made = result::event::create(if timed { F::CU_EVENT_DEFAULT } else { F::CU_EVENT_DISABLE_TIMING });
         made.map(|event| Event(event as u64)).map_err(|code| self.failed("creating an event", code))
     }
 
@@ -351,6 +418,13 @@ impl Driver for Real {
         unsafe { sys::cuStreamWaitEvent(self.stream(stream), handle(event), 0) }
             .result()
             .map_err(|code| self.failed("waiting for an event", code))
+    }
+
+    fn seconds(&self, from: Event, to: Event) -> CudaResult<f64> {
+        self.bind()?;
+        // SAFETY: both are alive.
+        let milliseconds = unsafe { result::event::elapsed(handle(from), handle(to)) };
+        milliseconds.map(|ms| f64::from(ms) / 1e3).map_err(|code| self.failed("timing", code))
     }
 
     fn wait_host(&self, event: Event, patience: Duration, operation: &'static str) -> CudaResult {

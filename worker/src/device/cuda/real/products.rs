@@ -22,7 +22,7 @@ use cudarc::driver::sys as driver_sys;
 
 use super::Real;
 use crate::device::Product;
-use crate::device::cuda::driver::{Element, ProductKey, bad_plan};
+use crate::device::cuda::driver::{After, Element, Epilogue, ProductKey, bad_plan};
 use crate::device::cuda::error::{CudaError, CudaResult};
 
 /// Bytes that algorithms may use to join parts: what NVIDIA advises for Hopper.
@@ -50,7 +50,8 @@ pub(super) struct Products {
     workspace: u64,
     choice: Choice,
     adopted: AtomicBool,
-    plans: Mutex<HashMap<ProductKey, Plan>>,
+    /// `None` for what the library cannot make in one.
+    plans: Mutex<HashMap<ProductKey, Option<Plan>>>,
     /// By the text of their keys, in its order.
     chosen: Mutex<BTreeMap<String, Algorithm>>,
 }
@@ -133,23 +134,29 @@ impl Products {
         Ok(())
     }
 
-    /// Enqueues a product.
+    /// Enqueues a product. `false`: the library has no algorithm for it with its epilogue.
     ///
     /// # Safety
     /// As for `Driver::product`; the context is bound.
-    pub(super) unsafe fn run(&self, real: &Real, key: &ProductKey, operands: [u64; 3]) -> CudaResult {
+    pub(super) unsafe fn run(
+        &self,
+        real: &Real,
+        key: &ProductKey,
+        operands: [u64; 3],
+        after: After,
+    ) -> CudaResult<bool> {
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         if !plans.contains_key(key) {
             plans.insert(*key, self.plan(real, key)?);
         }
-        let plan = &plans[key];
+        let Some(plan) = &plans[key] else { return Ok(false) };
         // SAFETY: the caller vouches for the operands.
-        let status = unsafe { self.start(&plan.description, &plan.algorithm, key, operands) };
-        status.map_err(|code| failed(real, key, code))
+        let status = unsafe { self.start(&plan.description, &plan.algorithm, key, (operands, after)) };
+        status.map(|()| true).map_err(|code| failed(real, key, code))
     }
 
     /// Chooses an algorithm: the one that was adopted for it, or by the rule.
-    fn plan(&self, real: &Real, key: &ProductKey) -> CudaResult<Plan> {
+    fn plan(&self, real: &Real, key: &ProductKey) -> CudaResult<Option<Plan>> {
         let failed = |code| failed(real, key, code);
         let description = Description::new(key).map_err(failed)?;
         let mut chosen = self.chosen.lock().unwrap_or_else(PoisonError::into_inner);
@@ -157,16 +164,21 @@ impl Products {
         if let Some(data) = chosen.get(&name) {
             let algorithm = sys::cublasLtMatmulAlgo_t { data: *data };
             self.check(&description, &algorithm).map_err(failed)?;
-            return Ok(Plan { description, algorithm });
+            return Ok(Some(Plan { description, algorithm }));
         }
-        let candidates = self.candidates(&description, key).map_err(failed)?;
+        let none = CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
+        let candidates = match self.candidates(&description, key) {
+            Err(code) if code == none => Vec::new(),
+            candidates => candidates.map_err(failed)?,
+        };
         let algorithm = match (self.choice, candidates.as_slice()) {
-            (_, []) => return Err(failed(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED))),
+            (_, []) if key.epilogue != Epilogue::Plain => return Ok(None),
+            (_, []) => return Err(failed(none)),
             (Choice::First, [first, ..]) | (_, [first]) => *first,
             (Choice::Fastest, [first, ..]) => self.fastest(&description, key, &candidates).unwrap_or(*first),
         };
         chosen.insert(name, algorithm.data);
-        Ok(Plan { description, algorithm })
+        Ok(Some(Plan { description, algorithm }))
     }
 
     /// Whether an algorithm from elsewhere can make this product within the workspace.
@@ -244,7 +256,7 @@ impl Products {
                 // SAFETY: the scratch has the operands' shapes; events and stream are alive.
                 let time = unsafe {
                     driver::event::record(timer[0].0, self.stream).ok()?;
-                    if self.start(description, algorithm, key, scratch.0).is_err() {
+                    if self.start(description, algorithm, key, scratch.operands(key)).is_err() {
                         break;
                     }
                     driver::event::record(timer[1].0, self.stream).ok()?;
@@ -270,8 +282,16 @@ impl Products {
         description: &Description,
         algorithm: &sys::cublasLtMatmulAlgo_t,
         key: &ProductKey,
-        operands: [u64; 3],
+        (operands, after): ([u64; 3], After),
     ) -> Result<(), CublasError> {
+        use sys::cublasLtMatmulDescAttributes_t as A;
+        for (attribute, address) in [
+            (A::CUBLASLT_MATMUL_DESC_BIAS_POINTER, after.bias),
+            (A::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, after.pre),
+        ] {
+            let Some(address) = address else { continue };
+            description.set(attribute, &address.to_ne_bytes())?;
+        }
         let (one, old) = (1.0f32, if key.add { 1.0f32 } else { 0.0 });
         let ([a, b, c], [a_layout, b_layout, c_layout]) =
             (operands.map(|address| address as *mut c_void), description.layouts);
@@ -314,6 +334,7 @@ impl Drop for Products {
 
 impl Description {
     fn new(key: &ProductKey) -> Result<Self, CublasError> {
+        use sys::cublasLtEpilogue_t as E;
         use sys::cublasLtMatmulDescAttributes_t as A;
         use sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
         let ProductKey { m, n, k, .. } = *key;
@@ -334,11 +355,24 @@ impl Description {
             Product::TN => (false, true),
         };
         for (attribute, turned) in [(A::CUBLASLT_MATMUL_DESC_TRANSA, first), (A::CUBLASLT_MATMUL_DESC_TRANSB, second)] {
-            let operation = i32::from(turned).to_ne_bytes();
-            // SAFETY: the descriptor is alive; an operation has four bytes, 1 is transposed.
-            unsafe { result::set_matmul_desc_attribute(made.product, attribute, operation.as_ptr().cast(), 4)? };
+            made.set(attribute, &i32::from(turned).to_ne_bytes())?; // 1 is transposed
+        }
+        let epilogue = match key.epilogue {
+            Epilogue::Plain => return Ok(made),
+            Epilogue::Bias => E::CUBLASLT_EPILOGUE_BIAS,
+            Epilogue::BiasGelu => E::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+        };
+        made.set(A::CUBLASLT_MATMUL_DESC_EPILOGUE, &(epilogue as u32).to_ne_bytes())?;
+        if key.epilogue == Epilogue::BiasGelu {
+            made.set(A::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &(key.pitches[2] as i64).to_ne_bytes())?;
         }
         Ok(made)
+    }
+
+    /// Sets an attribute of the product; `value` is as long as the attribute is.
+    fn set(&self, attribute: sys::cublasLtMatmulDescAttributes_t, value: &[u8]) -> Result<(), CublasError> {
+        // SAFETY: the descriptor is alive, and the value is copied.
+        unsafe { result::set_matmul_desc_attribute(self.product, attribute, value.as_ptr().cast(), value.len()) }
     }
 }
 
@@ -374,23 +408,39 @@ impl Drop for Preference {
     }
 }
 
-/// Operands to time a product on, zeroed.
-struct Scratch([u64; 3]);
+/// Operands to time a product on, and what its epilogue takes: small numbers, as zeros would be faster than most are.
+struct Scratch([u64; 5]);
 
 impl Scratch {
     fn new(key: &ProductKey) -> Option<Self> {
         let (a_rows, b_rows) = rows(key);
         let size = if key.result == Element::Bfloat16 { 2 } else { 4 };
-        let bytes = [a_rows * key.pitches[0] * 2, b_rows * key.pitches[1] * 2, key.m * key.pitches[2] * size];
-        let mut made = Self([0; 3]);
+        let result = key.m * key.pitches[2] * size;
+        let (bias, pre) = match key.epilogue {
+            Epilogue::Plain => (1, 1),
+            Epilogue::Bias => (2 * key.n, 1),
+            Epilogue::BiasGelu => (2 * key.n, result),
+        };
+        let bytes = [a_rows * key.pitches[0] * 2, b_rows * key.pitches[1] * 2, result, bias, pre];
+        let mut made = Self([0; 5]);
         for (address, bytes) in made.0.iter_mut().zip(bytes) {
-            // SAFETY: set to zero before anything reads it.
+            // SAFETY: set before anything reads it.
             unsafe {
                 *address = driver::malloc_sync(bytes).ok()?;
-                driver::memset_d8_sync(*address, 0, bytes).ok()?;
+                driver::memset_d8_sync(*address, 0x3c, bytes).ok()?;
             }
         }
         Some(made)
+    }
+
+    fn operands(&self, key: &ProductKey) -> ([u64; 3], After) {
+        let [a, b, c, bias, pre] = self.0;
+        let after = match key.epilogue {
+            Epilogue::Plain => After::default(),
+            Epilogue::Bias => After { bias: Some(bias), pre: None },
+            Epilogue::BiasGelu => After { bias: Some(bias), pre: Some(pre) },
+        };
+        ([a, b, c], after)
     }
 }
 

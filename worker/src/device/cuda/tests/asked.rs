@@ -36,8 +36,8 @@ impl Ready {
 
     fn compute(&mut self, device: &Recorded, index: usize) -> Result<(), ModelError> {
         let [tokens, targets] = batch();
-        let batch = crate::model::MicroBatch { tokens: &tokens, targets: &targets };
-        self.model.compute(device, &self.parameters, batch, &mut self.gradient, &mut self.losses, index)
+        self.model.load(device, crate::model::MicroBatch { tokens: &tokens, targets: &targets })?;
+        self.model.compute(device, &self.parameters, &mut self.gradient, &mut self.losses, index)
     }
 }
 
@@ -55,6 +55,34 @@ fn a_step_allocates_nothing_and_waits_for_nothing_but_old_copies() {
         // The host waits before it fills an area again, once for tokens and once for targets.
         let waits = calls.iter().filter(|call| matches!(call, Call::WaitHost(_))).count();
         assert_eq!(waits, 2);
+        // The layers' forward and backward: done once, then taken down, then only played.
+        let count = |wanted: Call| calls.iter().filter(|call| **call == wanted).count();
+        let expected = [(0, 0), (2, 2), (0, 2), (0, 2)][index];
+        assert_eq!((count(Call::BeginGraph), count(Call::Play)), expected);
+        let launches = calls.iter().filter(|call| matches!(call, Call::Launch { .. })).count();
+        assert_eq!(launches < 10, index >= 2, "{launches} launches");
+    }
+}
+
+#[test]
+fn a_graph_is_ended_when_what_it_takes_down_fails() {
+    let device = device();
+    let mut ready = Ready::new(&device);
+    ready.compute(&device, 0).unwrap();
+    device.driver().take();
+    ready.compute(&device, 1).unwrap();
+    let begin = device.driver().take().iter().position(|call| *call == Call::BeginGraph).unwrap();
+
+    let mut ready = Ready::new(&device);
+    ready.compute(&device, 0).unwrap();
+    let full = CudaError::OutOfMemory { bytes: 1, what: "a test" };
+    device.driver().take();
+    device.driver().fail(begin + 2, full);
+    assert!(ready.compute(&device, 1).is_err());
+    let calls = device.driver().take();
+    assert_eq!((calls.get(begin), calls.last()), (Some(&Call::BeginGraph), Some(&Call::EndGraph)));
+    for _ in 0..2 {
+        ready.compute(&device, 1).unwrap();
     }
 }
 
@@ -114,16 +142,25 @@ fn every_error_of_a_call_comes_through() {
     let lost =
         CudaError::Lost { device: "a".into(), operation: "b".into(), code: "CUDA_ERROR_ECC_UNCORRECTABLE".into() };
     let device = device();
-    let mut ready = Ready::new(&device);
-    device.driver().take();
-    ready.compute(&device, 0).unwrap();
-    let calls = device.driver().take().len();
-    assert!(calls > 50, "{calls}");
-    for after in 0..calls {
-        device.driver().fail(after, lost.clone());
-        match ready.compute(&device, 0) {
-            Err(ModelError::Device(DeviceError::Cuda(error))) => assert_eq!(error, lost),
-            other => panic!("call {after} of {calls} failed, but: {other:?}"),
+    // At first, when the layers are taken down, and when they are played.
+    for before in 0..3 {
+        let ready = || {
+            let mut ready = Ready::new(&device);
+            (0..before).for_each(|_| ready.compute(&device, 0).unwrap());
+            device.driver().take();
+            ready
+        };
+        let mut unhurt = ready();
+        unhurt.compute(&device, 0).unwrap();
+        let calls = device.driver().take().len();
+        assert!(calls > if before < 2 { 50 } else { 10 }, "{calls}");
+        for after in 0..calls {
+            let mut ready = ready();
+            device.driver().fail(after, lost.clone());
+            match ready.compute(&device, 0) {
+                Err(ModelError::Device(DeviceError::Cuda(error))) => assert_eq!(error, lost),
+                other => panic!("call {after} of {calls} failed, but: {other:?}"),
+            }
         }
     }
     let said = lost.to_string();

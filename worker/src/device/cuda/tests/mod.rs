@@ -63,7 +63,7 @@ impl<'a, D: Driver> Bench<'a, D> {
 
     fn tokens(&self, values: &[u32]) -> super::CudaTokens<D> {
         let mut tokens = self.cuda.allocate_tokens(values.len()).unwrap();
-        self.cuda.upload_tokens(values, &mut tokens).unwrap();
+        self.cuda.upload_tokens(values, true, &mut tokens).unwrap();
         tokens
     }
 

@@ -5,9 +5,9 @@ use proto::spec::ModelSpec;
 use super::{Bench, cases, random};
 use crate::device::Device;
 use crate::device::cuda::driver::Driver;
-use crate::model::Model;
+use crate::model::{Model, recorded};
 
-cases!(llama, gpt2);
+cases!(llama, gpt2, float64);
 
 /// A small model of a preset's kind.
 fn small(preset: &str) -> ModelSpec {
@@ -68,5 +68,29 @@ fn loss_and_gradient<D: Driver>(bench: &mut Bench<'_, D>, spec: &ModelSpec) {
         assert!(cosine > 0.999 && (ours / theirs - 1.0).abs() < 0.02, "cosine {cosine}, lengths {ours} and {theirs}");
         bench.results.extend(values);
         bench.results.push(loss as f32);
+    }
+}
+
+/// Against what PyTorch computed in float64: the difference is small beside the gradient, of the whole and of each tensor.
+/// Weights and activations have eight significant bits, and tensors are small, so roundings do not average out.
+fn float64<D: Driver>(bench: &mut Bench<'_, D>) {
+    for case in recorded::cases() {
+        let (name, (loss, _, gradient)) = (case.name, recorded::run(&case, bench.cuda));
+        assert!((loss - case.loss).abs() < 0.01 * case.loss, "{name}: loss {loss}, recorded {}", case.loss);
+        let (mut at, mut whole) = (0, [0.0, 0.0]);
+        for tensor in crate::model::parameters(&case.spec) {
+            let range = at..at + tensor.elements();
+            at = range.end;
+            let (mut off, mut all) = (0.0f64, 0.0f64);
+            for (got, expected) in gradient[range.clone()].iter().zip(&case.gradient[range]) {
+                off += f64::from(got - expected).powi(2);
+                all += f64::from(*expected).powi(2);
+            }
+            let share = (off / all.max(f64::MIN_POSITIVE)).sqrt();
+            assert!(share < 0.1, "{name}: the gradient of {} is off by {share}", tensor.name);
+            whole = [whole[0] + off, whole[1] + all];
+        }
+        assert!(whole[0] < 0.03f64.powi(2) * whole[1], "{name}: the gradient is off by {whole:?}");
+        bench.results.extend(gradient);
     }
 }

@@ -29,7 +29,7 @@ fn run(kernel: &'static str, plant: Plant, seed: u64) -> CudaResult<Vec<f32>> {
     let [input, output] = [Array::<_, f32>::zeroed(&driver, N, "test")?, Array::zeroed(&driver, N, "test")?];
     let (mut area, mut back) = (Staging::new(&driver, 4 * N)?, Staging::new(&driver, 4 * N)?);
     area.bytes().copy_from_slice(bytemuck::cast_slice(&full(N, 0)));
-    let ready = driver.event()?;
+    let ready = driver.event(false)?;
     // What was cleared when it was allocated must be clear before the other stream writes it.
     driver.record(ready, Stream::Compute)?;
     driver.wait(Stream::Copy, ready)?;

@@ -6,31 +6,45 @@
 
 use proto::spec::{Architecture, ModelSpec};
 use safetensors::SafeTensors;
-use worker::device::Device;
-use worker::device::cpu::{CpuBuffer, CpuDevice};
-use worker::model::{Model, parameter_count, parameters};
 
-const CASES: [&str; 6] = ["gqa_tied", "untied", "wide_head", "gpt2", "gpt2_inner", "gpt2_untied"];
+use super::{Model, parameter_count, parameters};
+use crate::device::cpu::CpuDevice;
+use crate::device::{Device, Part, PartMut};
 
-struct Case {
-    spec: ModelSpec,
-    batch: usize,
-    sequence: usize,
-    tokens: Vec<u32>,
-    targets: Vec<u32>,
-    loss: f64,
-    gradient: Vec<f32>,
+macro_rules! fixtures {
+    ($($name:literal),+ $(,)?) => {
+        [$(($name, include_bytes!(concat!("../../tests/fixtures/", $name, ".safetensors")).as_slice())),+]
+    };
+}
+
+/// Names and files.
+const FIXTURES: [(&str, &[u8]); 6] =
+    fixtures!["gqa_tied", "untied", "wide_head", "gpt2", "gpt2_inner", "gpt2_untied"];
+
+/// A model on a micro-batch, with what came of it in float64.
+pub(crate) struct Case {
+    pub(crate) name: &'static str,
+    pub(crate) spec: ModelSpec,
+    pub(crate) batch: usize,
+    pub(crate) sequence: usize,
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) targets: Vec<u32>,
+    pub(crate) loss: f64,
+    pub(crate) gradient: Vec<f32>,
+}
+
+/// All of them.
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    FIXTURES.into_iter().map(|(name, bytes)| load(name, bytes))
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
 }
 
-fn load(name: &str) -> Case {
-    let path = format!("{}/tests/fixtures/{name}.safetensors", env!("CARGO_MANIFEST_DIR"));
-    let bytes = std::fs::read(path).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+fn load(name: &'static str, bytes: &[u8]) -> Case {
+    let file = SafeTensors::deserialize(bytes).unwrap();
+    let (_, header) = SafeTensors::read_metadata(bytes).unwrap();
     let case: serde_json::Value = serde_json::from_str(&header.metadata().as_ref().unwrap()["case"]).unwrap();
     let at = |key: &str| usize::try_from(case[key].as_u64().unwrap()).unwrap();
     let gpt2 = case["architecture"] == "gpt2";
@@ -67,44 +81,47 @@ fn load(name: &str) -> Case {
         gradient.extend(floats(stored.data()));
     }
     let loss = f64::from_le_bytes(file.tensor("loss").unwrap().data().try_into().unwrap());
-    Case { spec, batch, sequence, tokens, targets, loss, gradient }
+    Case { name, spec, batch, sequence, tokens, targets, loss, gradient }
 }
 
 /// The parameters the scripts use.
-fn hashed_parameters(spec: &ModelSpec, device: &CpuDevice) -> CpuBuffer {
-    let mut buffer = device.allocate(parameter_count(spec), "parameters").unwrap();
-    let mut at = 0;
+fn hashed_parameters(spec: &ModelSpec) -> Vec<f32> {
+    let mut values = Vec::with_capacity(parameter_count(spec));
     for tensor in parameters(spec) {
-        for i in at..at + tensor.elements() {
+        let at = values.len();
+        values.extend((at..at + tensor.elements()).map(|i| {
             let hash = (i as u64 * 2_654_435_761 % (1 << 32)) >> 16;
             let value = hash as f32 / 65536.0 - 0.5;
-            buffer[i] = match tensor.shape.len() {
+            match tensor.shape.len() {
                 1 if tensor.name.ends_with("bias") => value,
                 1 => value + 1.0,
                 _ => value * 0.5,
-            };
-        }
-        at += tensor.elements();
+            }
+        }));
     }
-    buffer
+    values
 }
 
-fn run(case: &Case, threads: usize) -> (f64, f64, Vec<f32>) {
-    let device = CpuDevice::new(threads).unwrap();
-    let weights = hashed_parameters(&case.spec, &device);
-    let mut model = Model::new(&case.spec, case.batch, case.sequence, &device).unwrap();
-    let mut gradient = device.allocate(model.parameter_count(), "gradient").unwrap();
-    gradient.fill(f32::NAN);
-    let loss = model.loss_and_gradient(&device, &weights, &case.tokens, &case.targets, &mut gradient).unwrap();
-    let alone = model.loss(&device, &weights, &case.tokens, &case.targets).unwrap();
-    (loss, alone, gradient.to_vec())
+/// The loss with its gradient, the loss alone, and the gradient.
+pub(crate) fn run<D: Device>(case: &Case, device: &D) -> (f64, f64, Vec<f32>) {
+    let values = hashed_parameters(&case.spec);
+    let mut weights = device.allocate_activation(values.len(), "parameters").unwrap();
+    device.upload_activation(&values, PartMut(&mut weights, 0)).unwrap();
+    let mut model = Model::new(&case.spec, case.batch, case.sequence, device).unwrap();
+    let mut gradient = device.allocate(values.len(), "gradient").unwrap();
+    device.upload(&vec![f32::NAN; values.len()], PartMut(&mut gradient, 0)).unwrap();
+    let loss = model.loss_and_gradient(device, &weights, &case.tokens, &case.targets, &mut gradient).unwrap();
+    let alone = model.loss(device, &weights, &case.tokens, &case.targets).unwrap();
+    let mut got = vec![0.0; values.len()];
+    device.download(Part(&gradient, 0), &mut got).unwrap();
+    (loss, alone, got)
 }
 
 #[test]
 fn losses_and_gradients_agree_with_pytorch() {
-    for name in CASES {
-        let case = load(name);
-        let (loss, alone, gradient) = run(&case, 1);
+    let device = CpuDevice::new(1).unwrap();
+    for case in cases() {
+        let (name, (loss, alone, gradient)) = (case.name, run(&case, &device));
         assert_eq!(loss.to_bits(), alone.to_bits(), "{name}: the loss without a gradient");
         assert!((loss - case.loss).abs() < 2e-6 * case.loss, "{name}: loss {loss}, recorded {}", case.loss);
         let mut at = 0;
@@ -127,11 +144,11 @@ fn losses_and_gradients_agree_with_pytorch() {
 
 #[test]
 fn bits_do_not_depend_on_threads() {
-    for name in CASES {
-        let case = load(name);
-        let first = run(&case, 1);
+    for case in cases() {
+        let name = case.name;
+        let first = run(&case, &CpuDevice::new(1).unwrap());
         for threads in 2..=4 {
-            let other = run(&case, threads);
+            let other = run(&case, &CpuDevice::new(threads).unwrap());
             assert_eq!(first.0.to_bits(), other.0.to_bits());
             assert!(first.2.iter().zip(&other.2).all(|(a, b)| a.to_bits() == b.to_bits()), "{name}: {threads} threads");
         }
