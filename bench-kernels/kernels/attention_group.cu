@@ -22,6 +22,11 @@
 #ifndef STAGE_COUNT
 #define STAGE_COUNT 2
 #endif
+// Where left operands that stay are: registers (0), their tile (1), registers, loaded again for each tile (2), or copied
+// for each tile (3).
+#ifndef LEFT_IN
+#define LEFT_IN 1
+#endif
 #ifndef LAZY
 #define LAZY 0
 #endif
@@ -43,6 +48,34 @@ __device__ __forceinline__ void as_rows(unsigned (&a)[COUNT][4], const Sums<1, 2
 #pragma unroll
     for (int step = 0; step < COUNT; step++) sums.as_a(a[step], 0, step);
 }
+
+struct Left {
+    unsigned kept[4][4];
+    const RowsAll tile;
+    const int warp_row, group_row, nothing;
+    __device__ __forceinline__ Left(const RowsAll& tile, int nothing)
+        : tile(tile), warp_row(threadIdx.x / LANES * 16), group_row(threadIdx.x / 128 * 64), nothing(nothing) {
+        if (LEFT_IN == 0 || LEFT_IN == 3) load_rows(kept, tile, warp_row);
+    }
+    template <int BLOCKS>
+    __device__ __forceinline__ void scores(Sums<1, BLOCKS>& sums, const Rows64& right, int row, unsigned (&own)[4][4]) {
+        if (LEFT_IN == 1) {
+            group_scores(sums, tile, group_row, right, row);
+        } else if (LEFT_IN == 0) {
+            group_scores(sums, kept, right, row);
+        } else {
+            group_scores(sums, own, right, row);
+        }
+    }
+    __device__ __forceinline__ void prepare(unsigned (&own)[4][4]) {
+        if (LEFT_IN == 2) load_rows(own, tile, warp_row);
+        if (LEFT_IN == 3) {
+#pragma unroll
+            for (int i = 0; i < 16; i++) own[i / 4][i % 4] = kept[i / 4][i % 4] ^ nothing;
+        }
+        if (LEFT_IN >= 2) hold(own);
+    }
+};
 
 #ifdef GROUP_FORWARD
 extern "C" __global__ void __launch_bounds__(GROUP_THREADS, BLOCKS_EACH)
@@ -74,10 +107,9 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, BLOCKS_EACH)
     key_rows.fill(keys(0), 0);
     value_rows.fill(values(0), 0);
     copy_commit();
-    unsigned q[4][4];
     copy_wait<0>();
     __syncthreads();
-    load_rows(q, queries, warp_row);
+    Left q(queries, head_dim >> 30);
     // Waits for tile i, and begins to bring the next.
     auto arrive = [&](int i) {
         copy_wait<0>();
@@ -95,8 +127,10 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, BLOCKS_EACH)
     for (int i = 0; i < own; i++) {
         int stage = i % STAGE_COUNT, key = i * 64;
         arrive(i);
+        unsigned left[4][4];
+        q.prepare(left);
         group_fence();
-        group_scores(s, q, keys(stage), 0);
+        q.scores(s, keys(stage), 0, left);
         group_commit();
         // With a third stage the product with the values before it is waited for only now.
         group_wait<0>();
@@ -123,6 +157,7 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, BLOCKS_EACH)
     group_wait<0>();
     hold(sums.value[0]);
     for (int i = own; i < count; i++) arrive(i);
+    __syncthreads();
     finish(sums, rows, scale2, lse + shape.statistics(b, head), query, sequence);
     int pitch = heads * head_dim;
     bf* to = out + static_cast<long long>(b) * sequence * pitch + head * head_dim;
@@ -167,11 +202,10 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, BLOCKS_EACH)
     Filler<GROUP_THREADS>(shape.rows(qkv, b, heads + kv_heads + kv)).fill(values, first);
     int query = first / 64 * 64, head = kv * members, stage = 0;
     fill_queries(0, head, query);
-    unsigned k[4][4], v[4][4], left[SCORE_STEP / 16][4], right[SCORE_STEP / 16][4];
+    unsigned left[SCORE_STEP / 16][4], right[SCORE_STEP / 16][4];
     copy_wait<0>();
     __syncthreads();
-    load_rows(k, keys, warp_row);
-    load_rows(v, values, warp_row);
+    Left k(keys, head_dim >> 30), v(values, head_dim >> 30);
     while (head < (kv + 1) * members) {
         int next_query = query + 64, next_head = head;
         if (next_query >= sequence) {
@@ -188,10 +222,13 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, BLOCKS_EACH)
             int first_query = query + part;
             if (first_query + SCORE_STEP - 1 < group_key) continue;   // none of these queries sees any of these keys
             const float* stats = statistics + 128 * stage + part;
+            unsigned own[4][4], other[4][4];
+            k.prepare(own);
+            v.prepare(other);
             group_fence();
-            group_scores(p, k, queries(stage), part);
+            k.scores(p, queries(stage), part, own);
             group_commit();
-            group_scores(d, v, d_outs(stage), part);
+            v.scores(d, d_outs(stage), part, other);
             group_commit();
             group_wait<1>();
             hold(p.value[0]);
@@ -219,6 +256,7 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, BLOCKS_EACH)
         query = next_query;
         stage ^= 1;
     }
+    __syncthreads();
     bf* to_keys = d_qkv + shape.offset(b, heads + kv);
     bf* to_values = d_qkv + shape.offset(b, heads + kv_heads + kv);
     write_rows(d_keys, scale, keys, warp_row, to_keys, shape.row(), key, sequence, head_dim);
@@ -257,11 +295,9 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, BLOCKS_EACH)
     copy_commit();
     RowValues<1> row_lse(lse + shape.statistics(b, head), query, sequence);
     RowValues<1> row_dot(dot + shape.statistics(b, head), query, sequence);
-    unsigned q[4][4], o[4][4];
     copy_wait<0>();
     __syncthreads();
-    load_rows(q, queries, warp_row);
-    load_rows(o, d_outs, warp_row);
+    Left q(queries, head_dim >> 30), o(d_outs, head_dim >> 30);
     for (int i = 0; i < count; i++) {
         int stage = i % 2;
         copy_wait<0>();
@@ -277,9 +313,12 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, BLOCKS_EACH)
         for (int part = 0; part < 64; part += SCORE_STEP) {
             int key = i * 64 + part;
             if (key > group_last) break;   // all of it comes after all of this warpgroup's queries
+            unsigned own[4][4], other[4][4];
+            q.prepare(own);
+            o.prepare(other);
             group_fence();
-            group_scores(s, q, keys(stage), part);
-            group_scores(d, o, values(stage), part);
+            q.scores(s, keys(stage), part, own);
+            o.scores(d, values(stage), part, other);
             group_commit();
             group_wait<0>();
             hold(s.value[0]);
@@ -297,6 +336,7 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, BLOCKS_EACH)
             hold(d_queries.value[0]);
         }
     }
+    __syncthreads();
     bf* to = d_qkv + shape.offset(b, head);
     write_rows(d_queries, scale, queries, warp_row, to, shape.row(), query, sequence, head_dim);
 }

@@ -20,10 +20,12 @@ struct Product {
     float* sums;
     int blocks;
     unsigned a[4];
+    size_t left;       // of a left operand in shared memory: bytes from its start; in registers: none
     size_t b;          // bytes from the start of dynamic shared memory
     bool add, transposed, first;
     std::vector<float> before;
 };
+constexpr size_t NOWHERE = ~size_t{0};
 struct Products {
     std::deque<std::vector<Product>> groups;
     std::vector<Product> open;
@@ -54,6 +56,8 @@ inline void run_product(Product& product) {
             unsigned word;
             std::memcpy(&word, hands[lane / 4 * 4 + k % 8 / 2].bytes + 4 * (2 * (k / 8) + i), sizeof word);
             left[i][k] = __uint_as_float(k % 2 == 0 ? word << 16 : word & 0xffff0000u);
+            size_t row = here.fibre->id % 128 / WARP * 16 + lane / 4 + 8 * i;
+            if (product.left != NOWHERE) left[i][k] = shared_number(product.left + 128 * row + 2 * k);
         }
     }
     for (int n = 0; n < 4 * product.blocks; n++) {
@@ -68,9 +72,10 @@ inline void run_product(Product& product) {
     }
 }
 
-inline void start_product(float* sums, int blocks, const unsigned (&a)[4], size_t b, bool add, bool transposed) {
+inline void start_product(float* sums, int blocks, const unsigned (&a)[4], size_t left, size_t b, bool add,
+                          bool transposed) {
     Products& mine = products();
-    Product product = {sums, blocks, {a[0], a[1], a[2], a[3]}, b, add, transposed, true, {}};
+    Product product = {sums, blocks, {a[0], a[1], a[2], a[3]}, left, b, add, transposed, true, {}};
     for (const Product& other : mine.open) product.first &= other.sums != sums;
     for (const auto& group : mine.groups) {
         for (const Product& other : group) product.first &= other.sums != sums;
@@ -108,13 +113,13 @@ inline void group_wait() {
         mine.groups.pop_front();
     }
 }
-template <bool TRANSPOSED, int BLOCKS>
-inline void group_multiply(float (&sums)[BLOCKS][4], const unsigned (&a)[4], Matrix b) {
-    emulator::start_product(&sums[0][0], BLOCKS, a, b.at, false, TRANSPOSED);
+template <bool TRANSPOSED, bool ADD, int BLOCKS>
+inline void group_product(float (&sums)[BLOCKS][4], const unsigned (&a)[4], Matrix b) {
+    emulator::start_product(&sums[0][0], BLOCKS, a, emulator::NOWHERE, b.at, ADD, TRANSPOSED);
 }
-template <bool TRANSPOSED, int BLOCKS>
-inline void group_multiply_add(float (&sums)[BLOCKS][4], const unsigned (&a)[4], Matrix b) {
-    emulator::start_product(&sums[0][0], BLOCKS, a, b.at, true, TRANSPOSED);
+template <bool TRANSPOSED, bool ADD, int BLOCKS>
+inline void group_product(float (&sums)[BLOCKS][4], Matrix a, Matrix b) {
+    emulator::start_product(&sums[0][0], BLOCKS, {0, 0, 0, 0}, a.at, b.at, ADD, TRANSPOSED);
 }
 template <int BLOCKS>
 inline void hold(float (&)[BLOCKS][4]) {}
@@ -164,67 +169,96 @@ __device__ __forceinline__ void hold(unsigned (&a)[COUNT][4]) {
     }
 }
 
-// sums = a b; sums += a b: b's rows in the tile are its columns, or its rows if TRANSPOSED.
-template <bool TRANSPOSED>
-__device__ __forceinline__ void group_multiply(float (&d)[4][4], const unsigned (&a)[4], Matrix b) {
-    asm volatile(
-        "{\n.reg .pred more;\nsetp.ne.b32 more, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-        "{%16, %17, %18, %19}, %20, more, 1, 1, %21;\n}"
-        : "=f"(d[0][0]), "=f"(d[0][1]), "=f"(d[0][2]), "=f"(d[0][3]), "=f"(d[1][0]), "=f"(d[1][1]),
-          "=f"(d[1][2]), "=f"(d[1][3]), "=f"(d[2][0]), "=f"(d[2][1]), "=f"(d[2][2]), "=f"(d[2][3]),
-          "=f"(d[3][0]), "=f"(d[3][1]), "=f"(d[3][2]), "=f"(d[3][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "n"(TRANSPOSED ? 1 : 0)
-        : "memory");
+// sums = a b, or sums += a b if ADD, over 16: b's rows in the tile are its columns, or its rows if TRANSPOSED. The left
+// operand is in registers, or rows of a tile as b's are.
+#define SUMS_4 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+#define SUMS_8                                                                                    \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+#define ONE_SUM(how, b) how(d[b][0]), how(d[b][1]), how(d[b][2]), how(d[b][3])
+#define EACH_4(how) ONE_SUM(how, 0), ONE_SUM(how, 1), ONE_SUM(how, 2), ONE_SUM(how, 3)
+#define EACH_8(how) EACH_4(how), ONE_SUM(how, 4), ONE_SUM(how, 5), ONE_SUM(how, 6), ONE_SUM(how, 7)
+template <bool TRANSPOSED, bool ADD>
+__device__ __forceinline__ void group_product(float (&d)[4][4], const unsigned (&a)[4], Matrix b) {
+#define TEXT                                                                       \
+    "{\n.reg .pred more;\nsetp.ne.b32 more, %17, 0;\n"                             \
+    "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 " SUMS_4 \
+    "{%19, %20, %21, %22}, %16, more, 1, 1, %18;\n}"
+    if constexpr (ADD) {
+        asm volatile(TEXT
+                     : EACH_4("+f")
+                     : "l"(b.bits), "n"(1), "n"(TRANSPOSED ? 1 : 0), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+                     : "memory");
+    } else {
+        asm volatile(TEXT
+                     : EACH_4("=f")
+                     : "l"(b.bits), "n"(0), "n"(TRANSPOSED ? 1 : 0), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+                     : "memory");
+    }
+#undef TEXT
 }
-template <bool TRANSPOSED>
-__device__ __forceinline__ void group_multiply_add(float (&d)[4][4], const unsigned (&a)[4], Matrix b) {
-    asm volatile(
-        "{\n.reg .pred more;\nsetp.eq.b32 more, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-        "{%16, %17, %18, %19}, %20, more, 1, 1, %21;\n}"
-        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
-          "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
-          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "n"(TRANSPOSED ? 1 : 0)
-        : "memory");
+template <bool TRANSPOSED, bool ADD>
+__device__ __forceinline__ void group_product(float (&d)[4][4], Matrix a, Matrix b) {
+#define TEXT                                                                       \
+    "{\n.reg .pred more;\nsetp.ne.b32 more, %17, 0;\n"                             \
+    "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 " SUMS_4 \
+    "%19, %16, more, 1, 1, 0, %18;\n}"
+    if constexpr (ADD) {
+        asm volatile(TEXT
+                     : EACH_4("+f")
+                     : "l"(b.bits), "n"(1), "n"(TRANSPOSED ? 1 : 0), "l"(a.bits)
+                     : "memory");
+    } else {
+        asm volatile(TEXT
+                     : EACH_4("=f")
+                     : "l"(b.bits), "n"(0), "n"(TRANSPOSED ? 1 : 0), "l"(a.bits)
+                     : "memory");
+    }
+#undef TEXT
 }
-template <bool TRANSPOSED>
-__device__ __forceinline__ void group_multiply(float (&d)[8][4], const unsigned (&a)[4], Matrix b) {
-    asm volatile(
-        "{\n.reg .pred more;\nsetp.ne.b32 more, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
-        "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, %36, more, 1, 1, %37;\n}"
-        : "=f"(d[0][0]), "=f"(d[0][1]), "=f"(d[0][2]), "=f"(d[0][3]), "=f"(d[1][0]), "=f"(d[1][1]),
-          "=f"(d[1][2]), "=f"(d[1][3]), "=f"(d[2][0]), "=f"(d[2][1]), "=f"(d[2][2]), "=f"(d[2][3]),
-          "=f"(d[3][0]), "=f"(d[3][1]), "=f"(d[3][2]), "=f"(d[3][3]), "=f"(d[4][0]), "=f"(d[4][1]),
-          "=f"(d[4][2]), "=f"(d[4][3]), "=f"(d[5][0]), "=f"(d[5][1]), "=f"(d[5][2]), "=f"(d[5][3]),
-          "=f"(d[6][0]), "=f"(d[6][1]), "=f"(d[6][2]), "=f"(d[6][3]), "=f"(d[7][0]), "=f"(d[7][1]),
-          "=f"(d[7][2]), "=f"(d[7][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "n"(TRANSPOSED ? 1 : 0)
-        : "memory");
+template <bool TRANSPOSED, bool ADD>
+__device__ __forceinline__ void group_product(float (&d)[8][4], const unsigned (&a)[4], Matrix b) {
+#define TEXT                                                                       \
+    "{\n.reg .pred more;\nsetp.ne.b32 more, %33, 0;\n"                             \
+    "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SUMS_8 \
+    "{%35, %36, %37, %38}, %32, more, 1, 1, %34;\n}"
+    if constexpr (ADD) {
+        asm volatile(TEXT
+                     : EACH_8("+f")
+                     : "l"(b.bits), "n"(1), "n"(TRANSPOSED ? 1 : 0), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+                     : "memory");
+    } else {
+        asm volatile(TEXT
+                     : EACH_8("=f")
+                     : "l"(b.bits), "n"(0), "n"(TRANSPOSED ? 1 : 0), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+                     : "memory");
+    }
+#undef TEXT
 }
-template <bool TRANSPOSED>
-__device__ __forceinline__ void group_multiply_add(float (&d)[8][4], const unsigned (&a)[4], Matrix b) {
-    asm volatile(
-        "{\n.reg .pred more;\nsetp.eq.b32 more, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
-        "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, %36, more, 1, 1, %37;\n}"
-        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
-          "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
-          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
-          "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
-          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
-          "+f"(d[7][2]), "+f"(d[7][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "n"(TRANSPOSED ? 1 : 0)
-        : "memory");
+template <bool TRANSPOSED, bool ADD>
+__device__ __forceinline__ void group_product(float (&d)[8][4], Matrix a, Matrix b) {
+#define TEXT                                                                       \
+    "{\n.reg .pred more;\nsetp.ne.b32 more, %33, 0;\n"                             \
+    "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SUMS_8 \
+    "%35, %32, more, 1, 1, 0, %34;\n}"
+    if constexpr (ADD) {
+        asm volatile(TEXT
+                     : EACH_8("+f")
+                     : "l"(b.bits), "n"(1), "n"(TRANSPOSED ? 1 : 0), "l"(a.bits)
+                     : "memory");
+    } else {
+        asm volatile(TEXT
+                     : EACH_8("=f")
+                     : "l"(b.bits), "n"(0), "n"(TRANSPOSED ? 1 : 0), "l"(a.bits)
+                     : "memory");
+    }
+#undef TEXT
 }
+#undef SUMS_4
+#undef SUMS_8
+#undef ONE_SUM
+#undef EACH_4
+#undef EACH_8
 
 #endif
 
@@ -236,9 +270,9 @@ __device__ __forceinline__ void group_scores(Sums<1, BLOCKS>& sums, const unsign
 #pragma unroll
     for (int step = 0; step < 4; step++) {
         if (step == 0) {
-            group_multiply<false>(sums.value[0], a[step], from);
+            group_product<false, false>(sums.value[0], a[step], from);
         } else {
-            group_multiply_add<false>(sums.value[0], a[step], from.plus(32 * step));
+            group_product<false, true>(sums.value[0], a[step], from.plus(32 * step));
         }
     }
 }
@@ -250,6 +284,21 @@ __device__ __forceinline__ void group_add_product(Sums<1, 8>& sums, const unsign
     Matrix from = matrix_of(b.base + b.start + row * 64);
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
-        group_multiply_add<true>(sums.value[0], a[step], from.plus(2048 * step));
+        group_product<true, true>(sums.value[0], a[step], from.plus(2048 * step));
+    }
+}
+
+// As group_scores, with the left operand's 64 rows of a tile from `a_row`.
+template <int BLOCKS, int A_ROWS, int ROWS>
+__device__ __forceinline__ void group_scores(Sums<1, BLOCKS>& sums, const Tile<A_ROWS, 64>& a, int a_row,
+                                             const Tile<ROWS, 64>& b, int row) {
+    Matrix left = matrix_of(a.base + a.start + a_row * 64), from = matrix_of(b.base + b.start + row * 64);
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+        if (step == 0) {
+            group_product<false, false>(sums.value[0], left, from);
+        } else {
+            group_product<false, true>(sums.value[0], left.plus(32 * step), from.plus(32 * step));
+        }
     }
 }
