@@ -5,13 +5,15 @@
 //
 // Launch:
 //   column_sums: block 256, grid ceil(width / 32), no dynamic shared memory.
-//   bias_gradient: block 256, grid (ceil(width / 256), Y), no dynamic shared memory; Y = min(ceil(rows / 64), 128) by
-//     custom. Any Y is right, but it decides bits, so it may depend on the shape only.
+//   bias_gradient: block 256, grid (C, Y), no dynamic shared memory, with C = ceil(width / 256) and Y =
+//     min(ceil(rows / 64), max(1, 528 / C)) by custom, which fills an H100 once. Any Y is right, but it decides bits,
+//     so it may depend on the shape only.
 #include "common.cuh"
 
 constexpr int COLUMN_THREADS = 256;
 constexpr int COLUMN_WARPS = COLUMN_THREADS / LANES;
 constexpr int COLUMN_LOADS = 4;   // under way at a time
+constexpr int BIAS_LOADS = 8;     // the same, of a bias's gradient
 
 // Adds what the eight warps have for the same column, in order; all threads must call.
 template <int EACH>
@@ -48,26 +50,42 @@ extern "C" __global__ void __launch_bounds__(COLUMN_THREADS)
 }
 EXPORT(column_sums, COLUMN_THREADS)
 
+// Adds a warp's rows, eight of them under way at a time; the choice between vectors and single numbers is made once.
+template <bool VECTOR>
+__device__ __forceinline__ void sum_rows(float (&sum)[8], const bf* from, int width, int left, int begin, int end) {
+    const bf* at = from + static_cast<long long>(begin) * width;
+    long long step = static_cast<long long>(COLUMN_WARPS) * width;
+    int row = begin;
+    for (; row + (BIAS_LOADS - 1) * COLUMN_WARPS < end; row += COLUMN_WARPS * BIAS_LOADS) {
+        Words words[BIAS_LOADS];
+#pragma unroll
+        for (int l = 0; l < BIAS_LOADS; l++) words[l] = load8(at + l * step, left, VECTOR);
+        at += BIAS_LOADS * step;
+#pragma unroll
+        for (int l = 0; l < BIAS_LOADS; l++) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum[i] += unpacked(words[l], i);
+        }
+    }
+    for (; row < end; row += COLUMN_WARPS) {
+        Words words = load8(at, left, VECTOR);
+        at += step;
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[i] += unpacked(words, i);
+    }
+}
+
 // partial[y, j] = the sum of d_out[i, j] over the y-th run of ceil(rows / gridDim.y) rows; partial: [gridDim.y, width].
-extern "C" __global__ void __launch_bounds__(COLUMN_THREADS)
+extern "C" __global__ void __launch_bounds__(COLUMN_THREADS, 4)
     bias_gradient(float* partial, const bf* d_out, int rows, int width) {
     SHARED_ARRAY(float, shared, COLUMN_THREADS * 8);
     int warp = threadIdx.x / LANES, column = (blockIdx.x * LANES + threadIdx.x % LANES) * 8, left = width - column;
     int run = (rows + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * run, end = min(begin + run, rows);
     float sum[8] = {};
-    for (int first = begin + warp; first < end; first += COLUMN_WARPS * COLUMN_LOADS) {
-        Words words[COLUMN_LOADS];
-#pragma unroll
-        for (int l = 0; l < COLUMN_LOADS; l++) {
-            int row = first + l * COLUMN_WARPS;
-            const bf* from = d_out + static_cast<long long>(row) * width + column;
-            words[l] = load8(from, row < end ? left : 0, width % 8 == 0);
-        }
-#pragma unroll
-        for (int l = 0; l < COLUMN_LOADS; l++) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) sum[i] += unpacked(words[l], i);
-        }
+    if (width % 8 == 0) {
+        sum_rows<true>(sum, d_out + column, width, left, begin + warp, end);
+    } else {
+        sum_rows<false>(sum, d_out + column, width, left, begin + warp, end);
     }
     add_warps(sum, shared);
     if (warp != 0) return;

@@ -12,10 +12,14 @@
 //   rmsnorm_backward: block 256, grid G, dynamic shared memory 4 * width bytes.
 //   layernorm_backward: block 512, grid G, dynamic shared memory 8 * width bytes (past 48 KiB from width 6145 on).
 //     G = min(ceil(rows / R), 264) by custom; any G is right, but it decides bits, so it may depend on the shape only.
+//   The same with _768 or _1024 at the end, for widths up to that, a multiple of eight: block 128, grid
+//     min(ceil(rows / 4), 396) by custom, dynamic shared memory 4 * width (rmsnorm) or 8 * width bytes (layernorm).
 #include "common.cuh"
 
 constexpr int NORM_THREADS = 256;
 constexpr int CENTRED_BACKWARD_THREADS = 512;
+constexpr int NARROW_THREADS = 128;
+constexpr int NARROW_WARPS = NARROW_THREADS / LANES;
 
 // Which row and which part of it a thread of a block of THREADS has.
 template <int THREADS>
@@ -267,3 +271,147 @@ extern "C" __global__ void __launch_bounds__(CENTRED_BACKWARD_THREADS)
     norm_backward<true>({d_x, partial, x, statistics, weight, d_normed, rows, width, add});
 }
 EXPORT(layernorm_backward, CENTRED_BACKWARD_THREADS)
+
+// --- backward of rows of up to 256 UNITS numbers, a multiple of eight: one warp a row, no barriers ------------------
+
+// A lane's units of such a row.
+template <int UNITS>
+struct Row {
+    Words unit[UNITS];
+
+    __device__ __forceinline__ void load(const bf* from, int width, bool there, bool vector) {
+#pragma unroll
+        for (int v = 0; v < UNITS; v++) {
+            int column = threadIdx.x % LANES * 8 + v * LANES * 8;
+            unit[v] = load8(from + column, there ? width - column : 0, vector);
+        }
+    }
+    __device__ __forceinline__ void keep() {
+#pragma unroll
+        for (int v = 0; v < UNITS; v++) keep_packed(unit[v]);
+    }
+    __device__ __forceinline__ void store(bf* to, int width) const {
+#pragma unroll
+        for (int v = 0; v < UNITS; v++) {
+            int column = threadIdx.x % LANES * 8 + v * LANES * 8;
+            store8(to + column, unit[v], width - column, true);
+        }
+    }
+};
+
+// What is read of a row.
+template <bool CENTRED, int UNITS>
+struct RowRead {
+    Row<UNITS> x, d, old;
+    float mean, scale;
+
+    __device__ __forceinline__ void load(const Backward& b, int row, bool there) {
+        long long at = static_cast<long long>(row) * b.width;
+        x.load(b.x + at, b.width, there, true);
+        d.load(b.d_normed + at, b.width, there, true);
+        old.load(b.d_x + at, b.width, there && b.add, true);
+        mean = CENTRED && there ? b.statistics[2 * static_cast<long long>(row)] : 0.0f;
+        scale = there ? b.statistics[CENTRED ? 2 * static_cast<long long>(row) + 1 : row] : 0.0f;
+    }
+};
+
+template <bool CENTRED, int UNITS>
+struct NarrowGains {
+    float weight[UNITS][8] = {}, bias[CENTRED ? UNITS : 1][8] = {};
+};
+
+// As row_backward.
+template <bool CENTRED, int UNITS>
+__device__ __forceinline__ void narrow_row(const Backward& b, RowRead<CENTRED, UNITS>& r, Row<UNITS>& weight,
+                                           NarrowGains<CENTRED, UNITS>& gains, int row) {
+    float along = 0.0f, total = 0.0f;
+    weight.keep();
+#pragma unroll
+    for (int v = 0; v < UNITS; v++) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            // Beyond the row's end d is 0, and so is all that is added.
+            float h = (unpacked(r.x.unit[v], i) - r.mean) * r.scale, dy = unpacked(r.d.unit[v], i);
+            float g = dy * unpacked(weight.unit[v], i);
+            along += g * h;
+            gains.weight[v][i] += dy * h;
+            if (CENTRED) {
+                total += g;
+                gains.bias[CENTRED ? v : 0][i] += dy;
+            }
+        }
+    }
+    along = warp_sum(along) / b.width;
+    if (CENTRED) total = warp_sum(total) / b.width;
+    r.x.keep();
+    r.d.keep();
+    weight.keep();
+    Row<UNITS> result;
+#pragma unroll
+    for (int v = 0; v < UNITS; v++) {
+        float value[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float h = (unpacked(r.x.unit[v], i) - r.mean) * r.scale;
+            float g = unpacked(r.d.unit[v], i) * unpacked(weight.unit[v], i);
+            value[i] = r.scale * (g - h * along - total) + unpacked(r.old.unit[v], i);
+        }
+        result.unit[v] = packed(value);
+    }
+    result.store(b.d_x + static_cast<long long>(row) * b.width, b.width);
+}
+
+// A block has a run of rows, its warps one after another; while a row is worked on, the next is on its way where
+// AHEAD, which takes registers.
+template <bool CENTRED, int UNITS, bool AHEAD>
+__device__ __forceinline__ void narrow_backward(const Backward& b) {
+    DYNAMIC_SHARED(float, sums);
+    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    int run = (b.rows + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * run, end = min(begin + run, b.rows);
+    NarrowGains<CENTRED, UNITS> gains;
+    Row<UNITS> weight;
+    weight.load(b.weight, b.width, true, aligned16(b.weight));
+    RowRead<CENTRED, UNITS> next;
+    if (AHEAD) next.load(b, begin + warp, begin + warp < end);
+    for (int row = begin + warp; row < end; row += NARROW_WARPS) {
+        if (!AHEAD) next.load(b, row, true);
+        RowRead<CENTRED, UNITS> here = next;
+        if (AHEAD) next.load(b, row + NARROW_WARPS, row + NARROW_WARPS < end);
+        narrow_row(b, here, weight, gains, row);
+    }
+    // The warps add theirs in order.
+    for (int turn = 0; turn < NARROW_WARPS; turn++) {
+        if (turn == warp) {
+#pragma unroll
+            for (int v = 0; v < UNITS; v++) {
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    int column = lane * 8 + v * LANES * 8 + i, second = b.width + column;
+                    if (column >= b.width) continue;
+                    sums[column] = gains.weight[v][i] + (turn == 0 ? 0.0f : sums[column]);
+                    if (!CENTRED) continue;
+                    sums[second] = gains.bias[CENTRED ? v : 0][i] + (turn == 0 ? 0.0f : sums[second]);
+                }
+            }
+        }
+        __syncthreads();
+    }
+    int values = CENTRED ? 2 * b.width : b.width;
+    for (int i = threadIdx.x; i < values; i += NARROW_THREADS) {
+        b.partial[static_cast<long long>(blockIdx.x) * values + i] = sums[i];
+    }
+}
+
+// As rmsnorm_backward and layernorm_backward.
+#define NARROW(name, centred, units, ahead)                                                                       \
+    extern "C" __global__ void __launch_bounds__(NARROW_THREADS, 3)                                               \
+        name(bf* d_x, float* partial, const bf* x, const float* statistics, const bf* weight, const bf* d_normed, \
+             int rows, int width, int add) {                                                                      \
+        narrow_backward<centred, units, ahead>({d_x, partial, x, statistics, weight, d_normed, rows, width, add}); \
+    }                                                                                                             \
+    EXPORT(name, NARROW_THREADS)
+NARROW(rmsnorm_backward_768, false, 3, true)
+NARROW(rmsnorm_backward_1024, false, 4, true)
+NARROW(layernorm_backward_768, true, 3, true)
+NARROW(layernorm_backward_1024, true, 4, false)
+#undef NARROW

@@ -48,6 +48,11 @@ __device__ __forceinline__ void store_words(void* to, const Words& words) {
     *reinterpret_cast<uint4*>(to) = make_uint4(words.word[0], words.word[1], words.word[2], words.word[3]);
 }
 
+// Words that the compiler may not keep unpacked, in twice the registers, from one use to the next.
+__device__ __forceinline__ void keep_packed(Words& words) {
+    asm volatile("" : "+r"(words.word[0]), "+r"(words.word[1]), "+r"(words.word[2]), "+r"(words.word[3]));
+}
+
 // 8 bytes, aligned to 8.
 __device__ __forceinline__ void store_pair(void* to, unsigned low, unsigned high) {
     *reinterpret_cast<uint2*>(to) = make_uint2(low, high);

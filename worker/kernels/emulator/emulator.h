@@ -114,6 +114,8 @@ inline void store_words(void* to, const Words& words) {
     std::memcpy(to, &words, sizeof words);
 }
 
+inline void keep_packed(Words&) {}
+
 inline void store_pair(void* to, unsigned low, unsigned high) {
     emulator::machine->check(to, 8, 8, "an 8-byte store");
     unsigned both[2] = {low, high};

@@ -58,7 +58,11 @@ pub(super) const MODULES: [Module; 13] = [
     module!("cast.cu": "cast_to_bf16", "cast_to_float", "axpy", "scale"),
     module!("exact.cu": "accumulate_blocks", "gradient_from_blocks", "square_sums", "find_fault"),
     module!("optimizer.cu": "adamw"),
-    module!("norm.cu": "rmsnorm_forward", "rmsnorm_backward", "layernorm_forward", "layernorm_backward"),
+    module!(
+        "norm.cu":
+        "rmsnorm_forward", "rmsnorm_backward", "layernorm_forward", "layernorm_backward",
+        "rmsnorm_backward_768", "rmsnorm_backward_1024", "layernorm_backward_768", "layernorm_backward_1024"
+    ),
     module!("columns.cu": "column_sums", "bias_gradient"),
     module!("rope.cu": "rope"),
     module!("activation.cu": "swiglu_forward", "swiglu_backward", "gelu_forward", "gelu_backward", "bias_add"),

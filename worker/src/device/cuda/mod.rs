@@ -29,6 +29,7 @@ mod compile;
 pub mod emulated;
 mod kernels;
 mod lend;
+mod loss;
 mod norms;
 mod operations;
 #[cfg(test)]

@@ -6,8 +6,9 @@ use super::memory::{Array, Bf16};
 use super::{CudaDevice, arguments, int};
 use crate::device::{DeviceError, DeviceResult, NormShape, Part, PartMut, Write};
 
-/// Blocks of a backward, at most: two for each multiprocessor of an H100.
+/// Blocks of a backward, at most: two for each multiprocessor of an H100, and three where rows are narrow.
 const BLOCKS: usize = 264;
+const NARROW_BLOCKS: usize = 396;
 /// The widest rows that the kernels hold in registers.
 const WIDEST: usize = 8192;
 
@@ -28,7 +29,7 @@ impl Norm {
 
     /// Elements of workspace of a backward.
     pub(super) fn workspace(self, norm: NormShape) -> usize {
-        blocks(norm).unwrap_or(0) * norm.width * self.numbers()
+        backward(self, norm).map_or(0, |launch| launch.blocks) * norm.width * self.numbers()
     }
 }
 
@@ -54,9 +55,38 @@ fn rows_of_block(norm: NormShape) -> DeviceResult<usize> {
     }
 }
 
-/// Blocks of a backward, which decide the order of its sums: by the shape alone.
-fn blocks(norm: NormShape) -> DeviceResult<usize> {
-    Ok(norm.rows.div_ceil(rows_of_block(norm)?).min(BLOCKS))
+/// How a backward is launched.
+struct Backward {
+    kernel: &'static str,
+    threads: u32,
+    blocks: usize,
+}
+
+/// Its blocks decide the order of its sums: all is by the shape alone.
+fn backward(kind: Norm, norm: NormShape) -> DeviceResult<Backward> {
+    let NormShape { rows, width, .. } = norm;
+    let narrow = match (kind, width) {
+        (_, width) if width % 8 != 0 => None,
+        (Norm::Rms, 0..=768) => Some("rmsnorm_backward_768"),
+        (Norm::Rms, 769..=1024) => Some("rmsnorm_backward_1024"),
+        (Norm::Layer, 0..=768) => Some("layernorm_backward_768"),
+        (Norm::Layer, 769..=1024) => Some("layernorm_backward_1024"),
+        _ => None,
+    };
+    if let Some(kernel) = narrow {
+        return Ok(Backward { kernel, threads: 128, blocks: rows.div_ceil(4).min(NARROW_BLOCKS) });
+    }
+    let blocks = rows.div_ceil(rows_of_block(norm)?).min(BLOCKS);
+    Ok(match kind {
+        Norm::Rms => Backward { kernel: "rmsnorm_backward", threads: 256, blocks },
+        Norm::Layer => Backward { kernel: "layernorm_backward", threads: 512, blocks },
+    })
+}
+
+/// Parts of the rows that a bias's gradient is first summed over: by the shape alone, and so that an H100 has one wave
+/// of blocks.
+pub(super) fn bias_parts(width: usize, rows: usize) -> usize {
+    rows.div_ceil(64).min((528 / width.div_ceil(256).max(1)).max(1))
 }
 
 impl<D: Driver> CudaDevice<D> {
@@ -98,18 +128,15 @@ impl<D: Driver> CudaDevice<D> {
         workspace: &mut Array<D, f32>,
     ) -> DeviceResult {
         let NormShape { rows, width, .. } = norm;
-        let (n, blocks, columns) = (rows * width, blocks(norm)?, width * kind.numbers());
+        let Backward { kernel, threads, blocks } = backward(kind, norm)?;
+        let (n, columns) = (rows * width, width * kind.numbers());
         let partial = workspace.at(0, blocks * columns);
         let Saved { x, statistics, affine, d_normed } = saved;
         let (x, statistics, gain) =
             (x.at(0, n), statistics.at(0, rows * kind.numbers()), affine.0.at(affine.1, columns));
         let (d_x, d_normed, add) = (d_x.at(0, n), d_normed.at(0, n), i32::from(write == Write::Add));
         let arguments = arguments![d_x, partial, x, statistics, gain, d_normed, int(rows), int(width), add];
-        let (kernel, block) = match kind {
-            Norm::Rms => ("rmsnorm_backward", 256),
-            Norm::Layer => ("layernorm_backward", 512),
-        };
-        self.run(kernel, [blocks, 1, 1], block, 4 * columns, arguments)?;
+        self.run(kernel, [blocks, 1, 1], threads, 4 * columns, arguments)?;
         self.column_sums(blocks, columns, partial, d_affine.0.at(d_affine.1, columns))
     }
 

@@ -5,25 +5,18 @@
 
 use super::driver::{After, Driver, Element, Stream};
 use super::memory::{Array, Bf16};
-use super::norms::{self, Norm};
-use super::{CudaBlockSums, CudaDevice, CudaRepeated, CudaTokens, arguments, attention, bf16, int, kernels, long};
+use super::norms::{self, Norm, bias_parts};
+use super::{
+    CudaBlockSums, CudaDevice, CudaRepeated, CudaTokens, arguments, attention, bf16, int, kernels, long, loss,
+};
 use crate::device::{
     AttentionShape, Device, DeviceError, DeviceResult, LossShape, MatmulShape, NormShape, Part, PartMut, Product, Write,
 };
 use crate::exact::GradientFault;
 
-/// Logits that exist at once: 1 GiB of bfloat16.
-const LOGITS: usize = 1 << 29;
-/// Rows of logits begin at multiples of so many, for whole tiles of the products.
-const PITCH: usize = 128;
 /// Sums on the fixed grid, which this device does not keep: its exact sums are in blocks.
 #[derive(Debug)]
 pub enum NoSums {}
-
-/// Parts of the rows that a bias's gradient is first summed over: by the shape alone.
-fn bias_parts(rows: usize) -> usize {
-    rows.div_ceil(64).min(128)
-}
 
 fn flag(write: Write) -> i32 {
     i32::from(write == Write::Add)
@@ -75,11 +68,11 @@ impl<D: Driver> Device for CudaDevice<D> {
     }
 
     fn loss_rows(&self, vocabulary: usize, rows: usize) -> usize {
-        (LOGITS / self.logits_pitch(vocabulary) / PITCH * PITCH).max(PITCH).min(rows)
+        loss::rows(vocabulary, rows)
     }
 
     fn logits_pitch(&self, vocabulary: usize) -> usize {
-        vocabulary.next_multiple_of(PITCH)
+        loss::pitch(vocabulary)
     }
 
     fn allocate(&self, elements: usize, what: &'static str) -> DeviceResult<Floats<D>> {
@@ -236,22 +229,7 @@ impl<D: Driver> Device for CudaDevice<D> {
         d_out: &Halves<D>,
         d_table: PartMut<'_, Floats<D>>,
     ) -> DeviceResult {
-        // Partial sums go through the scratch memory, as many runs at a time as fit.
-        let most = self.scratch.len() / width.max(1);
-        let unfit = || DeviceError::Unsupported(format!("{rows} rows of {width} numbers with one token"));
-        let (d_out, partial, (d_table, _)) =
-            (d_out.at(0, rows * width), self.scratch.at(0, 0), d_table.0.from(d_table.1));
-        for group in tokens.runs.groups(most).ok_or_else(unfit)? {
-            let (pieces, columns) = (tokens.runs.pieces(&group), width.div_ceil(1024));
-            let [order, piece_start, run_piece, run_token] = tokens.order(rows, &group);
-            let arguments = arguments![partial, d_out, order, piece_start, int(pieces.len()), int(width)];
-            self.run("embedding_backward_pieces", [pieces.len(), columns, 1], 128, 0, arguments)?;
-            // The runs count their pieces from the first of all.
-            let first = partial.wrapping_sub((pieces.start * width * 4) as u64);
-            let arguments = arguments![d_table, first, run_piece, run_token, int(group.len()), int(width)];
-            self.run("embedding_backward_join", [group.len(), columns, 1], 128, 0, arguments)?;
-        }
-        Ok(())
+        self.embed_backward(width, rows, tokens, d_out, d_table)
     }
 
     fn position_backward(
@@ -280,7 +258,7 @@ impl<D: Driver> Device for CudaDevice<D> {
         d_bias: PartMut<'_, Floats<D>>,
         workspace: &mut Floats<D>,
     ) -> DeviceResult {
-        let (parts, d_out) = (bias_parts(rows), d_out.at(0, rows * width));
+        let (parts, d_out) = (bias_parts(width, rows), d_out.at(0, rows * width));
         let partial = workspace.at(0, parts * width);
         let arguments = arguments![partial, d_out, int(rows), int(width)];
         self.run("bias_gradient", [width.div_ceil(256), parts, 1], 256, 0, arguments)?;
@@ -288,7 +266,7 @@ impl<D: Driver> Device for CudaDevice<D> {
     }
 
     fn bias_workspace(&self, width: usize, rows: usize) -> usize {
-        bias_parts(rows) * width
+        bias_parts(width, rows) * width
     }
 
     fn rmsnorm_forward(
@@ -431,15 +409,7 @@ impl<D: Driver> Device for CudaDevice<D> {
         losses: &mut Array<D, f64>,
         index: usize,
     ) -> DeviceResult {
-        let LossShape { vocabulary, pitch, rows, first } = shape;
-        let (logits, row_losses) = (logits.at(0, rows * pitch), self.scratch.at(0, rows));
-        let (targets, count) = (targets.ids(first, rows), int(rows));
-        let (scale, wanted) = (gradient.unwrap_or(0.0), i32::from(gradient.is_some()));
-        let arguments = arguments![logits, row_losses, targets, count, int(vocabulary), int(pitch), scale, wanted];
-        self.run("cross_entropy", [rows, 1, 1], 512, 0, arguments)?;
-        losses.at(index, 1);
-        let arguments = arguments![losses.at(0, losses.len()), row_losses, count, int(index), flag(write)];
-        self.run("sum_losses", [1, 1, 1], 256, 0, arguments)
+        self.lose(shape, targets, gradient, logits, (write, losses, index))
     }
 
     fn read_losses(&self, losses: &Array<D, f64>, to: &mut [f64]) -> DeviceResult {

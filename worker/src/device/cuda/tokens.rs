@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use super::driver::{Driver, Stream};
 use super::error::CudaResult;
-use super::memory::{Array, Staging};
+use super::memory::{Array, Bf16, Staging};
+use super::{CudaDevice, arguments, int};
+use crate::device::{DeviceError, DeviceResult, PartMut};
 
 /// Rows of a piece, at most.
 const PIECE: usize = 64;
@@ -160,6 +162,35 @@ impl<D: Driver> CudaTokens<D> {
             at(3, runs.start, runs.len() + 1),
             at(4, runs.start, runs.len()),
         ]
+    }
+}
+
+impl<D: Driver> CudaDevice<D> {
+    /// See `Device::embedding_backward`.
+    pub(super) fn embed_backward(
+        &self,
+        width: usize,
+        rows: usize,
+        tokens: &CudaTokens<D>,
+        d_out: &Array<D, Bf16>,
+        d_table: PartMut<'_, Array<D, f32>>,
+    ) -> DeviceResult {
+        // Partial sums go through the scratch memory, as many runs at a time as fit.
+        let most = self.scratch.len() / width.max(1);
+        let unfit = || DeviceError::Unsupported(format!("{rows} rows of {width} numbers with one token"));
+        let (d_out, partial, (d_table, _)) =
+            (d_out.at(0, rows * width), self.scratch.at(0, 0), d_table.0.from(d_table.1));
+        for group in tokens.runs.groups(most).ok_or_else(unfit)? {
+            let (pieces, columns) = (tokens.runs.pieces(&group), width.div_ceil(1024));
+            let [order, piece_start, run_piece, run_token] = tokens.order(rows, &group);
+            let arguments = arguments![partial, d_out, order, piece_start, int(pieces.len()), int(width)];
+            self.run("embedding_backward_pieces", [pieces.len(), columns, 1], 128, 0, arguments)?;
+            // The runs count their pieces from the first of all.
+            let first = partial.wrapping_sub((pieces.start * width * 4) as u64);
+            let arguments = arguments![d_table, first, run_piece, run_token, int(group.len()), int(width)];
+            self.run("embedding_backward_join", [group.len(), columns, 1], 128, 0, arguments)?;
+        }
+        Ok(())
     }
 }
 

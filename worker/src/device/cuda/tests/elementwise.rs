@@ -40,7 +40,7 @@ fn embeddings_in_groups<D: Driver>(bench: &mut Bench<'_, D>) {
 
 /// The sum and the norm are each rounded once; the gradient of the stream once, and once more where added to.
 fn rmsnorm_and_its_backward<D: Driver>(bench: &mut Bench<'_, D>) {
-    for (rows, width, first) in [(67, 40, 0), (5, 41, 3), (9, 1032, 0), (3, 8192, 0)] {
+    for (rows, width, first) in [(67, 40, 0), (5, 41, 3), (1700, 8, 0), (9, 776, 3), (9, 1032, 0), (3, 8192, 0)] {
         let norm = NormShape { rows, width, epsilon: 1e-5 };
         let n = rows * width;
         let (x, delta, weight) = (random(n, 0), random(n, 1), random(width + first, 2));

@@ -8,7 +8,7 @@ cases!(layernorm_and_its_backward, gelu_and_its_backward, biases, positions);
 
 /// Rounded as RMSNorm is.
 fn layernorm_and_its_backward<D: Driver>(bench: &mut Bench<'_, D>) {
-    for (rows, width, first) in [(67, 40, 0), (5, 41, 3), (9, 1032, 0), (3, 8192, 0)] {
+    for (rows, width, first) in [(67, 40, 0), (5, 41, 3), (1700, 8, 0), (9, 776, 3), (9, 1032, 0), (3, 8192, 0)] {
         let norm = NormShape { rows, width, epsilon: 1e-5 };
         let n = rows * width;
         let (x, delta, affine) = (random(n, 0), random(n, 1), random(2 * width + first, 2));
@@ -68,7 +68,7 @@ fn gelu_and_its_backward<D: Driver>(bench: &mut Bench<'_, D>) {
 
 /// The sum is rounded once; the gradient is float32.
 fn biases<D: Driver>(bench: &mut Bench<'_, D>) {
-    for (rows, width) in [(70, 40), (9, 37), (200, 264)] {
+    for (rows, width) in [(70, 40), (9, 37), (1200, 264)] {
         let (bias, out) = (random(width + 3, 0), random(rows * width, 1));
         let (tbias, mut tout, mut td_bias) = (bench.twin(&bias), bench.twin(&out), bench.twin(&vec![9.0; width + 1]));
         let mut work = bench.twin(&vec![0.0; bench.cpu.bias_workspace(width, rows)]);
