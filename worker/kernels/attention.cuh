@@ -35,6 +35,7 @@ struct ForwardTiles {
     static constexpr int QUERIES = 128, KEYS = 64;
     static constexpr int TILES = QUERIES / ATTENTION_WARPS / 16;   // of 16 queries, of a warp
     static constexpr int STEP = WIDTH > 64 ? 32 : 64;              // keys at a time: what the registers hold
+    static constexpr bool KEPT = WIDTH <= 64;                      // the queries stay in registers
     using Queries = Tile<QUERIES, WIDTH>;
     using Keys = Tile<KEYS, WIDTH>;
 
@@ -54,16 +55,16 @@ struct Rows {
     float most[TILES][2], sum[TILES][2];
 };
 
-// sums = a b, over a whole head: `a` has the warp's rows from `row`, the tile `b` has one row a column of the sums.
-template <int TILES, int BLOCKS, int A_ROWS, int B_ROWS, int WIDTH>
-__device__ __forceinline__ void scores(Sums<TILES, BLOCKS>& sums, const Tile<A_ROWS, WIDTH>& a, int a_row,
+// sums = a b, over a whole head: the tile `b` has one row a column of the sums.
+template <int TILES, int BLOCKS, int A_ROWS, int B_ROWS, int WIDTH, bool KEPT>
+__device__ __forceinline__ void scores(Sums<TILES, BLOCKS>& sums, const LeftRows<TILES, A_ROWS, WIDTH, KEPT>& a,
                                        const Tile<B_ROWS, WIDTH>& b, int b_row) {
     sums.clear();
 #pragma unroll
     for (int step = 0; step < WIDTH / 16; step++) {
         unsigned left[TILES][4];
 #pragma unroll
-        for (int t = 0; t < TILES; t++) a.load_a(left[t], a_row + 16 * t, step);
+        for (int t = 0; t < TILES; t++) a.load(left[t], t, step);
 #pragma unroll
         for (int block = 0; block < BLOCKS; block += 2) {
             unsigned one[2], two[2];
@@ -185,8 +186,8 @@ __device__ __forceinline__ void attention_forward(bf* out, float* lse, const bf*
     T tiles = {shared};
     // Later queries see more keys: they begin first.
     int first = (gridDim.x - 1 - blockIdx.x) * T::QUERIES, head = blockIdx.y, b = blockIdx.z;
-    int kv = shape.heads + shape.kv_of(head);
-    HeadRows keys = shape.rows(qkv, b, kv), values = shape.rows(qkv, b, kv + shape.kv_heads);
+    Filler<ATTENTION_THREADS, WIDTH, true> keys(shape.rows(qkv, b, shape.heads + shape.kv_of(head)));
+    Filler<ATTENTION_THREADS, WIDTH, true> values = keys.further(shape.kv_heads * shape.head_dim);
     int last = min(first + T::QUERIES, shape.sequence) - 1, count = last / T::KEYS + 1;
     int warp_row = threadIdx.x / LANES * 16 * T::TILES, query = first + warp_row;
     float scale2 = scale * LOG2_E;
@@ -199,18 +200,20 @@ __device__ __forceinline__ void attention_forward(bf* out, float* lse, const bf*
         rows.most[t][0] = rows.most[t][1] = minus_infinity();
         rows.sum[t][0] = rows.sum[t][1] = 0.0f;
     }
-    fill<ATTENTION_THREADS>(tiles.queries(), shape.rows(qkv, b, head), first);
-    fill<ATTENTION_THREADS>(tiles.keys(0), keys, 0);
-    fill<ATTENTION_THREADS>(tiles.values(0), values, 0);
+    Filler<ATTENTION_THREADS, WIDTH, true>(shape.rows(qkv, b, head)).fill(tiles.queries(), first);
+    keys.fill(tiles.keys(0), 0);
+    values.fill(tiles.values(0), 0);
     copy_commit();
+    LeftRows<T::TILES, T::QUERIES, WIDTH, T::KEPT> queries = {tiles.queries(), warp_row};
     for (int i = 0; i < count; i++) {
         int stage = i % 2, key = i * T::KEYS;
         copy_wait<0>();
         // All copies of this tile are here, and nobody reads the tile before it any more.
         __syncthreads();
+        if (i == 0) queries.keep();
         if (i + 1 < count) {
-            fill<ATTENTION_THREADS>(tiles.keys(stage ^ 1), keys, key + T::KEYS);
-            fill<ATTENTION_THREADS>(tiles.values(stage ^ 1), values, key + T::KEYS);
+            keys.fill(tiles.keys(stage ^ 1), key + T::KEYS);
+            values.fill(tiles.values(stage ^ 1), key + T::KEYS);
             copy_commit();
         }
 #pragma unroll 1
@@ -218,7 +221,7 @@ __device__ __forceinline__ void attention_forward(bf* out, float* lse, const bf*
             int first_key = key + part;
             if (first_key > query + 16 * T::TILES - 1) break;   // all of it comes after all of this warp's queries
             Sums<T::TILES, T::STEP / 8> s;
-            scores(s, tiles.queries(), warp_row, tiles.keys(stage), part);
+            scores(s, queries, tiles.keys(stage), part);
             if (first_key + T::STEP - 1 > query) mask(s, query, first_key);
             softmax(s, rows, sums, scale2);
             add_product(sums, s, tiles.values(stage), part);

@@ -121,6 +121,7 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackward& a
     fill<ATTENTION_THREADS>(tiles.keys(), shape.rows(a.qkv, b, shape.heads + kv), first);
     fill<ATTENTION_THREADS>(tiles.values(), shape.rows(a.qkv, b, shape.heads + shape.kv_heads + kv), first);
     fill_queries(a, tiles, 0, b, kv * group, first);
+    LeftRows<T::TILES, T::KEYS, WIDTH, false> keys = {tiles.keys(), warp_row}, values = {tiles.values(), warp_row};
     // The queries of one head that see any of these keys, 64 at a time, then those of the group's next head.
     int head = kv * group, query = first, stage = 0;
     while (head < (kv + 1) * group) {
@@ -139,8 +140,8 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackward& a
             if (first_query + T::STEP - 1 < key) continue;   // none of these queries sees any of this warp's keys
             const float* lse = tiles.statistics(stage) + part;
             Sums<T::TILES, T::STEP / 8> p, d;
-            scores(d, tiles.values(), warp_row, tiles.d_out(stage), part);
-            scores(p, tiles.keys(), warp_row, tiles.queries(stage), part);
+            scores(d, values, tiles.d_out(stage), part);
+            scores(p, keys, tiles.queries(stage), part);
             probabilities_down(p, lse, scale2, key, first_query, key + 16 * T::TILES - 1 > first_query);
             add_product(d_values, p, tiles.d_out(stage), part);
             slopes_down(d, p, lse + T::QUERIES);
@@ -162,6 +163,7 @@ struct QueryTiles {
     static constexpr int QUERIES = 128, KEYS = WIDTH > 64 ? 32 : 64;
     static constexpr int TILES = QUERIES / ATTENTION_WARPS / 16;   // of 16 queries, of a warp
     static constexpr int STEP = 32;                                // keys at a time: what the registers hold
+    static constexpr bool KEPT = WIDTH <= 64;                      // queries and d_out stay in registers
     using Queries = Tile<QUERIES, WIDTH>;
     using Keys = Tile<KEYS, WIDTH>;
 
@@ -218,29 +220,35 @@ __device__ __forceinline__ void attention_backward_q(const AttentionBackward& a)
     const AttentionShape& shape = a.shape;
     // Later queries see more keys: they begin first.
     int first = (gridDim.x - 1 - blockIdx.x) * T::QUERIES, head = blockIdx.y, b = blockIdx.z;
-    int kv = shape.heads + shape.kv_of(head);
-    HeadRows keys = shape.rows(a.qkv, b, kv), values = shape.rows(a.qkv, b, kv + shape.kv_heads);
+    Filler<ATTENTION_THREADS, WIDTH, true> keys(shape.rows(a.qkv, b, shape.heads + shape.kv_of(head)));
+    Filler<ATTENTION_THREADS, WIDTH, true> values = keys.further(shape.kv_heads * shape.head_dim);
     int last = min(first + T::QUERIES, shape.sequence) - 1, count = last / T::KEYS + 1;
     int warp_row = threadIdx.x / LANES * 16 * T::TILES, query = first + warp_row;
     float scale2 = a.scale * LOG2_E;
 
     Sums<T::TILES, WIDTH / 8> d_queries;
     d_queries.clear();
-    fill<ATTENTION_THREADS>(tiles.queries(), shape.rows(a.qkv, b, head), first);
-    fill<ATTENTION_THREADS>(tiles.d_out(), a.d_rows(b, head), first);
-    fill<ATTENTION_THREADS>(tiles.keys(0), keys, 0);
-    fill<ATTENTION_THREADS>(tiles.values(0), values, 0);
+    Filler<ATTENTION_THREADS, WIDTH, true>(shape.rows(a.qkv, b, head)).fill(tiles.queries(), first);
+    Filler<ATTENTION_THREADS, WIDTH, true>(a.d_rows(b, head)).fill(tiles.d_out(), first);
+    keys.fill(tiles.keys(0), 0);
+    values.fill(tiles.values(0), 0);
     copy_commit();
     RowValues<T::TILES> lse(a.lse + shape.statistics(b, head), query, shape.sequence);
     RowValues<T::TILES> dot(a.dot + shape.statistics(b, head), query, shape.sequence);
+    LeftRows<T::TILES, T::QUERIES, WIDTH, T::KEPT> queries = {tiles.queries(), warp_row};
+    LeftRows<T::TILES, T::QUERIES, WIDTH, T::KEPT> d_out = {tiles.d_out(), warp_row};
     for (int i = 0; i < count; i++) {
         int stage = i % 2;
         copy_wait<0>();
         // All copies of this tile are here, and nobody reads the tile before it any more.
         __syncthreads();
+        if (i == 0) {
+            queries.keep();
+            d_out.keep();
+        }
         if (i + 1 < count) {
-            fill<ATTENTION_THREADS>(tiles.keys(stage ^ 1), keys, (i + 1) * T::KEYS);
-            fill<ATTENTION_THREADS>(tiles.values(stage ^ 1), values, (i + 1) * T::KEYS);
+            keys.fill(tiles.keys(stage ^ 1), (i + 1) * T::KEYS);
+            values.fill(tiles.values(stage ^ 1), (i + 1) * T::KEYS);
             copy_commit();
         }
 #pragma unroll 1
@@ -248,9 +256,9 @@ __device__ __forceinline__ void attention_backward_q(const AttentionBackward& a)
             int key = i * T::KEYS + part;
             if (key > query + 16 * T::TILES - 1) break;   // all of it comes after all of this warp's queries
             Sums<T::TILES, T::STEP / 8> s, d;
-            scores(s, tiles.queries(), warp_row, tiles.keys(stage), part);
+            scores(s, queries, tiles.keys(stage), part);
             if (key + T::STEP - 1 > query) mask(s, query, key);
-            scores(d, tiles.d_out(), warp_row, tiles.values(stage), part);
+            scores(d, d_out, tiles.values(stage), part);
             slopes_across(s, d, lse, dot, scale2);
             add_product(d_queries, s, tiles.keys(stage), part);
         }

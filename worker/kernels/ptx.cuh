@@ -1,6 +1,7 @@
 // The one place that knows what the kernels run on.
 //
-// Compiled by NVRTC, the words below are inline PTX for sm_80 and later; no other file holds any. Compiled for the CPU
+// Compiled by NVRTC, the words below are inline PTX for sm_80 and later, but for those at the end;
+// no other file holds any. Compiled for the CPU
 // (CAIRN_EMULATOR), the emulator gives the same words. No CUDA header is needed: bfloat16 is kept as bits, so that
 // libnvrtc alone is enough to build the kernels on a user's machine.
 #pragma once
@@ -15,6 +16,10 @@
 #define DYNAMIC_SHARED(type, name)                              \
     extern __shared__ __align__(128) unsigned char dynamic_shared_bytes[]; \
     type* const name = reinterpret_cast<type*>(dynamic_shared_bytes)
+// The dynamic part at a multiple of 1024 bytes, as products of warpgroups want it.
+#define ALIGNED_SHARED(type, name)                                            \
+    extern __shared__ __align__(1024) unsigned char aligned_shared_bytes[]; \
+    type* const name = reinterpret_cast<type*>(aligned_shared_bytes)
 #define SHARED_ARRAY(type, name, count) __shared__ __align__(16) type name[count]
 
 constexpr unsigned WHOLE_WARP = 0xffffffffu;
@@ -105,6 +110,99 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], const unsigned (&
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+// --- products of warpgroups, four warps in one (wgmma): sm_90a alone ------------------------------------------------
+//
+// A product is 64 rows by 64 columns by 16. Operands in shared memory lie in tiles of 64 numbers a row, whose
+// turned chunks are what the hardware calls its 128-byte swizzle, if the tile begins at a multiple of 1024 bytes. A left
+// operand in registers has 16 rows a warp, laid out as for mma.m16n8k16. Products run behind the program: what they read
+// and write may not be touched before group_wait.
+//
+// Order: writes to shared memory, group_publish, a barrier; hold() what products read and write in registers,
+// group_fence, products, group_commit; group_wait, hold() the sums.
+//
+// No left operand may stay in registers from one round of a loop to the next: ptxas of CUDA 13.0 gives it and another
+// product's left operand one place and forgets that it is still wanted. It comes from shared memory.
+
+// An operand's place in shared memory, as the instruction takes it: address, 1024 bytes from eight rows to the next,
+// 128-byte swizzle. It is moved on by bytes, along a row or by eight rows.
+struct Matrix {
+    unsigned long long bits;
+    __device__ __forceinline__ Matrix plus(int bytes) const { return {bits + (bytes >> 4)}; }
+};
+__device__ __forceinline__ Matrix matrix_of(const void* at) {
+    unsigned long long row = (shared_address(at) & 0x3ffffu) >> 4;
+    return {row | 64ull << 16 | 64ull << 32 | 1ull << 62};
+}
+
+// Makes this thread's writes to shared memory visible to the products of those who meet it at the next barrier.
+__device__ __forceinline__ void group_publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until all but the newest LEFT groups are done.
+template <int LEFT>
+__device__ __forceinline__ void group_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// The compiler may not move the registers' uses across this.
+template <int BLOCKS>
+__device__ __forceinline__ void hold(float (&sums)[BLOCKS][4]) {
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+        asm volatile("" : "+f"(sums[b][0]), "+f"(sums[b][1]), "+f"(sums[b][2]), "+f"(sums[b][3])::"memory");
+    }
+}
+template <int COUNT>
+__device__ __forceinline__ void hold(unsigned (&a)[COUNT][4]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
+    }
+}
+
+// sums = a b, or sums += a b if ADD, 64 x 64 over 16: b's rows in the tile are its columns, or its rows if TRANSPOSED.
+// The left operand is in registers, or rows of a tile. Operands of the text: 32 sums, b, ADD, TRANSPOSED, a.
+#define GROUP_PRODUCT(left)                                                                       \
+    "{\n.reg .pred more;\nsetp.ne.b32 more, %33, 0;\n"                                            \
+    "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "                                       \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " left ", %34;\n}"
+#define FOUR_SUMS(how, b) how(d[b][0]), how(d[b][1]), how(d[b][2]), how(d[b][3])
+#define EACH_SUM(how)                                                                                         \
+    FOUR_SUMS(how, 0), FOUR_SUMS(how, 1), FOUR_SUMS(how, 2), FOUR_SUMS(how, 3), FOUR_SUMS(how, 4),            \
+        FOUR_SUMS(how, 5), FOUR_SUMS(how, 6), FOUR_SUMS(how, 7)
+template <bool TRANSPOSED, bool ADD>
+__device__ __forceinline__ void group_product(float (&d)[8][4], const unsigned (&a)[4], Matrix b) {
+    if constexpr (ADD) {
+        asm volatile(GROUP_PRODUCT("{%35, %36, %37, %38}, %32, more, 1, 1")
+                     : EACH_SUM("+f")
+                     : "l"(b.bits), "n"(1), "n"(TRANSPOSED ? 1 : 0), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+                     : "memory");
+    } else {
+        asm volatile(GROUP_PRODUCT("{%35, %36, %37, %38}, %32, more, 1, 1")
+                     : EACH_SUM("=f")
+                     : "l"(b.bits), "n"(0), "n"(TRANSPOSED ? 1 : 0), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+                     : "memory");
+    }
+}
+template <bool TRANSPOSED, bool ADD>
+__device__ __forceinline__ void group_product(float (&d)[8][4], Matrix a, Matrix b) {
+    if constexpr (ADD) {
+        asm volatile(GROUP_PRODUCT("%35, %32, more, 1, 1, 0")
+                     : EACH_SUM("+f")
+                     : "l"(b.bits), "n"(1), "n"(TRANSPOSED ? 1 : 0), "l"(a.bits)
+                     : "memory");
+    } else {
+        asm volatile(GROUP_PRODUCT("%35, %32, more, 1, 1, 0")
+                     : EACH_SUM("=f")
+                     : "l"(b.bits), "n"(0), "n"(TRANSPOSED ? 1 : 0), "l"(a.bits)
+                     : "memory");
+    }
+}
+#undef GROUP_PRODUCT
+#undef FOUR_SUMS
+#undef EACH_SUM
 
 #endif
 

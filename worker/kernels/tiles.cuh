@@ -83,6 +83,81 @@ __device__ __forceinline__ void fill(const Tile<ROWS, WIDTH>& tile, const HeadRo
     }
 }
 
+// Fills tiles with one head's rows, as `fill` does, from a place for each thread that is computed once. Heads of a
+// multiple of eight numbers; others go the way of `fill` where ANY says that there may be some, and so do tiles of 128
+// numbers a row, whose kernels have no registers to spare.
+template <int THREADS, int WIDTH, bool ANY>
+struct Filler {
+    static constexpr int CHUNKS = WIDTH / 8;
+    static constexpr int ROWS = THREADS / CHUNKS;   // at a time
+    static_assert(ROWS % 8 == 0, "all rows of a thread have their chunks turned alike");
+    const bf* from;      // this thread's chunk of its first row
+    int pitch;
+    int count;           // rows from there on, or none where the chunk is beyond the head
+    int to;
+    HeadRows rows;
+
+    __device__ __forceinline__ explicit Filler(const HeadRows& rows) : pitch(rows.pitch), rows(rows) {
+        int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        from = rows.at + static_cast<long long>(row) * pitch + chunk * 8;
+        count = chunk * 8 < rows.head_dim ? rows.count - row : -(1 << 30);
+        to = Tile<8, WIDTH>::offset(row, chunk);
+    }
+
+    // The same rows of the matrix, `numbers` further on.
+    __device__ __forceinline__ Filler further(int numbers) const {
+        Filler other = *this;
+        other.from += numbers;
+        other.rows.at += numbers;
+        return other;
+    }
+
+    template <int TILE_ROWS>
+    __device__ __forceinline__ void fill(const Tile<TILE_ROWS, WIDTH>& tile, int first) const {
+        static_assert(TILE_ROWS % ROWS == 0, "every thread copies as many chunks");
+        if (WIDTH > 64 || (ANY && rows.head_dim % 8 != 0)) {
+            ::fill<THREADS>(tile, rows, first);
+            return;
+        }
+        const bf* source = from + static_cast<long long>(first) * pitch;
+#pragma unroll
+        for (int i = 0; i < TILE_ROWS / ROWS; i++) {
+            copy_async_16(tile.base + tile.start + to + i * ROWS * WIDTH, source, first + i * ROWS < count);
+            source += ROWS * pitch;
+        }
+    }
+};
+
+// A warp's TILES x 16 rows of a tile, from `row` on, as left operands: kept in registers where KEPT, or loaded when
+// they are used.
+template <int TILES, int ROWS, int WIDTH, bool KEPT>
+struct LeftRows {
+    Tile<ROWS, WIDTH> tile;
+    int row;
+    unsigned kept[KEPT ? TILES : 1][KEPT ? WIDTH / 16 : 1][4];
+
+    // Once the tile is filled, and before it is used.
+    __device__ __forceinline__ void keep() {
+        if (!KEPT) return;
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+#pragma unroll
+            for (int step = 0; step < WIDTH / 16; step++) {
+                tile.load_a(kept[KEPT ? t : 0][KEPT ? step : 0], row + 16 * t, step);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void load(unsigned (&a)[4], int t, int step) const {
+        if (KEPT) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) a[i] = kept[KEPT ? t : 0][KEPT ? step : 0][i];
+        } else {
+            tile.load_a(a, row + 16 * t, step);
+        }
+    }
+};
+
 // Sums of a warp: TILES tiles of 16 rows (eight fragments' worth of rows by lanes) and 8 BLOCKS columns. Element
 // [tile][block][i] of a lane is row 16 tile + lane / 4 + 8 (i / 2), column 8 block + 2 (lane % 4) + i % 2.
 template <int TILES, int BLOCKS>

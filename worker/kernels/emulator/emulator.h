@@ -182,3 +182,5 @@ inline void multiply_add(float (&sums)[4], const unsigned (&a)[4], const unsigne
         for (unsigned k = 0; k < 16; k++) sums[i] += left[i / 2][k] * right[i % 2][k];
     }
 }
+
+#include "group.h"

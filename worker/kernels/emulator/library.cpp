@@ -18,6 +18,7 @@
 #include "../attention.cu"
 #undef HEAD_DIM
 #include "../attention_dot.cu"
+#include "../attention_group.cu"
 #include "../cast.cu"
 #include "../columns.cu"
 #include "../embedding.cu"
