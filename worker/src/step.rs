@@ -174,7 +174,7 @@ fn agree<D: TrainDevice>(trainer: &mut Trainer<D>, words: &[Word], step: u64) ->
             *most = (*most).max(*magnitude);
         }
     }
-    match trainer.gradient_sum.settle(&magnitudes) {
+    match trainer.gradient_sum.settle(&magnitudes, step) {
         Verdict::Fits => Ok(true),
         Verdict::Again => Ok(false),
         Verdict::Fault { block, finite } => {

@@ -31,6 +31,9 @@ const WORKSPACE: usize = 32 << 20;
 const CANDIDATES: usize = 8;
 const ROUNDS: u32 = 3;
 
+/// There is no such algorithm.
+const NONE: CublasError = CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
+
 /// How a product's algorithm is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice {
@@ -152,7 +155,15 @@ impl Products {
         let Some(plan) = &plans[key] else { return Ok(false) };
         // SAFETY: the caller vouches for the operands.
         let status = unsafe { self.start(&plan.description, &plan.algorithm, key, (operands, after)) };
-        status.map(|()| true).map_err(|code| failed(real, key, code))
+        match status {
+            Ok(()) => Ok(true),
+            // Some algorithms that the heuristic names turn out to be none with operands of odd sizes.
+            Err(NONE) if key.epilogue != Epilogue::Plain => {
+                plans.insert(*key, None);
+                Ok(false)
+            }
+            Err(code) => Err(failed(real, key, code)),
+        }
     }
 
     /// Chooses an algorithm: the one that was adopted for it, or by the rule.
@@ -166,14 +177,13 @@ impl Products {
             self.check(&description, &algorithm).map_err(failed)?;
             return Ok(Some(Plan { description, algorithm }));
         }
-        let none = CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
         let candidates = match self.candidates(&description, key) {
-            Err(code) if code == none => Vec::new(),
+            Err(NONE) => Vec::new(),
             candidates => candidates.map_err(failed)?,
         };
         let algorithm = match (self.choice, candidates.as_slice()) {
             (_, []) if key.epilogue != Epilogue::Plain => return Ok(None),
-            (_, []) => return Err(failed(none)),
+            (_, []) => return Err(failed(NONE)),
             (Choice::First, [first, ..]) | (_, [first]) => *first,
             (Choice::Fastest, [first, ..]) => self.fastest(&description, key, &candidates).unwrap_or(*first),
         };
@@ -192,7 +202,7 @@ impl Products {
                 .result()?;
         }
         let fits = found.workspaceSize <= WORKSPACE;
-        fits.then_some(()).ok_or(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED))
+        fits.then_some(()).ok_or(NONE)
     }
 
     /// The heuristic's first few algorithms whose sums have a fixed order, the most promising first.
