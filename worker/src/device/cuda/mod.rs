@@ -175,25 +175,17 @@ impl<D: Driver> CudaDevice<D> {
         operands: [(u64, usize); 3],
         (result, write, after): (Element, Write, After),
     ) -> DeviceResult<bool> {
-        let MatmulShape { m, n, k, a_pitch, c_pitch } = shape;
+        let MatmulShape { m, n, k } = shape;
         if m == 0 || n == 0 {
             return Ok(true);
         }
-        let ((a_rows, a_width), (b_rows, b_width)) = match product {
-            Product::NN => ((m, k), (k, n)),
-            Product::NT => ((m, k), (n, k)),
-            Product::TN => ((k, m), (k, n)),
-        };
-        let pitches = [a_pitch.unwrap_or(a_width), b_width, c_pitch.unwrap_or(n)];
-        let shapes = [(a_rows, a_width), (b_rows, b_width), (m, n)];
-        for (((rows, width), pitch), (_, elements)) in shapes.into_iter().zip(pitches).zip(operands) {
-            let needed = (rows.max(1) - 1) * pitch + width;
-            assert!(width <= pitch && needed <= elements, "a product of {shape:?} reads or writes beyond its operands");
+        for (needed, (_, elements)) in [m * k, k * n, m * n].into_iter().zip(operands) {
+            assert!(needed <= elements, "a product of {shape:?} reads or writes beyond its operands");
         }
         let addresses = operands.map(|(address, _)| address);
         let alignments = addresses.map(alignment);
         let (add, epilogue) = (write == Write::Add, after.epilogue());
-        let key = ProductKey { product, m, n, k, pitches, alignments, result, add, epilogue };
+        let key = ProductKey { product, m, n, k, alignments, result, add, epilogue };
         // SAFETY: the operands were just checked, and what the epilogue takes by the caller; what is written is borrowed
         // exclusively.
         Ok(unsafe { self.driver.product(&key, addresses, after) }?)
