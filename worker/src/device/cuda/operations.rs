@@ -75,7 +75,9 @@ impl<D: Driver> Device for CudaDevice<D> {
     }
 
     fn loss_rows(&self, vocabulary: usize, rows: usize) -> usize {
-        (LOGITS / self.logits_pitch(vocabulary) / PITCH * PITCH).max(PITCH).min(rows)
+        let most = (LOGITS / self.logits_pitch(vocabulary)).max(PITCH);
+        // Chunks of one size, so that none is too short for the products.
+        rows.div_ceil(rows.div_ceil(most)).next_multiple_of(PITCH).min(rows)
     }
 
     fn logits_pitch(&self, vocabulary: usize) -> usize {
