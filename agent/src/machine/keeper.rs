@@ -14,6 +14,11 @@
 //! it up only when a member that had the step says that it has it no more: that member has given it up by rule 1, or a
 //! newer step is complete. Words that overtake one another are told apart by their number.
 //!
+//! A node that has made its parity of a step and waits in vain for the others' asks them. An answer repeats what its
+//! member has said, since a link may break just as that is said: that it has the step no more, or that its parity is
+//! made. It also says which step the member takes for complete, so that what one member cannot tell another goes by
+//! way of a third. Only if all ways to all members break just then does the node keep that step and the one before.
+//!
 //! With several parity groups nothing is given up: each group tells the others no more than the newest step complete in
 //! it, and the oldest of these is taken for complete in all. So there steps also become complete in their order.
 
@@ -45,7 +50,7 @@ pub enum Keep {
     Release(StepKey),
     /// This step will never be complete: say so. A [`Keep::Release`] follows.
     GiveUp(StepKey),
-    /// Ask the members which steps they hold: the word that one has given a step up may not have got through.
+    /// Ask the members which steps they hold: a word of theirs may not have got through.
     Ask,
 }
 
@@ -113,6 +118,9 @@ pub struct Keeper {
     peers: BTreeMap<usize, Heard>,
     /// Steps of the generation that a member had and has no more.
     lapsed: BTreeSet<u64>,
+    /// The newest step of the generation that a member takes for complete; 0: none. It has heard what this node may not
+    /// have.
+    attested: u64,
     /// The newest complete step of the group.
     complete: Option<StepKey>,
     /// What the peers were last told.
@@ -136,6 +144,7 @@ impl Keeper {
         self.membership = membership;
         self.peers.clear();
         self.lapsed.clear();
+        self.attested = 0;
         self.complete = None;
         self.told.clear();
         (self.shortage, self.wary, self.asked) = (None, false, None);
@@ -191,11 +200,16 @@ impl Keeper {
         true
     }
 
-    /// A peer's answer to the question which steps it holds. It says nothing of what the peer has captured since its
-    /// last whole word: that comes with the descriptions.
-    pub fn answered(&mut self, member: usize, generation: u64, sequence: u64, steps: &[u64]) {
+    /// A peer's answer to the question which steps it holds, and the newest that it takes for complete in the group (0:
+    /// none). It says nothing of what the peer has captured since its last whole word: that comes with the descriptions.
+    pub fn answered(&mut self, member: usize, generation: u64, sequence: u64, steps: &[PeerStep], complete: u64) {
+        if generation != self.membership.generation || member == self.membership.me {
+            return;
+        }
+        self.attested = self.attested.max(complete);
         let Some(heard) = self.peers.get(&member) else { return };
-        let still = heard.steps.iter().filter(|held| steps.contains(&held.step)).copied().collect();
+        let still = |held: &PeerStep| steps.iter().find(|step| step.step == held.step).copied();
+        let still = heard.steps.iter().filter_map(still).collect();
         self.peer(member, generation, sequence, still);
     }
 
@@ -286,7 +300,7 @@ impl Keeper {
         let encoded = held.encoded;
         let older = |other: &StepKey| other.0 == key.0 && *other < key && self.complete.is_none_or(|old| old < *other);
         let in_turn = self.membership.groups <= 1 || !self.held.keys().any(older);
-        let done = everywhere && encoded && self.peers_hold(key.1, true);
+        let done = everywhere && encoded && (self.peers_hold(key.1, true) || self.attested == key.1);
         if done && in_turn && self.complete.is_none_or(|old| old < key) {
             self.complete = Some(key);
             self.wary = false;

@@ -39,6 +39,9 @@ fn happens() -> impl Strategy<Value = Happens> {
 /// A word of a node: from, to, its number, and what it holds.
 type Word = (usize, usize, u64, Vec<PeerStep>);
 
+/// A way from one node to another, on which it says, asks and reads.
+type Way = (usize, usize);
+
 struct Group {
     keepers: Vec<Keeper>,
     now: Duration,
@@ -49,7 +52,8 @@ struct Group {
     numbers: Vec<u64>,
     said: Vec<Vec<PeerStep>>,
     words: Vec<Word>,
-    answers: Vec<Word>,
+    /// The same, with the newest step that the one asked takes for complete.
+    answers: Vec<(Word, u64)>,
     given_up: u64,
 }
 
@@ -108,9 +112,8 @@ impl Group {
             }
             Happens::Lost(which) if !self.words.is_empty() => drop(self.words.remove(which % self.words.len())),
             Happens::Answer(which) if !self.answers.is_empty() => {
-                let (from, to, number, steps) = self.answers.remove(which % self.answers.len());
-                let steps: Vec<u64> = steps.iter().map(|held| held.step).collect();
-                self.keepers[to].answered(from, GENERATION, number, &steps);
+                let ((from, to, number, steps), complete) = self.answers.remove(which % self.answers.len());
+                self.keepers[to].answered(from, GENERATION, number, &steps, complete);
             }
             Happens::Wait(seconds) => self.now += Duration::from_secs(seconds),
             Happens::Arrives(_) | Happens::Lost(_) | Happens::Answer(_) => {}
@@ -133,7 +136,9 @@ impl Group {
                 }
                 Keep::Ask => {
                     for other in (0..self.nodes()).filter(|other| *other != node) {
-                        self.answers.push((other, node, self.numbers[other], self.said[other].clone()));
+                        let complete = self.keepers[other].complete().map_or(0, |key| key.1);
+                        let word = (other, node, self.numbers[other], self.said[other].clone());
+                        self.answers.push((word, complete));
                     }
                 }
                 Keep::Complete(_) => {}
@@ -161,30 +166,27 @@ impl Group {
         }
     }
 
-    /// From now on a member cannot be read from, nor told anything; all else works.
-    fn run_with_unreachable(&mut self, member: usize, rounds: usize) -> u64 {
+    /// From now on nothing gets through on some ways, what is on them neither; all else works. How many steps are
+    /// captured.
+    fn run_with_cut(&mut self, rounds: usize, cut: impl Fn(Way) -> bool) -> u64 {
         let before = self.step;
         self.say_again();
-        while !self.words.is_empty() {
-            self.happens(Happens::Arrives(0));
-        }
         for _ in 0..rounds {
             self.happens(Happens::Capture(true));
             for node in 0..self.nodes() {
+                let reads = (0..self.nodes()).all(|other| other == node || !cut((node, other)));
                 while !self.encoding[node].is_empty() {
-                    self.happens(Happens::Encoded { node, done: node == member });
-                    if node != member {
+                    self.happens(Happens::Encoded { node, done: reads });
+                    if !reads {
                         break;
                     }
                 }
             }
-            self.words.retain(|(_, to, ..)| *to != member);
-            while !self.words.is_empty() {
+            while !self.words.is_empty() || !self.answers.is_empty() {
+                self.words.retain(|(from, to, ..)| !cut((*from, *to)));
+                // Whoever is answered has asked.
+                self.answers.retain(|((from, to, ..), _)| !cut((*to, *from)));
                 self.happens(Happens::Arrives(0));
-                self.words.retain(|(_, to, ..)| *to != member);
-            }
-            self.answers.retain(|(from, ..)| *from != member);
-            while !self.answers.is_empty() {
                 self.happens(Happens::Answer(0));
             }
             self.happens(Happens::Wait(3));
@@ -207,8 +209,8 @@ proptest! {
         }
     }
 
-    /// Whatever came before: with one member out of reach of the others for good, captures go on. (Not if the break
-    /// swallows the very word that the parity of a step is made: the member then keeps that step and the one before.)
+    /// Whatever came before, and whatever word the break swallows: with one member out of reach of the others for good,
+    /// captures go on.
     #[test]
     fn a_member_out_of_reach_does_not_hold_the_slots(
         nodes in 2..5usize, member in 0..4usize, events in prop::collection::vec(happens(), 1..60),
@@ -217,7 +219,52 @@ proptest! {
         for event in events {
             group.happens(event);
         }
-        let captured = group.run_with_unreachable(member % nodes, 20);
+        let captured = group.run_with_cut(20, |(_, to)| to == member % nodes);
+        prop_assert!(captured >= 4, "{captured} captures, {} given up", group.given_up);
+        group.check()?;
+    }
+
+    /// The same with two members that cannot reach each other, while a third reaches both.
+    #[test]
+    fn a_broken_link_does_not_hold_the_slots(
+        nodes in 3..5usize, ends in (0..4usize, 1..4usize), events in prop::collection::vec(happens(), 1..60),
+    ) {
+        let mut group = Group::new(nodes);
+        for event in events {
+            group.happens(event);
+        }
+        let (one, other) = (ends.0 % nodes, (ends.0 % nodes + 1 + ends.1 % (nodes - 1)) % nodes);
+        let captured = group.run_with_cut(20, |(from, to)| (from, to) == (one, other) || (from, to) == (other, one));
+        prop_assert!(captured >= 4, "{captured} captures, {} given up", group.given_up);
+        group.check()?;
+    }
+
+    /// Two nodes, cut just as one of them says that its parity is made: both ways of saying so are tried, that before
+    /// and that after the other has made its own.
+    #[test]
+    fn a_link_that_breaks_as_parity_is_made_holds_no_slot(first in 0..2usize, steps in 1..6u64, which in 0..2usize) {
+        let mut group = Group::new(2);
+        for _ in 0..steps {
+            group.happens(Happens::Capture(false));
+            while !group.words.is_empty() {
+                group.happens(Happens::Arrives(0));
+            }
+            for node in [first, 1 - first] {
+                // The last step's words are on their way as the link breaks.
+                if group.step < steps {
+                    group.happens(Happens::Encoded { node, done: true });
+                    while !group.words.is_empty() {
+                        group.happens(Happens::Arrives(0));
+                    }
+                }
+            }
+        }
+        for node in [first, 1 - first] {
+            group.happens(Happens::Encoded { node, done: true });
+        }
+        prop_assert_eq!(group.words.len(), 2);
+        let swallowed = group.words.remove(which);
+        let captured = group.run_with_cut(20, |(_, to)| to == swallowed.1);
         prop_assert!(captured >= 4, "{captured} captures, {} given up", group.given_up);
         group.check()?;
     }

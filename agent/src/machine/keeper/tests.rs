@@ -171,13 +171,41 @@ fn a_step_with_parity_goes_only_with_a_member_that_has_it_no_more() {
     assert_eq!(keeper.advance(secs(100)), [Keep::Ask], "its word may be lost");
     assert!(keeper.advance(secs(101)).is_empty());
     assert_eq!(keeper.advance(secs(102)), [Keep::Ask]);
-    keeper.answered(1, 1, 1, &[5]);
+    keeper.answered(1, 1, 1, &peer(5, false), 0);
     assert!(keeper.advance(secs(103)).is_empty());
     // A word that a newer one has overtaken.
     assert!(!keeper.peer(1, 1, 0, vec![]));
     assert!(keeper.keeps((1, 5)));
-    keeper.answered(1, 1, 2, &[]);
+    keeper.answered(1, 1, 2, &[], 0);
     assert_eq!(keeper.advance(secs(103)), [Keep::Publish, Keep::GiveUp((1, 5)), Keep::Release((1, 5))]);
+}
+
+#[test]
+fn that_parity_is_made_is_also_learnt_late() {
+    let mut keeper = both_hold(5);
+    keeper.encoded((1, 5), true);
+    keeper.short(Shortage::Memory);
+    assert_eq!(keeper.advance(secs(0)), [Keep::Publish]);
+    assert_eq!(keeper.advance(secs(2)), [Keep::Ask], "the link has broken as the other said that its parity is made");
+    keeper.answered(1, 2, 2, &peer(5, true), 5);
+    assert!(keeper.advance(secs(3)).is_empty(), "of another generation");
+    keeper.answered(1, 1, 2, &peer(5, true), 0);
+    assert_eq!(keeper.advance(secs(3)), [Keep::Complete((1, 5))]);
+}
+
+#[test]
+fn that_parity_is_made_is_also_learnt_by_way_of_a_third() {
+    let mut keeper = Keeper::default();
+    keeper.announce(membership(1, 3, None));
+    keeper.captured((1, 5), 0);
+    assert!(keeper.peer(1, 1, 1, peer(5, false)) && keeper.peer(2, 1, 1, peer(5, false)));
+    assert_eq!(keeper.advance(secs(0)), [Keep::Publish, Keep::Encode((1, 5))]);
+    keeper.encoded((1, 5), true);
+    assert_eq!(keeper.advance(secs(1)), [Keep::Publish]);
+    keeper.answered(2, 1, 2, &peer(5, true), 0);
+    assert!(keeper.advance(secs(1)).is_empty(), "the third has not heard of the other's parity either");
+    keeper.answered(2, 1, 2, &peer(5, true), 5);
+    assert_eq!(keeper.advance(secs(1)), [Keep::Complete((1, 5))]);
 }
 
 #[test]
