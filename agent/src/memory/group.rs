@@ -85,7 +85,7 @@ impl Memory {
         {
             let step = |step: &u64| PeerStep { step: *step, encoded: held.encoded.contains(step) };
             let steps: Vec<PeerStep> = held.steps.iter().map(step).collect();
-            of.keeper.answered(member, generation, held.sequence, &steps, held.complete);
+            of.keeper.answered(member, generation, held.sequence, &steps, &held.complete);
         }
         job
     }
@@ -94,7 +94,7 @@ impl Memory {
     pub(crate) fn asked(&self, query: &GroupQuery) -> Option<GroupHeld> {
         let of = self.jobs.get(&JobName::new(query.job.as_str()).ok()?)?;
         let telling = of.telling.as_ref().filter(|telling| telling.generation() == query.generation)?;
-        let complete = of.keeper.complete().map_or(0, |key| key.1);
+        let complete = of.keeper.complete().collect();
         Some(GroupHeld { complete, ..telling.held() })
     }
 }

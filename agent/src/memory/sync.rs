@@ -40,7 +40,7 @@ impl Telling {
         let steps = self.state.steps.iter();
         let encoded = steps.clone().filter(|held| held.encoded).map(|held| held.step).collect();
         let steps = steps.map(|held| held.step).collect();
-        GroupHeld { sequence: self.state.sequence, steps, encoded, complete: 0 }
+        GroupHeld { sequence: self.state.sequence, steps, encoded, complete: vec![] }
     }
 
     /// This node holds these steps now.
