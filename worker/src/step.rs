@@ -55,7 +55,7 @@ pub enum StepError {
 }
 
 /// What a step came to; the same on every rank.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Taken {
     /// Mean loss of the global batch, before the update.
     pub loss: f64,
