@@ -99,7 +99,8 @@ impl Chain {
 
     /// Reads a job's chain; `None` if the store does not hold the job.
     pub async fn load(store: &Store, job: &JobName) -> Result<Option<Self>, StoreError> {
-        let Some(newest) = newest(store, job).await? else { return Ok(None) };
+        let number = |path: &str| layout::record_number(job, path);
+        let Some(newest) = newest(store, &layout::records(job), number).await? else { return Ok(None) };
         let base = newest - newest % FOLD_EVERY;
         let mut records = stream::iter(base..=newest).map(|number| read(store, job, number)).buffered(READS_IN_FLIGHT);
         let mut history = History::default();
@@ -194,14 +195,18 @@ fn encode(path: &str, record: &Record) -> Result<Bytes, StoreError> {
     Ok(bytes.into())
 }
 
-/// The number of the newest record. Names that are no records may come before it, but cannot hide it.
-async fn newest(store: &Store, job: &JobName) -> Result<Option<u64>, StoreError> {
+/// The number of the newest record in a folder. Names that are no records may come before it, but cannot hide it.
+pub(crate) async fn newest(
+    store: &Store,
+    folder: &str,
+    number: impl Fn(&str) -> Option<u64>,
+) -> Result<Option<u64>, StoreError> {
     let mut after = None;
     loop {
         // Mostly the first name is the newest record; only a folder with strange names is read in large pages.
         let limit = if after.is_none() { PAGE } else { 1_000 };
-        let page = store.list(&layout::records(job), after.as_deref(), limit).await?;
-        if let Some(number) = page.iter().find_map(|l| layout::record_number(job, &l.path)) {
+        let page = store.list(folder, after.as_deref(), limit).await?;
+        if let Some(number) = page.iter().find_map(|l| number(&l.path)) {
             return Ok(Some(number));
         }
         match page.last() {

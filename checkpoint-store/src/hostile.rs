@@ -19,6 +19,7 @@ use crate::history::History;
 use crate::layout;
 use crate::leader::{LEADER_FORMAT, LeaderRecord};
 use crate::manifest::Manifest;
+use crate::node_book::NodesRecord;
 use crate::object::{MAX_HEADER, ObjectEntry, check_header};
 use crate::plan::plan;
 use crate::receipt::Receipt;
@@ -32,11 +33,12 @@ use crate::url::{Place, normalize_url, parse};
 pub type Target = fn(&[u8]) -> bool;
 
 /// All kinds by name, which is also the name of the fuzz target and of its folder of seeds.
-pub const TARGETS: [(&str, Target); 9] = [
+pub const TARGETS: [(&str, Target); 10] = [
     ("capture", capture),
     ("header", header),
     ("leader", leader),
     ("manifest", manifest),
+    ("nodes", nodes),
     ("path", path),
     ("receipt", receipt),
     ("record", record),
@@ -76,6 +78,11 @@ fn number_in(bytes: &[u8]) -> u64 {
 /// A leader's record.
 pub fn leader(bytes: &[u8]) -> bool {
     parse_json::<LeaderRecord>("leader record", bytes, LEADER_FORMAT).is_ok()
+}
+
+/// A record of the nodes that are kept empty.
+pub fn nodes(bytes: &[u8]) -> bool {
+    NodesRecord::parse("record of nodes", number_in(bytes), bytes).is_ok()
 }
 
 /// A manifest. What was accepted can be planned with: every read lies in an object of the job.

@@ -7,6 +7,7 @@
 //! jobs/<job>/checkpoints/<step>-<generation>-<uuid>.manifest
 //! jobs/<job>/objects/<entropy>/<step>-<generation>-<rank>-<uuid>.safetensors
 //! leader/<epoch>.json, leader/<epoch>/<beat>
+//! nodes/<2^64-1-n, 20 digits>.json                        which nodes are kept empty
 //! probe/<token>/…                                         for the length of a probe
 //! ```
 
@@ -17,6 +18,8 @@ use uuid::Uuid;
 pub const JOBS: &str = "jobs";
 /// The folder of leader epochs.
 pub const LEADER: &str = "leader";
+/// The folder of what is recorded of nodes.
+pub const NODES: &str = "nodes";
 
 /// The specification a job was first submitted with.
 pub fn spec(job: &JobName) -> String {
@@ -40,11 +43,26 @@ pub fn record(job: &JobName, number: u64) -> String {
 
 /// The number of the record with this path; `None` if the path is not a record's.
 pub fn record_number(job: &JobName, path: &str) -> Option<u64> {
-    let name = path.strip_prefix(&records(job))?.strip_prefix('/')?.strip_suffix(".json")?;
+    counted_down(path.strip_prefix(&records(job))?)
+}
+
+/// The number in `/<2^64-1-n, 20 digits>.json`.
+fn counted_down(name: &str) -> Option<u64> {
+    let name = name.strip_prefix('/')?.strip_suffix(".json")?;
     if name.len() != 20 || !name.bytes().all(|b| b.is_ascii_digit()) {
         return None;
     }
     name.parse::<u64>().ok().map(|n| u64::MAX - n)
+}
+
+/// Record `number` of the nodes; names count down as those of a job's records do.
+pub fn nodes(number: u64) -> String {
+    format!("{NODES}/{:020}.json", u64::MAX - number)
+}
+
+/// The number of the record of nodes with this path; `None` if the path is not one's.
+pub fn nodes_number(path: &str) -> Option<u64> {
+    counted_down(path.strip_prefix(NODES)?)
 }
 
 /// The folder of a job's manifests.
@@ -153,6 +171,7 @@ mod tests {
         let job = JobName::new("tiny").unwrap();
         for n in [0, 1, 255, u64::MAX] {
             assert_eq!(record_number(&job, &record(&job, n)), Some(n));
+            assert_eq!(nodes_number(&nodes(n)), Some(n));
         }
         assert!(record(&job, 8) < record(&job, 7));
         assert_eq!(record_number(&job, "jobs/tiny/records/12.json"), None);

@@ -6,7 +6,8 @@
 //! * [`digest`], [`scalar`]: what makes two states equal;
 //! * [`backend`], [`url`], [`opener`], [`probe`]: a place to keep bytes, with one primitive that matters, atomic
 //!   put-if-absent;
-//! * [`record`], [`history`], [`chain`]: a job's history as a chain of such puts, and [`leader`] epochs;
+//! * [`record`], [`history`], [`chain`]: a job's history as a chain of such puts, and [`leader`] epochs; [`node_book`]:
+//!   the nodes that are kept empty;
 //! * [`object`], [`receipt`], [`manifest`], [`save`]: shard → object → receipt → manifest → commit record;
 //! * [`known`], [`references`]: blocks that have not changed stay where they lie; [`timeline`]: where the time went;
 //! * [`mod@plan`], [`load`], [`loader`], [`mod@verify`]: any range back from any checkpoint, every byte proved;
@@ -89,6 +90,7 @@ pub mod leases;
 pub mod load;
 pub mod loader;
 pub mod manifest;
+pub mod node_book;
 pub mod object;
 pub mod opener;
 pub mod parity;
@@ -126,6 +128,7 @@ pub use leadership::{Claim, LeadError, Leadership};
 pub use load::{open_checkpoint, read_range};
 pub use loader::{LoadReport, Loader};
 pub use manifest::{AssembleError, Encoded, Manifest};
+pub use node_book::{NodeBook, NodesRecord};
 pub use object::{Extent, ObjectEntry, Run, ShardSource, ShardState, lay_out};
 pub use opener::Opener;
 pub use plan::plan;

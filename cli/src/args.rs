@@ -305,9 +305,9 @@ pub(crate) struct ScaleArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "\
-A node stays drained while its coordinator lives, also if its agent is restarted.
-A coordinator that is started anew does not know of it.")]
+#[command(
+    after_help = "A node stays drained until it is undrained, also if its agent or the coordinator is restarted."
+)]
 pub(crate) struct DrainArgs {
     /// The node's name.
     pub(crate) node: NodeName,

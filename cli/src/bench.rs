@@ -107,7 +107,11 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
         format!("{:?}", spec.training.reduction).to_lowercase()
     );
     say!("{parameters} parameters on {device}");
-    say!("{} workers × {threads} threads, median of {ROUNDS} runs of {} s", args.workers, args.seconds);
+    let each = match args.device {
+        BenchDevice::Cpu => format!("{} workers × {threads} threads", args.workers),
+        BenchDevice::Cuda => format!("{} workers on one GPU", args.workers),
+    };
+    say!("{each}, median of {ROUNDS} runs of {} s", args.seconds);
     if again > 0 {
         say!("{again} of {steps} steps were computed twice: a gradient outgrew its grid");
     }

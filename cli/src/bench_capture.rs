@@ -28,11 +28,10 @@ pub(crate) fn print(report: &CaptureReport, output: Output) {
         return;
     }
     say!(
-        "{} of state a worker ({} parameters in all), {} workers of {} threads, a snapshot at every step",
+        "{} of state a worker ({} parameters in all), {} workers, a snapshot at every step",
         size::show(report.state_bytes),
         report.parameters,
-        report.workers,
-        report.threads
+        report.workers
     );
     say!(
         "captured {} of {} steps, skipped {}; {} computed twice as a gradient outgrew its grid",

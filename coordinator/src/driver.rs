@@ -1,13 +1,12 @@
 //! The driver: one task that owns the machine and performs what it decides.
 //!
 //! Everything that happens (messages, requests, finished store operations, time) reaches the machine through one queue,
-//! in one order. Store operations run in tasks of their own, at most one for a job; if one breaks, the driver ends with
-//! its error rather than going on without it.
+//! in one order. Store operations run in tasks of their own, at most one for a job and one for the nodes; if one breaks,
+//! the driver ends with its error rather than going on without it.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use proto::ids::JobName;
 use proto::wire::CoordinatorMessage;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
@@ -17,7 +16,7 @@ use tonic::Status;
 use crate::Scope;
 use crate::error::CoordinatorError;
 use crate::journal::Journal;
-use crate::machine::{Action, Answer, Ask, Cluster, Connection, Event, Outcome, Refusal, RequestId};
+use crate::machine::{Action, Answer, Ask, Cluster, Connection, Event, Refusal, RequestId};
 use crate::metrics::Metrics;
 use crate::watch::Hub;
 
@@ -40,7 +39,7 @@ pub(crate) enum Input {
 /// What the loop has waited for.
 enum Happened {
     Input(Input),
-    Stored(JobName, Outcome),
+    Stored(Event),
     Tick,
 }
 
@@ -57,7 +56,8 @@ pub(crate) struct Driver {
     outboxes: BTreeMap<Connection, (Outbox, oneshot::Sender<()>)>,
     replies: BTreeMap<RequestId, oneshot::Sender<Result<Answer, Refusal>>>,
     asked: RequestId,
-    operations: JoinSet<(JobName, Outcome)>,
+    /// Each ends with the event that says what came of it.
+    operations: JoinSet<Event>,
 }
 
 impl Driver {
@@ -83,8 +83,10 @@ impl Driver {
         }
     }
 
-    /// Reads the jobs in the store. Nothing may be asked before: an unread job would seem not to exist.
+    /// Reads the nodes and jobs in the store. Nothing may be asked before: an unread job would seem not to exist.
     pub(crate) async fn load(&mut self) -> Result<(), CoordinatorError> {
+        let drained = self.journal.load_nodes().await?;
+        self.handle(Event::NodesLoaded { drained })?;
         let (only, held) = match &self.scope {
             Scope::All => (None, false),
             Scope::Job { name, held } => (Some(name), *held),
@@ -118,8 +120,7 @@ impl Driver {
                 biased;
                 _ = ticks.tick() => Happened::Tick,
                 Some(done) = self.operations.join_next() => {
-                    let (job, outcome) = done.map_err(|error| CoordinatorError::broken("a store operation", error))?;
-                    Happened::Stored(job, outcome)
+                    Happened::Stored(done.map_err(|error| CoordinatorError::broken("a store operation", error))?)
                 }
                 input = inputs.recv() => match input {
                     Some(input) => Happened::Input(input),
@@ -131,7 +132,7 @@ impl Driver {
             }
             match happened {
                 Happened::Input(input) => self.take(input)?,
-                Happened::Stored(job, outcome) => self.handle(Event::Stored { job, outcome })?,
+                Happened::Stored(event) => self.handle(event)?,
                 Happened::Tick => self.handle(Event::Tick)?,
             }
         }
@@ -181,7 +182,11 @@ impl Driver {
                 Action::Close { connection } => drop(self.outboxes.remove(&connection)),
                 Action::Store { job, operation } => {
                     let work = self.journal.clone().perform(job.clone(), operation);
-                    self.operations.spawn(async move { (job, work.await) });
+                    self.operations.spawn(async move { Event::Stored { job, outcome: work.await } });
+                }
+                Action::RecordNodes { drained } => {
+                    let work = self.journal.clone().record_nodes(drained);
+                    self.operations.spawn(async move { Event::NodesRecorded { outcome: work.await } });
                 }
                 Action::Publish { job, event } => {
                     self.metrics.happened(&job, &event);

@@ -4,17 +4,17 @@
 //! of it. After an append without a clear answer the chain is read again before anything else is written, so a record
 //! is neither lost nor doubled. An append lost to another author means that another coordinator leads.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use checkpoint_store::error::{Kind, StoreError};
 use checkpoint_store::{
     Chain, ChainError, Change, CheckpointRef, Digest, Encoded, Event, History, Keeper, Manifest,
-    Member as StoredMember, MemoryPoint as StoredPoint, Open, Policy, Reached, Receipt, Record, Space, Status, Store,
-    aside, commit_encoded, list_jobs, note, read_spec, write_spec,
+    Member as StoredMember, MemoryPoint as StoredPoint, NodeBook, Open, Policy, Reached, Receipt, Record, Space,
+    Status, Store, aside, commit_encoded, list_jobs, note, read_spec, write_spec,
 };
-use proto::ids::{Epoch, Generation, JobName, Rank, Step, WorldSize};
+use proto::ids::{Epoch, Generation, JobName, NodeName, Rank, Step, WorldSize};
 use proto::invariant::same_content;
 use proto::spec::{JobSpec, Reduction, SPEC_FORMAT, VALIDATION_LOSS};
 use tokio::sync::Mutex;
@@ -37,6 +37,8 @@ pub(crate) struct Journal {
     /// The start of the monotonic time by which leases are counted.
     began: Instant,
     pages: Arc<std::sync::Mutex<BTreeMap<JobName, Arc<Mutex<Page>>>>>,
+    /// What is recorded of nodes; `None` until it was read.
+    nodes: Arc<Mutex<Option<NodeBook>>>,
 }
 
 /// One job's chain.
@@ -58,7 +60,8 @@ pub(crate) type Found = (JobName, Result<Ledger, String>);
 
 impl Journal {
     pub(crate) fn new(store: Store, epoch: Epoch, (leader, all): (String, bool), metrics: Metrics) -> Self {
-        Self { store, epoch, leader, all, metrics, began: Instant::now(), pages: Arc::default() }
+        let (pages, nodes) = (Arc::default(), Arc::default());
+        Self { store, epoch, leader, all, metrics, began: Instant::now(), pages, nodes }
     }
 
     fn now(&self) -> Duration {
@@ -69,6 +72,22 @@ impl Journal {
         // Nothing panics while it holds the lock.
         let mut pages = self.pages.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         Arc::clone(pages.entry(job.clone()).or_default())
+    }
+
+    /// Takes over what is recorded of nodes: those that are to be empty.
+    pub(crate) async fn load_nodes(&self) -> Result<BTreeSet<NodeName>, StoreError> {
+        let book = NodeBook::take_over(&self.store, self.epoch).await?;
+        Ok(self.nodes.lock().await.insert(book).drained().clone())
+    }
+
+    /// Records which nodes are to be empty.
+    pub(crate) async fn record_nodes(self, drained: BTreeSet<NodeName>) -> Outcome {
+        match self.nodes.lock().await.as_mut() {
+            Some(book) => {
+                book.record(drained).await.map_or_else(|error| sorted(error.kind(), &error), |()| Outcome::Done)
+            }
+            None => Outcome::Failed("the record of nodes has not been read yet".into()),
+        }
     }
 
     /// Reads all jobs of the store, or only one. Damage to one job is told with it; a store out of reach is an error.

@@ -88,10 +88,11 @@ def main():
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--sequence", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=30.0, help="measuring time of all variants together")
+    parser.add_argument("--micro", type=int, nargs="+", default=[16, 32, 64], help="sizes of micro-batches to try")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    variants = [micro for micro in (16, 32, 64) if args.batch % micro == 0] or [args.batch]
+    variants = [micro for micro in args.micro if args.batch % micro == 0] or [args.batch]
     args.seconds /= len(variants)
     best = {"tokens_per_second": 0}
     for micro in variants:

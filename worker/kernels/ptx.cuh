@@ -113,8 +113,8 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], const unsigned (&
 
 // --- products of warpgroups, four warps in one (wgmma): sm_90a alone ------------------------------------------------
 //
-// A product is 64 rows by 64 columns by 16. Operands in shared memory lie in tiles of 64 numbers a row, whose
-// turned chunks are what the hardware calls its 128-byte swizzle, if the tile begins at a multiple of 1024 bytes. A left
+// A product is 64 rows by 64 columns by 16. Operands in shared memory lie in tiles of 64 numbers a row, whose turned
+// chunks are what the hardware calls its 128-byte swizzle, if the tile begins at a multiple of 1024 bytes. A left
 // operand in registers has 16 rows a warp, laid out as for mma.m16n8k16. Products run behind the program: what they read
 // and write may not be touched before group_wait.
 //
@@ -146,17 +146,15 @@ __device__ __forceinline__ void group_wait() {
 }
 
 // The compiler may not move the registers' uses across this.
-template <int BLOCKS>
-__device__ __forceinline__ void hold(float (&sums)[BLOCKS][4]) {
+__device__ __forceinline__ void hold(float (&sums)[8][4]) {
 #pragma unroll
-    for (int b = 0; b < BLOCKS; b++) {
+    for (int b = 0; b < 8; b++) {
         asm volatile("" : "+f"(sums[b][0]), "+f"(sums[b][1]), "+f"(sums[b][2]), "+f"(sums[b][3])::"memory");
     }
 }
-template <int COUNT>
-__device__ __forceinline__ void hold(unsigned (&a)[COUNT][4]) {
+__device__ __forceinline__ void hold(unsigned (&a)[4][4]) {
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) {
+    for (int i = 0; i < 4; i++) {
         asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
     }
 }

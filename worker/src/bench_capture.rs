@@ -26,8 +26,9 @@ use crate::generation::{Finished, Member, Observer, Trainer, train};
 use crate::init::initialize;
 use crate::load::scalar_state;
 use crate::machine::cadence::Tier;
+use crate::machine::kept::Steps;
 use crate::session::{Control, News};
-use crate::slots::{Complete, Slots};
+use crate::slots::{Kept, Slots};
 use crate::step::{StepError, Taken};
 
 /// For the ring to form and for one exchange.
@@ -221,8 +222,8 @@ fn keep(slots: Arc<Slots>, mut incoming: mpsc::Receiver<News>) -> std::thread::J
                 let hash = capture.stages.iter().filter(|stage| stage.name == "hash");
                 hashes.extend(hash.map(|stage| stage.micros as f64 / 1e6));
             }
-            let complete = Complete { generation: captured.generation, step: captured.step, seconds: 0.0 };
-            slots.completed(complete);
+            let steps = Steps::of(&[captured.step], &[]);
+            slots.keeps(Kept { generation: captured.generation, steps, seconds: 0.0 });
             if let Some(before) = held.replace(captured.slot) {
                 slots.free(before);
             }

@@ -96,7 +96,7 @@ fn arithmetic<D: TrainDevice>(device: &D, n: usize) -> Result<f64, BenchError> {
     device.upload_activation(&values, PartMut(&mut a, 0))?;
     device.upload_activation(&values, PartMut(&mut b, 0))?;
     best(device, 2.0 * (n * n * n) as f64, || {
-        let shape = MatmulShape::dense(n, n, n);
+        let shape = MatmulShape::new(n, n, n);
         device.enter(|| device.matmul(Product::NT, shape, Part(&a, 0), Part(&b, 0), Write::Replace, PartMut(&mut c, 0)))
     })
 }

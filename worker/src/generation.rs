@@ -146,16 +146,15 @@ impl<D: TrainDevice> Member<D> {
 
     /// Its word on the next capture.
     pub fn wish(&mut self, trainer: &Trainer<D>) -> Wish {
-        let complete = self.slots.complete();
-        let complete = Some(complete).filter(|complete| complete.generation == self.pace.generation);
+        let kept = Some(self.slots.kept()).filter(|kept| kept.generation == self.pace.generation).unwrap_or_default();
         let measured = Measured {
-            cost: self.slots.hash_seconds() + complete.map_or(0.0, |complete| complete.seconds),
+            cost: self.slots.hash_seconds() + kept.seconds,
             step: self.pace.step_seconds,
             threads: trainer.device.threads(),
             spare: trainer.device.spare_threads(),
         };
         let ready = self.state.ready();
-        self.cadence.wish(ready, complete.map_or(0, |complete| complete.step), measured)
+        self.cadence.wish(ready, kept.steps, measured)
     }
 
     fn stepped(&mut self, took: Duration) {
@@ -190,7 +189,7 @@ impl Lap {
 }
 
 /// A finished step, for whoever watches.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Finished {
     /// The step.
     pub step: u64,
@@ -235,8 +234,9 @@ pub fn train<D: TrainDevice, O: Observer<D>>(
         observer.updated(step, &taken);
         let due = every > 0 && (step.is_multiple_of(every) || step == steps);
         let validation = if due { step::validate(trainer, member, control)? } else { None };
+        let last = taken.last;
         observer.finished(trainer, member, Finished { step, taken, validation, took })?;
-        if taken.last {
+        if last {
             break;
         }
     }

@@ -140,9 +140,9 @@ impl<D: TrainDevice> GradientSum<D> {
     }
 
     /// Judges the step by the largest magnitudes of all ranks.
-    pub fn settle(&mut self, magnitudes: &[u8]) -> Verdict {
+    pub fn settle(&mut self, magnitudes: &[u8], step: u64) -> Verdict {
         match &mut self.kind {
-            Kind::Blocks(sum) => sum.settle(magnitudes),
+            Kind::Blocks(sum) => sum.settle(magnitudes, step),
             Kind::Exact(_) | Kind::Fast(_) => Verdict::Fits,
         }
     }

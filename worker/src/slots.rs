@@ -14,6 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::FallocateFlags;
 
+use crate::machine::kept::Steps;
+
 /// Slots of one generation: live, newest complete, in progress.
 pub const SLOTS: usize = 3;
 /// An empty shard still has a file that can be mapped.
@@ -119,14 +121,14 @@ impl Place {
     }
 }
 
-/// The newest snapshot that is complete in the parity group, as the agent says.
+/// What became of snapshots in the parity group, as the agent says.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Complete {
+pub struct Kept {
     /// Of this generation.
     pub generation: u64,
-    /// Of this step.
-    pub step: u64,
-    /// Processor seconds its parity took on this node, for each of its workers.
+    /// Their steps.
+    pub steps: Steps,
+    /// Processor seconds that the newest parity took on this node, for each of its workers.
     pub seconds: f64,
 }
 
@@ -137,7 +139,7 @@ struct Inner {
     bytes: u64,
     next: u32,
     places: BTreeMap<u32, Place>,
-    complete: Complete,
+    kept: Kept,
     hash_seconds: f64,
 }
 
@@ -215,14 +217,14 @@ impl Slots {
         self.lock().hash_seconds
     }
 
-    /// The agent says which snapshot is complete.
-    pub fn completed(&self, complete: Complete) {
-        self.lock().complete = complete;
+    /// The agent says which snapshots are complete, and which never will be.
+    pub fn keeps(&self, kept: Kept) {
+        self.lock().kept = kept;
     }
 
-    /// The newest complete snapshot.
-    pub(crate) fn complete(&self) -> Complete {
-        self.lock().complete
+    /// What the agent said last of snapshots.
+    pub(crate) fn kept(&self) -> Kept {
+        self.lock().kept
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

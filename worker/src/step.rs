@@ -55,7 +55,7 @@ pub enum StepError {
 }
 
 /// What a step came to; the same on every rank.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Taken {
     /// Mean loss of the global batch, before the update.
     pub loss: f64,
@@ -174,7 +174,7 @@ fn agree<D: TrainDevice>(trainer: &mut Trainer<D>, words: &[Word], step: u64) ->
             *most = (*most).max(*magnitude);
         }
     }
-    match trainer.gradient_sum.settle(&magnitudes) {
+    match trainer.gradient_sum.settle(&magnitudes, step) {
         Verdict::Fits => Ok(true),
         Verdict::Again => Ok(false),
         Verdict::Fault { block, finite } => {

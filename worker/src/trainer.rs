@@ -21,6 +21,7 @@ use crate::device::{DeviceError, Frozen, RankState, TrainDevice};
 use crate::generation::{Finished, Member, Observer, Trainer, train};
 use crate::load::{LoadError, Start, load_shard, scalar_state};
 use crate::machine::cadence::Tier;
+use crate::machine::kept::Verdicts;
 use crate::machine::session::{Identity, Input};
 use crate::machine::stragglers::{Straggler, Stragglers};
 use crate::model::ModelError;
@@ -255,7 +256,8 @@ impl<D: TrainDevice> Ready for Prepared<D> {
         tell(News::Event(Input::Joined { generation, step: start.step, source, load }));
 
         let trainer = &mut self.trainer;
-        let mut saver = Saver { place: &place, capturer, tell, told: Instant::now(), complete: 0, first: false };
+        let mut saver =
+            Saver { place: &place, capturer, tell, told: Instant::now(), kept: Verdicts::default(), first: false };
         saver.first = member.is_first();
         let trained = train(trainer, &mut member, start.step, place.stop_at, control, &mut saver);
         let (step, loss) = trained.map_err(|failure| failure.of_ring(&*member.ring))?;
@@ -361,8 +363,8 @@ struct Saver<'a> {
     first: bool,
     /// When progress was last told.
     told: Instant,
-    /// The newest step said to be complete in all groups.
-    complete: u64,
+    /// What was said last of the steps in all groups.
+    kept: Verdicts,
 }
 
 impl<D: TrainDevice> Observer<D> for Saver<'_> {
@@ -398,9 +400,9 @@ impl<D: TrainDevice> Observer<D> for Saver<'_> {
             }));
         }
         // With one group the agent knows by itself.
-        if self.place.groups > 1 && decision.complete > self.complete {
-            self.complete = decision.complete;
-            (self.tell)(News::Complete(wire::StepComplete { generation, step: self.complete, seconds: 0.0 }));
+        if self.place.groups > 1 && self.kept.follow(&decision.steps) {
+            let (complete, given_up) = (self.kept.complete(), self.kept.given_up());
+            (self.tell)(News::Kept(wire::StepsKept { generation, complete, given_up, seconds: 0.0 }));
         }
         Ok(())
     }

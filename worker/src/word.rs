@@ -8,11 +8,12 @@
 use crate::collective::{Collective, CollectiveError};
 use crate::exact::GradientFault;
 use crate::machine::cadence::Wish;
+use crate::machine::kept::{OPEN, Steps};
 
 /// The longest fault text that travels.
 const LONGEST_FAULT: usize = 1024;
 /// Flags, three counts, the numbers of the capture, the pace, and the grids' name.
-const HEAD: usize = 1 + 4 + 4 + 4 + 4 + 4 + 8 + 4 + 8;
+const HEAD: usize = 1 + 4 + 4 + 4 + 4 + 4 + 8 * 2 * OPEN + 4 + 8;
 /// Flags: asked to stop, a fault, ready to capture.
 const STOP: u8 = 1;
 const FAULT: u8 = 2;
@@ -96,7 +97,7 @@ impl Word {
         for count in counts.into_iter().chain([self.wish.interval, self.wish.guard]) {
             out.extend_from_slice(&count.to_le_bytes());
         }
-        out.extend_from_slice(&self.wish.complete.to_le_bytes());
+        self.wish.steps.numbers().iter().for_each(|number| out.extend_from_slice(&number.to_le_bytes()));
         out.extend_from_slice(&self.pace.to_le_bytes());
         out.extend_from_slice(&self.grids.to_le_bytes());
         for value in self.losses.iter().chain(&self.norms) {
@@ -114,7 +115,7 @@ impl Word {
         let (magnitudes, rest) = rest.split_first_chunk()?;
         let (interval, rest) = rest.split_first_chunk()?;
         let (guard, rest) = rest.split_first_chunk()?;
-        let (complete, rest) = rest.split_first_chunk()?;
+        let (steps, rest) = rest.split_first_chunk::<{ 8 * 2 * OPEN }>()?;
         let (pace, rest) = rest.split_first_chunk()?;
         let (grids, rest) = rest.split_first_chunk()?;
         let (losses, norms) = (u32::from_le_bytes(*losses) as usize, u32::from_le_bytes(*norms) as usize);
@@ -125,6 +126,10 @@ impl Word {
         if !known || fault.len() > LONGEST_FAULT || (flags & FAULT == 0 && !fault.is_empty()) {
             return None;
         }
+        let mut numbers = [0; 2 * OPEN];
+        for (number, bytes) in numbers.iter_mut().zip(steps.as_chunks::<8>().0) {
+            *number = u64::from_le_bytes(*bytes);
+        }
         let mut values = values.as_chunks::<8>().0.iter().map(|value| f64::from_le_bytes(*value));
         Some(Self {
             stop: flags & STOP != 0,
@@ -132,7 +137,7 @@ impl Word {
                 ready: flags & READY != 0,
                 interval: u32::from_le_bytes(*interval),
                 guard: u32::from_le_bytes(*guard),
-                complete: u64::from_le_bytes(*complete),
+                steps: Steps::from_numbers(numbers),
             },
             pace: f32::from_le_bytes(*pace),
             losses: values.by_ref().take(losses).collect(),
@@ -152,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_word_reads_back() {
-        let wish = Wish { ready: true, interval: 3, guard: u32::MAX, complete: u64::MAX };
+        let wish = Wish { ready: true, interval: 3, guard: u32::MAX, steps: Steps::of(&[1, 2], &[3, u64::MAX]) };
         let (losses, norms) = (vec![1.5, -0.0], vec![f64::MAX]);
         let mut word = Word {
             stop: true,

@@ -86,11 +86,11 @@ impl Driver {
                         self.clear(worker);
                     }
                 }
-                Effect::Complete(job, complete) => {
+                Effect::Kept(job, kept) => {
                     let of_job = |worker: &WorkerId| self.machine.job_of(*worker) == Some(&job);
                     let workers: Vec<WorkerId> = self.present.keys().copied().filter(of_job).collect();
                     for worker in workers {
-                        self.tell(worker, agent_command::Body::Complete(complete));
+                        self.tell(worker, agent_command::Body::Kept(kept.clone()));
                     }
                 }
             }

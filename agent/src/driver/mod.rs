@@ -349,9 +349,10 @@ impl Driver {
                     self.memory.restore(&job, worker, rank, slot, restore.generation);
                 }
             }
-            worker_message::Body::Complete(complete) => {
-                let effects = self.memory.complete_everywhere(&job, &complete);
+            worker_message::Body::Kept(kept) => {
+                let effects = self.memory.kept_everywhere(&job, &kept);
                 self.follow(effects);
+                self.keep(Some(job));
             }
         }
     }

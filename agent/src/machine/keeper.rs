@@ -14,10 +14,17 @@
 //! it up only when a member that had the step says that it has it no more: that member has given it up by rule 1, or a
 //! newer step is complete. Words that overtake one another are told apart by their number.
 //!
-//! With several parity groups nothing is given up: each group tells the others no more than the newest step complete in
-//! it, and the oldest of these is taken for complete in all. So there steps also become complete in their order.
+//! A node that has made its parity of a step and waits in vain for the others' asks them. An answer repeats what its
+//! member has said, since a link may break just as that is said: that it has the step no more, or that its parity is
+//! made. It also says which step the member takes for complete, so that what one member cannot tell another goes by
+//! way of a third. Only if all ways to all members break just then does the node keep that step and the one before.
+//!
+//! A job of many nodes has several parity groups, which need not agree on which steps they can complete. There only a
+//! step that is complete in all of them lets older ones go, and one that is complete in this group may still lapse. The
+//! ranks' words at each step carry from group to group which steps are complete in each and which a node has given up;
+//! for rule 2 that counts like a member's word: by rule 1 some group will never have that step.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 /// Vain waiting after which a step is given up if a capture found no slot: longer than any deadline between agents.
@@ -28,6 +35,9 @@ const SHORT_PATIENCE: Duration = Duration::from_secs(2);
 const HASHING: u32 = 4;
 /// Between two questions what the members hold.
 const ASK: Duration = Duration::from_secs(2);
+/// Steps of a generation that a node can hold at once: one slot is the live state's. Of what is told to the workers and
+/// by them, no more need be remembered: nobody captures another step before all have room for it.
+const MOST_OPEN: usize = 2;
 
 /// A generation and a step of it.
 pub type StepKey = (u64, u64);
@@ -39,13 +49,13 @@ pub enum Keep {
     Encode(StepKey),
     /// What this node holds has changed: tell the members of the group.
     Publish,
-    /// A step is complete in the group: tell the node's workers.
+    /// A step is complete in the group: tell the node's workers what is.
     Complete(StepKey),
     /// Nothing needs this step's snapshots and parity any more.
     Release(StepKey),
-    /// This step will never be complete: say so. A [`Keep::Release`] follows.
+    /// This step will never be complete: tell the node's workers. A [`Keep::Release`] follows.
     GiveUp(StepKey),
-    /// Ask the members which steps they hold: the word that one has given a step up may not have got through.
+    /// Ask the members which steps they hold: a word of theirs may not have got through.
     Ask,
 }
 
@@ -89,6 +99,10 @@ struct Held {
     ranks: BTreeSet<u32>,
     encoding: bool,
     encoded: bool,
+    /// A member takes it for complete in the group: it has heard what this node may not have.
+    attested: bool,
+    /// It is complete in the group.
+    complete: bool,
     /// The last try to make its parity failed.
     failed: bool,
     /// Since when nothing has come of waiting: for members to hold it, or for its parity after a try that failed; once
@@ -111,10 +125,12 @@ pub struct Keeper {
     fenced: u64,
     held: BTreeMap<StepKey, Held>,
     peers: BTreeMap<usize, Heard>,
-    /// Steps of the generation that a member had and has no more.
+    /// Steps of the generation that a member had and has no more, or that a node of another group has given up.
     lapsed: BTreeSet<u64>,
-    /// The newest complete step of the group.
-    complete: Option<StepKey>,
+    /// The newest step that is complete in every group.
+    everywhere: Option<StepKey>,
+    /// The steps of the generation that this node gave up last.
+    given_up: VecDeque<u64>,
     /// What the peers were last told.
     told: Vec<PeerStep>,
     /// A capture found no slot since one was last given back.
@@ -136,7 +152,8 @@ impl Keeper {
         self.membership = membership;
         self.peers.clear();
         self.lapsed.clear();
-        self.complete = None;
+        self.everywhere = None;
+        self.given_up.clear();
         self.told.clear();
         (self.shortage, self.wary, self.asked) = (None, false, None);
         let (generation, start) = (self.membership.generation, self.membership.start);
@@ -191,11 +208,20 @@ impl Keeper {
         true
     }
 
-    /// A peer's answer to the question which steps it holds. It says nothing of what the peer has captured since its
-    /// last whole word: that comes with the descriptions.
-    pub fn answered(&mut self, member: usize, generation: u64, sequence: u64, steps: &[u64]) {
+    /// A peer's answer to the question which steps it holds, and which of them it takes for complete in the group. It
+    /// says nothing of what the peer has captured since its last whole word: that comes with the descriptions.
+    pub fn answered(&mut self, member: usize, generation: u64, sequence: u64, steps: &[PeerStep], complete: &[u64]) {
+        if generation != self.membership.generation || member == self.membership.me {
+            return;
+        }
+        for step in complete {
+            if let Some(held) = self.held.get_mut(&(generation, *step)) {
+                held.attested = true;
+            }
+        }
         let Some(heard) = self.peers.get(&member) else { return };
-        let still = heard.steps.iter().filter(|held| steps.contains(&held.step)).copied().collect();
+        let still = |held: &PeerStep| steps.iter().find(|step| step.step == held.step).copied();
+        let still = heard.steps.iter().filter_map(still).collect();
         self.peer(member, generation, sequence, still);
     }
 
@@ -225,7 +251,17 @@ impl Keeper {
         if key.0 != self.membership.generation || self.is_frozen() {
             return vec![];
         }
+        self.everywhere = self.everywhere.max(Some(key));
+        self.lapsed.retain(|step| *step > key.1);
         self.release(|other| other < key)
+    }
+
+    /// Nodes of the job, of whatever group, have given these steps up.
+    pub fn given_up_elsewhere(&mut self, generation: u64, steps: &[u64]) {
+        if generation == self.membership.generation {
+            let newest = self.everywhere.map_or(0, |key| key.1);
+            self.lapsed.extend(steps.iter().filter(|step| **step > newest));
+        }
     }
 
     /// What this node holds whole of the present generation, and whether its parity is made.
@@ -284,28 +320,25 @@ impl Keeper {
             held.waits = None;
         }
         let encoded = held.encoded;
-        let older = |other: &StepKey| other.0 == key.0 && *other < key && self.complete.is_none_or(|old| old < *other);
-        let in_turn = self.membership.groups <= 1 || !self.held.keys().any(older);
-        let done = everywhere && encoded && self.peers_hold(key.1, true);
-        if done && in_turn && self.complete.is_none_or(|old| old < key) {
-            self.complete = Some(key);
-            self.wary = false;
-            todo.push(Keep::Complete(key));
-            if self.membership.groups <= 1 {
-                todo.extend(self.release(|other| other < key));
-            }
+        let attested = held.attested;
+        if !everywhere || !encoded || held.complete || !(attested || self.peers_hold(key.1, true)) {
+            return;
+        }
+        if let Some(held) = self.held.get_mut(&key) {
+            held.complete = true;
+        }
+        self.wary = false;
+        todo.push(Keep::Complete(key));
+        if self.membership.groups <= 1 {
+            todo.extend(self.complete_everywhere(key));
         }
     }
 
     /// Gives steps up that will not become complete; see the module's header for the rules.
     fn give_up(&mut self, now: Duration) -> Vec<Keep> {
-        if self.membership.groups > 1 {
-            return vec![];
-        }
         let short = self.wary || self.shortage == Some(Shortage::Store);
         let patience = if short { SHORT_PATIENCE } else { PATIENCE } + self.hashing * HASHING;
-        let (generation, complete) = (self.membership.generation, self.complete);
-        let open = |key: &StepKey| key.0 == generation && complete.is_none_or(|complete| complete < *key);
+        let open = |key: &StepKey| self.is_open(*key);
         let late = |held: &Held| held.waits.is_some_and(|since| now.saturating_sub(since) >= patience);
         let mut gone: Vec<StepKey> =
             self.held.keys().filter(|key| open(key) && self.lapsed.contains(&key.1)).copied().collect();
@@ -317,6 +350,8 @@ impl Keeper {
             gone.push(*key);
             self.wary = true;
         }
+        self.given_up.extend(gone.iter().map(|key| key.1));
+        self.given_up.drain(..self.given_up.len().saturating_sub(MOST_OPEN));
         let mut todo: Vec<Keep> = gone.iter().map(|key| Keep::GiveUp(*key)).collect();
         todo.extend(self.release(|key| gone.contains(&key)));
         todo
@@ -325,18 +360,35 @@ impl Keeper {
     /// Whether a step whose parity this node has made waits in vain, while its slot is needed.
     fn must_ask(&self, now: Duration) -> bool {
         let since = |at: Duration| now.saturating_sub(at);
-        let (generation, complete) = (self.membership.generation, self.complete);
-        let open = |key: &StepKey| key.0 == generation && complete.is_none_or(|complete| complete < *key);
-        let vain = |held: &Held| held.encoded && held.waits.is_some_and(|at| since(at) >= SHORT_PATIENCE);
+        let waits = |held: &Held| held.waits.is_some_and(|at| since(at) >= SHORT_PATIENCE);
+        let vain = |held: &Held| held.encoded && !held.complete && waits(held);
         (self.shortage.is_some() || self.wary)
-            && self.membership.groups <= 1
-            && self.held.iter().any(|(key, held)| open(key) && vain(held))
+            && self.held.iter().any(|(key, held)| self.is_open(*key) && vain(held))
             && self.asked.is_none_or(|at| since(at) >= ASK)
     }
 
-    /// The newest step complete in the group, of the present generation.
-    pub fn complete(&self) -> Option<StepKey> {
-        self.complete
+    /// The steps of the present generation that are complete in the group and still held, the newest of them; ascending.
+    pub fn complete(&self) -> impl Iterator<Item = u64> {
+        let generation = self.membership.generation;
+        let complete = self.held.iter().filter(move |(key, held)| key.0 == generation && held.complete);
+        let steps: Vec<u64> = complete.map(|(key, _)| key.1).collect();
+        let older = steps.len().saturating_sub(MOST_OPEN);
+        steps.into_iter().skip(older)
+    }
+
+    /// The newest step complete in every group, of the present generation.
+    pub fn everywhere(&self) -> Option<StepKey> {
+        self.everywhere
+    }
+
+    /// The steps of the present generation that this node gave up last.
+    pub fn given_up(&self) -> impl Iterator<Item = u64> {
+        self.given_up.iter().copied()
+    }
+
+    /// Whether a step of the present generation may still become complete in every group, or not.
+    fn is_open(&self, key: StepKey) -> bool {
+        key.0 == self.membership.generation && self.everywhere.is_none_or(|complete| complete < key)
     }
 
     fn is_frozen(&self) -> bool {

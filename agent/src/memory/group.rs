@@ -7,6 +7,7 @@ use proto::wire::{self, GroupHeld, GroupQuery};
 use super::sync::Telling;
 use super::{Memory, heard};
 use crate::driver::Input;
+use crate::machine::keeper::PeerStep;
 
 /// A member's answer to the question which steps it holds.
 #[derive(Debug)]
@@ -82,7 +83,9 @@ impl Memory {
         if let Some(of) = self.jobs.get_mut(&job)
             && let Some(member) = of.group.members.iter().position(|member| member.snapshots == address)
         {
-            of.keeper.answered(member, generation, held.sequence, &held.steps);
+            let step = |step: &u64| PeerStep { step: *step, encoded: held.encoded.contains(step) };
+            let steps: Vec<PeerStep> = held.steps.iter().map(step).collect();
+            of.keeper.answered(member, generation, held.sequence, &steps, &held.complete);
         }
         job
     }
@@ -90,6 +93,8 @@ impl Memory {
     /// What this node holds whole of a generation; `None`: it is not in it.
     pub(crate) fn asked(&self, query: &GroupQuery) -> Option<GroupHeld> {
         let of = self.jobs.get(&JobName::new(query.job.as_str()).ok()?)?;
-        of.telling.as_ref().filter(|telling| telling.generation() == query.generation).map(Telling::held)
+        let telling = of.telling.as_ref().filter(|telling| telling.generation() == query.generation)?;
+        let complete = of.keeper.complete().collect();
+        Some(GroupHeld { complete, ..telling.held() })
     }
 }

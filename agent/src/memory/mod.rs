@@ -17,12 +17,13 @@ mod service;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod times;
 mod vault;
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -45,17 +46,15 @@ use crate::machine::keeper::{Keep, Keeper, Membership, Shortage, StepKey};
 pub(crate) use self::group::Holds;
 pub(crate) use self::peers::Peers;
 pub(crate) use self::service::{check_security, serve};
-
-/// Parity times remembered of one job.
-const MOST_TIMES: usize = 64;
+pub(crate) use self::times::ParityTimes;
 
 /// What follows for the node's workers.
 #[derive(Debug)]
 pub(crate) enum Effect {
     /// A slot is free again.
     Free(WorkerId, u32),
-    /// A step is complete in the job's parity group.
-    Complete(JobName, wire::StepComplete),
+    /// Which steps are complete in the job's parity group, or given up, has changed.
+    Kept(JobName, wire::StepsKept),
 }
 
 /// This node's parity of a step is made, or could not be.
@@ -119,29 +118,6 @@ impl Default for OfJob {
             reference: vec![],
             store: String::new(),
         }
-    }
-}
-
-/// How long parity took, for the timelines of the checkpoints uploaded meanwhile.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct ParityTimes(Arc<Mutex<BTreeMap<(JobName, StepKey), Stage>>>);
-
-impl ParityTimes {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<(JobName, StepKey), Stage>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// How long the parity of a step took on this node, if it is made.
-    pub(crate) fn of(&self, job: &JobName, key: StepKey) -> Option<Stage> {
-        self.lock().get(&(job.clone(), key)).cloned()
-    }
-
-    /// Notes how long it took; of each job the newest few are remembered.
-    fn note(&self, job: &JobName, key: StepKey, stage: Stage) {
-        let mut times = self.lock();
-        times.insert((job.clone(), key), stage);
-        let of: Vec<_> = times.keys().filter(|(other, _)| other == job).cloned().collect();
-        of.iter().rev().skip(MOST_TIMES).for_each(|old| drop(times.remove(old)));
     }
 }
 
@@ -313,11 +289,25 @@ impl Memory {
         }
     }
 
-    /// A step is complete in all groups.
-    pub(crate) fn complete_everywhere(&mut self, job: &JobName, complete: &wire::StepComplete) -> Vec<Effect> {
-        let key = (complete.generation, complete.step);
-        let todo = self.jobs.get_mut(job).map(|of| of.keeper.complete_everywhere(key)).unwrap_or_default();
+    /// What has become of steps in all groups.
+    pub(crate) fn kept_everywhere(&mut self, job: &JobName, kept: &wire::StepsKept) -> Vec<Effect> {
+        let Some(of) = self.jobs.get_mut(job) else { return vec![] };
+        let newest = kept.complete.iter().max().map(|step| (kept.generation, *step));
+        let todo = newest.map(|key| of.keeper.complete_everywhere(key)).unwrap_or_default();
+        of.keeper.given_up_elsewhere(kept.generation, &kept.given_up);
         self.carry_out(job, todo)
+    }
+
+    /// What the node's workers are told of the steps of the present generation.
+    fn kept(&self, job: &JobName) -> Option<Effect> {
+        let of = self.jobs.get(job)?;
+        let kept = wire::StepsKept {
+            generation: of.telling.as_ref()?.generation(),
+            complete: of.keeper.complete().collect(),
+            given_up: of.keeper.given_up().collect(),
+            seconds: of.seconds,
+        };
+        Some(Effect::Kept(job.clone(), kept))
     }
 
     /// A capture was due and found no slot; snapshots for memory alone are counted here.
@@ -411,8 +401,9 @@ impl Memory {
     }
 
     fn carry_out(&mut self, job: &JobName, todo: Vec<Keep>) -> Vec<Effect> {
-        let mut effects = vec![];
+        let (mut effects, mut news) = (vec![], false);
         for keep in todo {
+            news |= matches!(keep, Keep::Complete(_) | Keep::GiveUp(_));
             match keep {
                 Keep::Encode(key) => self.encode(job, key),
                 Keep::Publish => self.publish(job),
@@ -423,11 +414,7 @@ impl Memory {
                         "a snapshot is given up: not every member of its parity group can hold it and make its parity"
                     );
                 }
-                Keep::Complete(key) => {
-                    let seconds = self.jobs.get(job).map_or(0.0, |of| of.seconds);
-                    let complete = wire::StepComplete { generation: key.0, step: key.1, seconds };
-                    effects.push(Effect::Complete(job.clone(), complete));
-                }
+                Keep::Complete(_) => {}
                 Keep::Release(key) => {
                     let free = self.vault.let_go(job, key, |_, held| held.kept = false);
                     effects.extend(free.into_iter().map(|held| Effect::Free(held.worker, held.slot)));
@@ -438,6 +425,10 @@ impl Memory {
                     encode::remove(&self.folder, job, key);
                 }
             }
+        }
+        if let Some(kept) = self.kept(job).filter(|_| news) {
+            // Before the slots that become free by it.
+            effects.insert(0, kept);
         }
         effects
     }

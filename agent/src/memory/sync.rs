@@ -37,8 +37,10 @@ impl Telling {
 
     /// What it said last, without the descriptions.
     pub(super) fn held(&self) -> GroupHeld {
-        let steps = self.state.steps.iter().map(|held| held.step).collect();
-        GroupHeld { sequence: self.state.sequence, steps }
+        let steps = self.state.steps.iter();
+        let encoded = steps.clone().filter(|held| held.encoded).map(|held| held.step).collect();
+        let steps = steps.map(|held| held.step).collect();
+        GroupHeld { sequence: self.state.sequence, steps, encoded, complete: vec![] }
     }
 
     /// This node holds these steps now.

@@ -21,6 +21,7 @@ targets! {
     header: USUAL, 100_000;
     leader: USUAL, 100_000;
     manifest: USUAL, 100_000;
+    nodes: USUAL, 100_000;
     path: USUAL, 200_000;
     receipt: USUAL, 100_000;
     record: USUAL, 100_000;

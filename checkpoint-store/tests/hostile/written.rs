@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use checkpoint_store::leader::LEADER_FORMAT;
+use checkpoint_store::node_book::NODES_FORMAT;
 use checkpoint_store::*;
 use proto::ids::{Epoch, Generation, JobName, NodeName, Rank, Step, WorkerId, WorldSize};
 use proto::spec::{JobSpec, Overrides};
@@ -129,6 +130,8 @@ async fn written() -> Vec<(&'static str, Vec<Vec<u8>>)> {
         host: "host/boot".into(),
         token: "t".into(),
     };
+    let drained = ["gpu-1", "gpu-2"].map(|name| NodeName::new(name).unwrap()).into();
+    let nodes = NodesRecord { format: NODES_FORMAT, number: 7, epoch: Epoch::new(3), drained };
     let paths = [layout::record(&job(), 7), entry.path, layout::spec(&job()), layout::beat(Epoch::new(1), 2)];
     let urls = ["file:///data/cairn", "s3://bucket/a/b/", "../store", "memory://", "az://container/x%20y", "gs://b"];
     let spec = JobSpec::parse("job.toml", JOB_FILE, "/jobs".as_ref(), &Overrides::new()).unwrap();
@@ -137,6 +140,7 @@ async fn written() -> Vec<(&'static str, Vec<Vec<u8>>)> {
         ("header", vec![parts[0][8..].to_vec()]),
         ("leader", vec![json(&leader)]),
         ("manifest", manifests.clone()),
+        ("nodes", vec![json(&nodes)]),
         ("path", paths.map(String::into_bytes).to_vec()),
         ("receipt", one.iter().chain(&two).map(|receipt| receipt.to_bytes().unwrap()).collect()),
         ("record", records.iter().map(json).collect()),

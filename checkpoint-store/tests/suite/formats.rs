@@ -6,6 +6,7 @@ use std::path::Path;
 use checkpoint_store::*;
 use lz4_flex::frame::{FrameDecoder, FrameEncoder};
 use proto::ids::Step;
+use proto::incident::{Cause, Incidents, Outcome};
 
 use crate::support::*;
 
@@ -14,6 +15,12 @@ const DIGEST: &str = "08568a520a67101de549ff5bd34d1c5c307ee2a3879e434384f761b228
 
 fn fixture(name: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/format-1").join(name)
+}
+
+/// A record, or part of one, as builds since format 3 write it.
+fn fixture_3(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/format-3").join(name);
+    std::fs::read_to_string(path).unwrap()
 }
 
 fn fixture_values(state: usize) -> Vec<u8> {
@@ -45,6 +52,30 @@ async fn a_store_of_format_1_is_read_whole() {
     for receipt in receipts {
         assert_eq!(Receipt::from_bytes(&receipt.to_bytes().unwrap()).unwrap(), receipt);
     }
+}
+
+/// The record of an incident that is still open when a coordinator dies is for another build to read, as is its end's.
+#[test]
+fn an_open_incident_is_read_and_written_as_it_was() {
+    let read = |name: &str, number| {
+        let text = fixture_3(name);
+        let record = Record::parse(name, number, text.as_bytes()).unwrap();
+        assert_eq!(serde_json::to_string(&record).unwrap(), text, "{name} is written in another form");
+        record
+    };
+    let (open, over) = (read("incident-open.json", 41), read("incident-over.json", 43));
+    let Event::Incident(incident) = &open.event else { panic!("{open:?}") };
+    assert_eq!((incident.number, incident.cause, incident.outcome), (5, Cause::Collective, Outcome::Open));
+    let (link, stages) = (incident.link.as_ref().unwrap(), (incident.abort_ms, incident.agree_ms, incident.restore_ms));
+    assert_eq!(((link.0.as_str(), link.1.as_str()), stages), (("b", "c"), (Some(40), Some(210), None)));
+    let folded = fixture_3("incidents-folded.json");
+    let mut incidents: Incidents = serde_json::from_str(&folded).unwrap();
+    assert_eq!(serde_json::to_string(&incidents).unwrap(), folded, "the fold is written in another form");
+    assert_eq!(incidents.open(), Some(&**incident));
+    let Event::Incident(incident) = over.event else { panic!("{over:?}") };
+    incidents.add(*incident.clone());
+    assert_eq!((incidents.total(), incidents.latest.len(), incidents.open()), (5, 1, None));
+    assert_eq!((incident.steps_lost(), incident.total_ms()), (Some(1), 32_265));
 }
 
 #[tokio::test]

@@ -71,7 +71,15 @@ pub(super) fn device() -> Finding {
     }
     let devices: Vec<String> = probe.devices.iter().map(describe).collect();
     let driver = probe.driver.map_or_else(|_| "unknown".to_string(), |version| version.to_string());
-    let found = format!("{}; driver for CUDA {driver}", devices.join(", "));
+    let libraries: Vec<String> = probe
+        .libraries
+        .iter()
+        .map(|(name, path)| match path {
+            Ok(path) => path.display().to_string(),
+            Err(_) => format!("no {name}"),
+        })
+        .collect();
+    let found = format!("{}; driver for CUDA {driver}; {}", devices.join(", "), libraries.join(", "));
     match usable {
         Ok(()) => Finding::ok(CHECK, found),
         Err(error) => Finding::fail(CHECK, format!("{found}; it cannot be used: {error}"), CPU),

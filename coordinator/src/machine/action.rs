@@ -2,6 +2,7 @@
 //!
 //! Events are checked by the services before they get here; actions are performed by the driver in the order given.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use proto::event::JobEvent;
@@ -34,6 +35,16 @@ pub enum Event {
         job: JobName,
         /// What is wrong.
         reason: String,
+    },
+    /// What earlier coordinators have recorded of nodes was found in the store at start.
+    NodesLoaded {
+        /// Those that are to be empty.
+        drained: BTreeSet<NodeName>,
+    },
+    /// What was to be recorded of nodes is, or is not.
+    NodesRecorded {
+        /// How.
+        outcome: Outcome,
     },
     /// An agent opened a stream.
     Attached {
@@ -275,6 +286,11 @@ pub enum Action {
         job: JobName,
         /// What.
         operation: Operation,
+    },
+    /// Record that these nodes are to be empty, and no others, and report `NodesRecorded`. One at a time.
+    RecordNodes {
+        /// Their names.
+        drained: BTreeSet<NodeName>,
     },
     /// Tell the job's watchers.
     Publish {

@@ -292,6 +292,11 @@ impl Members {
         self.drained.contains(node)
     }
 
+    /// The nodes that an operator wants to be empty.
+    pub(super) fn drained(&self) -> &BTreeSet<NodeName> {
+        &self.drained
+    }
+
     /// An operator wants a node to be empty, or not any more.
     pub(super) fn drain(&mut self, node: NodeName, empty: bool) {
         self.resited = true;

@@ -52,6 +52,7 @@ use job::Job;
 pub use ledger::{Checkpoint, End, Entry, Ledger, Member, Membership};
 use members::Members;
 pub use members::{Connection, Failure, Home, NodeState, Worker};
+use nodes::Drains;
 use placing::Placed;
 
 /// What the machine is told at its start.
@@ -86,6 +87,7 @@ pub struct Cluster {
     settings: Settings,
     members: Members,
     admission: Admission,
+    drains: Drains,
     jobs: BTreeMap<JobName, Job>,
     /// The jobs in order of submission (those found in the store: of their names).
     order: Vec<JobName>,
@@ -107,6 +109,7 @@ impl Cluster {
             admission: Admission::new(settings.admission),
             settings,
             members: Members::default(),
+            drains: Drains::default(),
             jobs: BTreeMap::new(),
             order: Vec::new(),
             unreadable: BTreeMap::new(),
@@ -194,6 +197,8 @@ impl Cluster {
                     .push(Action::Log { job: Some(job.clone()), text: format!("its history is damaged: {reason}") });
                 self.unreadable.insert(job, reason);
             }
+            Event::NodesLoaded { drained } => self.nodes_loaded(drained),
+            Event::NodesRecorded { outcome } => self.nodes_recorded(outcome),
             Event::Attached { node, incarnation, connection, slots, home, state } => {
                 if self.obeys_another(&node, state.epoch) {
                     return;

@@ -1,31 +1,59 @@
 //! The nodes as operators see them, and what operators ask of one: to be emptied, and to be used again.
 //!
 //! A drained node takes no new work. The scheduler no longer sees it, so jobs on it stop after a checkpoint and form
-//! their next generation elsewhere, or wait. It stays drained until it is undrained, also when its agent is restarted;
-//! no chain holds it, so a new coordinator does not know of it. Undraining also lets a node back that was set aside, by
-//! its admission or by jobs.
+//! their next generation elsewhere, or wait. It stays drained until it is undrained, whatever becomes of its agent and of
+//! coordinators: a request takes effect, and is answered, once the store has a record of it. Undraining also lets a node
+//! back that was set aside, by its admission or by jobs.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 
 use proto::ids::NodeName;
 use proto::wire::{NodeStatus, SetAside};
 
 use super::Cluster;
-use super::action::{Answer, Refusal};
+use super::action::{Action, Answer, Outcome, Refusal, RequestId};
 use super::admission::Standing;
 use super::live::Live;
 use super::members::Agent;
 
+/// Why a node is not there that an earlier coordinator has recorded.
+const NEVER_SEEN: &str = "no agent of it has attached since this coordinator leads";
+
+/// A node is to be emptied, or used again.
+#[derive(Debug)]
+struct Wanted {
+    request: RequestId,
+    node: NodeName,
+    empty: bool,
+}
+
+/// What operators want of nodes, on its way into the store: one record at a time.
+#[derive(Debug, Default)]
+pub(super) struct Drains {
+    waiting: VecDeque<Wanted>,
+    flight: Option<Wanted>,
+}
+
 impl Cluster {
     /// All nodes, those that are gone too.
     pub(super) fn nodes(&self) -> Answer {
-        Answer::Nodes(self.members.known().into_iter().map(|(node, agent)| self.node_status(node, agent)).collect())
+        let mut all = self.members.known();
+        for node in self.members.drained() {
+            all.entry(node).or_insert(Err(NEVER_SEEN));
+        }
+        Answer::Nodes(all.into_iter().map(|(node, agent)| self.node_status(node, agent)).collect())
+    }
+
+    /// An earlier coordinator has recorded that these nodes are to be empty.
+    pub(super) fn nodes_loaded(&mut self, drained: BTreeSet<NodeName>) {
+        drained.into_iter().for_each(|node| self.members.drain(node, true));
     }
 
     /// A node is to be emptied, or used again.
-    pub(super) fn drain(&mut self, node: &NodeName, empty: bool) -> Result<Option<Answer>, Refusal> {
+    pub(super) fn drain(&mut self, request: RequestId, node: NodeName, empty: bool) -> Result<Option<Answer>, Refusal> {
         let known = self.members.known();
-        let Some(agent) = known.get(node) else {
+        let recorded = self.members.is_drained(&node).then_some(Err(NEVER_SEEN));
+        let Some(agent) = known.get(&node).copied().or(recorded) else {
             let names: Vec<_> = known.keys().take(20).map(ToString::to_string).collect();
             let names = if names.is_empty() { "none".into() } else { names.join(", ") };
             let text = format!("no agent of a node {node} has attached (known are {names}); list them: cairn nodes");
@@ -36,12 +64,52 @@ impl Cluster {
                 "the agent on node {node} was told to stop and leaves by itself; start it again instead"
             )));
         }
+        self.drains.waiting.push_back(Wanted { request, node, empty });
+        self.record_next();
+        Ok(None)
+    }
+
+    fn record_next(&mut self) {
+        if self.drains.flight.is_some() {
+            return;
+        }
+        self.drains.flight = self.drains.waiting.pop_front();
+        let Some(Wanted { node, empty, .. }) = &self.drains.flight else { return };
+        let mut drained = self.members.drained().clone();
+        if *empty {
+            drained.insert(node.clone());
+        } else {
+            drained.remove(node);
+        }
+        self.out.push(Action::RecordNodes { drained });
+    }
+
+    /// The record of what is wanted of a node is stored, or is not.
+    pub(super) fn nodes_recorded(&mut self, outcome: Outcome) {
+        let Some(Wanted { request, node, empty }) = self.drains.flight.take() else { return };
+        let answer = match outcome {
+            Outcome::Done => Ok(self.drained(node, empty)),
+            Outcome::Lost(reason) => {
+                self.out.push(Action::StepDown { reason: reason.clone() });
+                Err(Refusal::Unavailable(reason))
+            }
+            Outcome::Failed(why) | Outcome::Impossible(why) => Err(Refusal::Unavailable(format!(
+                "it is not sure that what is wanted of node {node} is recorded, so nothing is done yet: {why}; ask again"
+            ))),
+            other => Err(Refusal::Unavailable(format!("an answer to something else: {other:?}"))),
+        };
+        self.out.push(Action::Reply { request, answer });
+        self.record_next();
+    }
+
+    fn drained(&mut self, node: NodeName, empty: bool) -> Answer {
         self.members.drain(node.clone(), empty);
         if !empty {
-            self.admission.admit(node);
-            self.jobs.values_mut().for_each(|job| job.pardon(node));
+            self.admission.admit(&node);
+            self.jobs.values_mut().for_each(|job| job.pardon(&node));
         }
-        Ok(self.members.known().get(node).map(|agent| Answer::Node(Box::new(self.node_status(node, *agent)))))
+        let agent = self.members.known().get(&node).copied().unwrap_or(Err(NEVER_SEEN));
+        Answer::Node(Box::new(self.node_status(&node, agent)))
     }
 
     fn node_status(&self, node: &NodeName, agent: Result<&Agent, &str>) -> NodeStatus {

@@ -32,7 +32,7 @@ impl Cluster {
             Ask::Change(job, change) => self.change(request, &job, change),
             Ask::Incidents(job) => self.incidents(&job),
             Ask::Nodes => Ok(Some(self.nodes())),
-            Ask::Drain(node, empty) => self.drain(&node, empty),
+            Ask::Drain(node, empty) => self.drain(request, node, empty),
         };
         let answer = match response {
             Ok(None) => return,

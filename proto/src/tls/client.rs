@@ -127,13 +127,16 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
+/// What a connection is opened with, asked for anew each time.
+type Configure = dyn Fn() -> Result<Arc<ClientConfig>, Error> + Send + Sync;
+
 /// What tonic opens its connections with.
 #[derive(Clone)]
-pub(super) struct Connector(Result<Arc<ClientConfig>, Error>);
+pub(super) struct Connector(Arc<Configure>);
 
 impl Connector {
-    pub(super) fn new(config: Result<Arc<ClientConfig>, Error>) -> Self {
-        Self(config)
+    pub(super) fn new(configure: impl Fn() -> Result<Arc<ClientConfig>, Error> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(configure))
     }
 }
 
@@ -147,7 +150,7 @@ impl tower::Service<Uri> for Connector {
     }
 
     fn call(&mut self, uri: Uri) -> Self::Future {
-        let config = self.0.clone();
+        let config = (self.0)();
         Box::pin(async move {
             let config = config.map_err(|error| Refused::Settled(format!("TLS cannot be set up: {error}")))?;
             open(config, &uri).await.map(TokioIo::new)

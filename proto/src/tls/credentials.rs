@@ -1,7 +1,12 @@
 //! A process's own certificate, key and CA, read from a folder and checked before anything is started.
+//!
+//! They are read again when the files have changed, as each connection is about to be made or taken in: what was
+//! renewed is used without a restart, and connections that are open stay. What cannot be used, such as half of what
+//! is being written, is left for the next connection to look at, and the one before serves until then.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio_rustls::rustls::client::WebPkiServerVerifier;
@@ -27,10 +32,38 @@ const PROTOCOL: &[u8] = b"h2";
 
 /// What one process shows and demands; cheap to clone.
 #[derive(Clone)]
-pub struct Credentials(Arc<Inner>);
+pub struct Credentials {
+    folder: PathBuf,
+    identity: Identity,
+    kept: Arc<Mutex<Kept>>,
+}
+
+/// What was read last.
+struct Kept {
+    inner: Arc<Inner>,
+    /// The files as they were then.
+    stamp: Stamp,
+    /// Files that could not be used: said once.
+    refused: Option<Stamp>,
+}
+
+/// What tells files from others of the same names; none where there is no file.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Stamp([Option<(u64, u64, i64, i64)>; 3]);
+
+impl Stamp {
+    fn of(folder: &Path) -> Self {
+        Self(FILES.map(|name| {
+            let found = std::fs::metadata(folder.join(name)).ok()?;
+            Some((found.ino(), found.size(), found.mtime(), found.mtime_nsec()))
+        }))
+    }
+}
+
+/// The files of a folder: the authority, the certificate, its key.
+const FILES: [&str; 3] = ["ca.pem", "cert.pem", "key.pem"];
 
 struct Inner {
-    folder: PathBuf,
     identity: Identity,
     certificate: CertificateDer<'static>,
     key: Arc<CertifiedKey>,
@@ -41,7 +74,7 @@ struct Inner {
 
 impl std::fmt::Debug for Credentials {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Credentials({})", self.0.identity)
+        write!(f, "Credentials({})", self.identity)
     }
 }
 
@@ -53,7 +86,87 @@ impl Credentials {
 
     /// The same for another day.
     pub(super) fn load_at(folder: &Path, now: UnixTime) -> Result<Self, TlsError> {
-        let [ca, certificate, key] = ["ca.pem", "cert.pem", "key.pem"].map(|name| folder.join(name));
+        // Looked at first: what changes from here on is read again.
+        let stamp = Stamp::of(folder);
+        let inner = Arc::new(Inner::load(folder, now)?);
+        let identity = inner.identity.clone();
+        let kept = Arc::new(Mutex::new(Kept { inner, stamp, refused: None }));
+        Ok(Self { folder: folder.to_path_buf(), identity, kept })
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        // Every change leaves it whole.
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is to be used for a new connection.
+    fn current(&self) -> Arc<Inner> {
+        let stamp = Stamp::of(&self.folder);
+        let mut kept = self.kept();
+        if stamp != kept.stamp {
+            match Inner::load(&self.folder, UnixTime::now()).and_then(|inner| self.check_same(inner)) {
+                Ok(inner) => {
+                    tracing::info!(folder = %self.folder.display(), "renewed certificates are used from now on");
+                    (kept.inner, kept.stamp, kept.refused) = (Arc::new(inner), stamp, None);
+                }
+                Err(error) if kept.refused != Some(stamp) => {
+                    tracing::warn!("changed certificates are not used, those before are: {error}");
+                    kept.refused = Some(stamp);
+                }
+                Err(_) => {}
+            }
+        }
+        kept.inner.clone()
+    }
+
+    /// Refuses to become somebody else.
+    fn check_same(&self, inner: Inner) -> Result<Inner, TlsError> {
+        if inner.identity == self.identity {
+            return Ok(inner);
+        }
+        let (found, was) = (inner.identity.to_string(), self.identity.to_string());
+        Err(TlsError::Another { path: self.folder.join("cert.pem"), found, was })
+    }
+
+    /// Whom the certificate is for.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Refuses a certificate that is for another role than the process plays.
+    pub fn check_role(&self, role: Role) -> Result<(), TlsError> {
+        let identity = &self.identity;
+        if identity.role == role || identity.role == Role::Coordinator {
+            return Ok(());
+        }
+        let path = self.folder.join("cert.pem");
+        Err(TlsError::Role { path, identity: identity.to_string(), needs: role.as_str() })
+    }
+
+    /// Refuses a certificate that does not name the host others connect to.
+    pub fn check_host(&self, host: &str) -> Result<(), TlsError> {
+        let inner = self.current();
+        let named = webpki::EndEntityCert::try_from(&inner.certificate).ok().zip(server_name(host));
+        if named.is_some_and(|(leaf, name)| leaf.verify_is_valid_for_subject_name(&name).is_ok()) {
+            return Ok(());
+        }
+        Err(TlsError::Host { path: self.folder.join("cert.pem"), host: host.into() })
+    }
+
+    pub(super) fn server(&self) -> Arc<ServerConfig> {
+        self.current().server.clone()
+    }
+
+    /// Opens connections to servers that play one of these roles in this cluster.
+    pub(super) fn connector(&self, roles: &'static [Role]) -> Connector {
+        let credentials = self.clone();
+        Connector::new(move || credentials.current().client(roles))
+    }
+}
+
+impl Inner {
+    fn load(folder: &Path, now: UnixTime) -> Result<Self, TlsError> {
+        let [ca, certificate, key] = FILES.map(|name| folder.join(name));
         let provider = Arc::new(aws_lc_rs::default_provider());
         let mut roots = RootCertStore::empty();
         for root in certificates(&ca)? {
@@ -85,55 +198,20 @@ impl Credentials {
         server.session_storage = Arc::new(NoServerSessionStorage {});
         server.send_tls13_tickets = 0;
         let server = Arc::new(server);
-        let folder = folder.to_path_buf();
-        Ok(Self(Arc::new(Inner { folder, identity, certificate: leaf, key: held, provider, roots, server })))
-    }
-
-    /// Whom the certificate is for.
-    pub fn identity(&self) -> &Identity {
-        &self.0.identity
-    }
-
-    /// Refuses a certificate that is for another role than the process plays.
-    pub fn check_role(&self, role: Role) -> Result<(), TlsError> {
-        let identity = &self.0.identity;
-        if identity.role == role || identity.role == Role::Coordinator {
-            return Ok(());
-        }
-        let path = self.0.folder.join("cert.pem");
-        Err(TlsError::Role { path, identity: identity.to_string(), needs: role.as_str() })
-    }
-
-    /// Refuses a certificate that does not name the host others connect to.
-    pub fn check_host(&self, host: &str) -> Result<(), TlsError> {
-        let named = webpki::EndEntityCert::try_from(&self.0.certificate).ok().zip(server_name(host));
-        if named.is_some_and(|(leaf, name)| leaf.verify_is_valid_for_subject_name(&name).is_ok()) {
-            return Ok(());
-        }
-        Err(TlsError::Host { path: self.0.folder.join("cert.pem"), host: host.into() })
-    }
-
-    pub(super) fn server(&self) -> Arc<ServerConfig> {
-        self.0.server.clone()
-    }
-
-    /// Opens connections to servers that play one of these roles in this cluster.
-    pub(super) fn connector(&self, roles: &'static [Role]) -> Connector {
-        Connector::new(self.client(roles))
+        Ok(Self { identity, certificate: leaf, key: held, provider, roots, server })
     }
 
     fn client(&self, roles: &'static [Role]) -> Result<Arc<ClientConfig>, Error> {
-        let inner = &self.0;
-        let trust = WebPkiServerVerifier::builder_with_provider(inner.roots.clone(), inner.provider.clone())
+        let trust = WebPkiServerVerifier::builder_with_provider(self.roots.clone(), self.provider.clone())
             .build()
             .map_err(|error| Error::General(error.to_string()))?;
         let verifier: Arc<dyn ServerCertVerifier> =
-            Arc::new(super::client::Verifier::new(trust, inner.identity.cluster.clone(), roles));
-        let mut config = ClientConfig::builder_with_provider(inner.provider.clone())
+            Arc::new(super::client::Verifier::new(trust, self.identity.cluster.clone(), roles));
+        let mut config = ClientConfig::builder_with_provider(self.provider.clone())
             .with_protocol_versions(&[&TLS13])?
             .dangerous()
             .with_custom_certificate_verifier(verifier)
-            .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(inner.key.clone())));
+            .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(self.key.clone())));
         config.alpn_protocols = vec![PROTOCOL.to_vec()];
         config.resumption = tokio_rustls::rustls::client::Resumption::disabled();
         Ok(Arc::new(config))

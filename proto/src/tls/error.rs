@@ -101,6 +101,16 @@ pub enum TlsError {
         /// The address.
         host: String,
     },
+    /// The files were replaced by somebody else's.
+    #[error("the certificate {path} is for {found} now, and this process began as {was}: restart it if that is meant")]
+    Another {
+        /// The file.
+        path: PathBuf,
+        /// Whom it is for.
+        found: String,
+        /// Whom the one before was for.
+        was: String,
+    },
     /// There is nothing to issue with.
     #[error("{folder} holds no authority: make one with `cairn certs init {folder}`")]
     NoAuthority {

@@ -236,7 +236,8 @@ async fn a_server_turns_strangers_away_and_they_are_told_why() {
         .unwrap()
         .with_root_certificates(roots)
         .with_no_client_auth();
-    let (outcome, _) = connect(server(), Connector::new(Ok(Arc::new(nameless))), "127.0.0.1").await;
+    let nameless = Arc::new(nameless);
+    let (outcome, _) = connect(server(), Connector::new(move || Ok(nameless.clone())), "127.0.0.1").await;
     expect(outcome, true, "was shown none");
 }
 
@@ -278,6 +279,58 @@ fn expect(outcome: Result<(), Refused>, settled: bool, words: &str) {
     let refused = outcome.expect_err(words);
     assert_eq!(refused.is_settled(), settled, "{refused}");
     assert!(refused.to_string().contains(words), "{refused} lacks {words:?}");
+}
+
+/// Puts the files of one folder in the place of another's, one after the other.
+fn replace(folder: &Path, by: &Path, names: &[&str]) {
+    for name in names {
+        std::fs::rename(by.join(name), folder.join(name)).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn renewed_certificates_are_used_without_a_restart() {
+    let lab = Lab::new("lab");
+    // What both began with has expired since.
+    let begin = |role, name| {
+        let folder = lab.issue(role, name, "127.0.0.1", -2);
+        (Credentials::load_at(&folder, earlier_than(-2)).unwrap(), folder)
+    };
+    let ((server, of_server), (client, of_client)) = (begin(Role::Coordinator, "main"), begin(Role::Agent, "a"));
+    let try_both = async || {
+        let (server, client) = (Security::Tls(server.clone()), client.connector(LEADERS));
+        connect(server, client, "127.0.0.1").await
+    };
+    expect(try_both().await.0, true, "expired");
+    let (fresh_server, fresh_client) =
+        (lab.issue(Role::Coordinator, "main", "127.0.0.1", 3), lab.issue(Role::Agent, "a", "127.0.0.1", 3));
+    replace(&of_server, &fresh_server, &["cert.pem"]);
+    expect(try_both().await.0, true, "expired");
+    replace(&of_server, &fresh_server, &["key.pem"]);
+    replace(&of_client, &fresh_client, &["cert.pem", "key.pem"]);
+    let (outcome, seen) = try_both().await;
+    outcome.unwrap();
+    assert_eq!(seen.unwrap().to_string(), "cairn://lab/agent/a");
+    // What is no better than what is there is not taken: another's, and none.
+    replace(&of_client, &lab.issue(Role::Agent, "b", "127.0.0.1", 3), &["cert.pem", "key.pem"]);
+    assert_eq!(try_both().await.1.unwrap().to_string(), "cairn://lab/agent/a");
+    std::fs::remove_file(of_server.join("ca.pem")).unwrap();
+    assert!(try_both().await.0.is_ok());
+}
+
+#[tokio::test]
+async fn another_authority_can_take_the_place_of_the_first_while_both_ends_run() {
+    let (lab, next) = (Lab::new("lab"), Lab::new("lab"));
+    let (of_server, of_client) =
+        (lab.issue(Role::Coordinator, "main", "127.0.0.1", 2), lab.issue(Role::Agent, "a", "127.0.0.1", 2));
+    let (server, client) = (Credentials::load(&of_server).unwrap(), Credentials::load(&of_client).unwrap());
+    let try_both = async || connect(Security::Tls(server.clone()), client.connector(LEADERS), "127.0.0.1").await.0;
+    try_both().await.unwrap();
+    let names = ["ca.pem", "cert.pem", "key.pem"];
+    replace(&of_server, &next.issue(Role::Coordinator, "main", "127.0.0.1", 2), &names);
+    expect(try_both().await, true, "another cluster");
+    replace(&of_client, &next.issue(Role::Agent, "a", "127.0.0.1", 2), &names);
+    try_both().await.unwrap();
 }
 
 #[test]

@@ -39,6 +39,8 @@ fn right(kind: Kind) -> (&'static [&'static str], Whose) {
         | K::Latency
         | K::StoreStop
         | K::StoreOff
+        | K::StoreKill
+        | K::FullStore
         | K::FullMemory => (&[], Whose::Node),
     }
 }

@@ -49,7 +49,7 @@ pub struct Plan {
 }
 
 /// The keys of the job: timeouts near their lower ends, so that a hundred faults pass in half an hour.
-const KEYS: [&str; 9] = [
+pub const KEYS: [&str; 9] = [
     "fault.heartbeat=0.5",
     "fault.suspicion=3",
     "fault.collective=6",

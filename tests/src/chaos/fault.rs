@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::Duration;
 
@@ -62,12 +63,16 @@ pub enum Kind {
     StoreStop,
     /// The store's cable is pulled.
     StoreOff,
-    /// A node's memory file system is full.
+    /// SIGKILL to the store; it is started again later, with all that it has acknowledged.
+    StoreKill,
+    /// The store's disk is full.
+    FullStore,
+    /// The file system of a node's folder is full.
     FullMemory,
 }
 
 /// All of them, with their names and how long they last, in milliseconds.
-pub const KINDS: [(Kind, &str, (u64, u64)); 24] = [
+pub const KINDS: [(Kind, &str, (u64, u64)); 26] = [
     (Kind::KillWorker, "kill worker", (0, 0)),
     (Kind::KillAgent, "kill agent", (0, 0)),
     (Kind::KillLeader, "kill coordinator", (0, 0)),
@@ -91,7 +96,9 @@ pub const KINDS: [(Kind, &str, (u64, u64)); 24] = [
     (Kind::Latency, "latency", (4000, 7000)),
     (Kind::StoreStop, "store paused", (3000, 12000)),
     (Kind::StoreOff, "store cut off", (3000, 12000)),
-    (Kind::FullMemory, "memory full", (4000, 8000)),
+    (Kind::StoreKill, "store killed", (2000, 8000)),
+    (Kind::FullStore, "store's disk full", (3000, 12000)),
+    (Kind::FullMemory, "node's disk full", (4000, 8000)),
 ];
 
 impl Kind {
@@ -176,7 +183,8 @@ enum Undo {
     Unfilter(Vec<Filter>),
     Unlimit(String),
     Undelay(Child),
-    Empty(std::path::PathBuf),
+    Empty(PathBuf),
+    Serve,
 }
 
 /// A fault under way.
@@ -229,7 +237,9 @@ pub fn begin(fault: &Fault, lab: &mut Lab) -> Option<Active> {
             vec![Undo::Unlimit(node.into())]
         }
         Kind::Latency => vec![Undo::Undelay(lab.net.delay(node, fault.strength))],
-        Kind::FullMemory => vec![fill(lab, node)],
+        Kind::StoreKill => signal(lab.store().1, "KILL").then_some(vec![Undo::Serve])?,
+        Kind::FullStore => vec![fill(&lab.disk())],
+        Kind::FullMemory => vec![fill(&lab.memory(node))],
     };
     Some(Active { fault: fault.clone(), undo })
 }
@@ -245,9 +255,9 @@ fn apart(lab: &mut Lab, one: &str, other: &str, plane: Plane) -> Vec<Filter> {
     vec![lab.net.cut(one, other, plane), lab.net.cut(other, one, plane)]
 }
 
-/// Writes until there is no room left.
-fn fill(lab: &Lab, node: &str) -> Undo {
-    let path = lab.memory(node).join("filler");
+/// Writes to a file system until there is no room left.
+fn fill(folder: &Path) -> Undo {
+    let path = folder.join("filler");
     let mut file = File::create(&path).expect("a file in a memory file system");
     let zeros = vec![0; 1 << 16];
     while file.write_all(&zeros).is_ok() {}
@@ -272,6 +282,7 @@ impl Active {
                 let _ = child.wait();
             }
             Undo::Empty(path) => drop(std::fs::remove_file(path)),
+            Undo::Serve => lab.start_store(),
         }
         (!self.undo.is_empty()).then_some(BETWEEN)
     }

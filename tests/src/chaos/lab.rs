@@ -3,7 +3,7 @@
 //! Coordinators and agents are supervised as a service manager does it: one that ends is started again after a moment.
 //! Every process logs into a file of its own, which stays where something went wrong.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -23,6 +23,8 @@ const OPERATOR: &str = "op";
 const PORT: u16 = 7070;
 /// Memory of each node, in MiB: enough for snapshots and parity of the jobs here.
 const MEMORY: u32 = 96;
+/// The store's disk, in MiB: enough for the checkpoints that are kept.
+const DISK: u32 = 256;
 
 /// A supervised process.
 #[derive(Debug)]
@@ -118,17 +120,27 @@ impl Lab {
         lab
     }
 
-    /// Starts the S3 server and makes its bucket.
-    fn serve(&mut self) {
+    /// Starts the S3 server, unless it runs. What it has stored it still has.
+    pub fn start_store(&mut self) {
+        if self.server.as_mut().is_some_and(|server| matches!(server.try_wait(), Ok(None))) {
+            return;
+        }
         let program = server().expect("an S3 server, which the caller has looked for");
-        let log = File::create(self.folder.join("s0.log")).expect("a log file");
+        let log = OpenOptions::new().create(true).append(true).open(self.log(STORE.0)).expect("a log file");
         let mut command = self.net.command(STORE.0, &program);
         command
             .arg(crate::root().join("tests/peers/s3.py"))
             .args(["0.0.0.0", &STORE.1.to_string()])
+            .arg(self.disk())
             .stdin(Stdio::null())
             .stdout(Stdio::null());
         self.server = Some(command.stderr(log).spawn().expect("the S3 server starts"));
+    }
+
+    /// Starts the S3 server and makes its bucket.
+    fn serve(&mut self) {
+        net::mount(&self.disk(), DISK);
+        self.start_store();
         let (host, port) = (self.net.address(STORE.0, Plane::Control), STORE.1);
         let request =
             format!("PUT /bucket HTTP/1.1\\r\\nHost: {host}\\r\\nContent-Length: 0\\r\\nConnection: close\\r\\n\\r\\n");
@@ -226,6 +238,11 @@ impl Lab {
         self.folder.join(format!("memory-{node}"))
     }
 
+    /// The store's disk.
+    pub fn disk(&self) -> PathBuf {
+        self.folder.join("disk")
+    }
+
     /// Where everything of this run lies.
     pub fn folder(&self) -> &Path {
         &self.folder
@@ -298,6 +315,7 @@ impl Drop for Lab {
         for node in self.nodes() {
             net::unmount(&self.memory(&node));
         }
+        net::unmount(&self.disk());
         if self.keep || std::thread::panicking() {
             println!("logs are kept in {}", self.folder.display());
         } else {

@@ -159,10 +159,10 @@ impl Plan {
             state.note("fault", "begins", format_args!("{:?} for {milliseconds} ms", fault.kind));
         }
         match fault.kind {
-            Kind::Crash(host) => crash(sim, folder, host, true),
+            Kind::Crash(host) => crash(sim, world, folder, host, true),
             Kind::Lose(host) => {
                 self.others(host).for_each(|other| sim.partition(host, other));
-                crash(sim, folder, host, false);
+                crash(sim, world, folder, host, false);
             }
             Kind::CrashWorker(host) => self.crash_worker(world, host),
             Kind::Cut(one, other) => sim.partition(one, other),
@@ -187,10 +187,10 @@ impl Plan {
 
     fn end(&self, sim: &mut Sim<'_>, world: &World, kind: Kind) {
         match kind {
-            Kind::Crash(host) => start(sim, host),
+            Kind::Crash(host) => start(sim, world, host),
             Kind::Lose(host) => {
                 self.others(host).for_each(|other| sim.repair(host, other));
-                start(sim, host);
+                start(sim, world, host);
             }
             Kind::Cut(one, other) => sim.repair(one, other),
             Kind::CutOneWay(from, to) => sim.repair_oneway(from, to),
@@ -244,20 +244,21 @@ impl Plan {
 }
 
 /// Ends a host's processes; the folder of a node's agent stays where the agent alone has died.
-fn crash(sim: &mut Sim<'_>, folder: &Path, host: Host, stays: bool) {
+fn crash(sim: &mut Sim<'_>, world: &World, folder: &Path, host: Host, stays: bool) {
     let (at, aside) = (folder.join(host), folder.join(format!("{host}-kept")));
     // An agent that ends in good order removes its folder; one that is killed cannot.
     let kept = stays && std::fs::rename(&at, &aside).is_ok();
-    sim.crash(host);
+    world.felling(host, || sim.crash(host));
     if kept {
         std::fs::rename(&aside, &at).expect("a folder of this simulation alone");
     }
 }
 
 /// Starts a host's software, unless it runs already.
-pub(crate) fn start(sim: &mut Sim<'_>, host: Host) {
+pub(crate) fn start(sim: &mut Sim<'_>, world: &World, host: Host) {
     if !sim.is_host_running(host) {
-        sim.bounce(host);
+        // What its last life has left goes now.
+        world.felling(host, || sim.bounce(host));
     }
 }
 

@@ -192,7 +192,7 @@ fn drive(sim: &mut Sim<'_>, world: &World, mut plan: Plan, cluster: &Cluster, fo
             if sim.is_host_running(host) {
                 ended.remove(host);
             } else if *ended.entry(host).or_insert(now) + RESTART <= now {
-                faults::start(sim, host);
+                faults::start(sim, world, host);
             }
         }
         world.lock().serve();

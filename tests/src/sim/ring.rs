@@ -11,6 +11,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{sleep, timeout};
 use turmoil::net::{TcpListener, TcpStream};
 use worker::machine::cadence::Wish;
+use worker::machine::kept::{OPEN, Steps};
+
+use super::network::Wire;
+use super::world::{Host, World};
 
 /// Between two tries to reach the next rank.
 const AGAIN: Duration = Duration::from_millis(250);
@@ -42,7 +46,7 @@ pub(crate) struct Word {
 pub(crate) struct Ring {
     place: Place,
     /// To the next rank and from the one before; none for one rank alone.
-    ways: Option<(TcpStream, TcpStream)>,
+    ways: Option<(Wire, Wire)>,
 }
 
 fn broken(why: impl Into<String>) -> io::Error {
@@ -61,11 +65,16 @@ impl Place {
 
 impl Ring {
     /// Connects to the next rank and takes the one before in.
-    pub(crate) async fn form(listener: &TcpListener, place: Place, within: Duration) -> io::Result<Self> {
+    pub(crate) async fn form(
+        on: (&World, Host),
+        listener: &TcpListener,
+        place: Place,
+        within: Duration,
+    ) -> io::Result<Self> {
         if place.world == 1 {
             return Ok(Self { place, ways: None });
         }
-        let forming = async { tokio::try_join!(reach(&place), take_in(listener, &place)) };
+        let forming = async { tokio::try_join!(reach(on, &place), take_in(on, listener, &place)) };
         let formed = timeout(within, forming).await;
         let ways = formed.map_err(|_| broken("the ring did not form in time"))??;
         Ok(Self { place, ways: Some(ways) })
@@ -99,9 +108,9 @@ impl Ring {
     }
 }
 
-async fn reach(place: &Place) -> io::Result<TcpStream> {
+async fn reach((world, host): (&World, Host), place: &Place) -> io::Result<Wire> {
     loop {
-        if let Ok(mut stream) = TcpStream::connect(place.next).await
+        if let Ok(mut stream) = TcpStream::connect(place.next).await.map(|stream| Wire::new(world, host, stream))
             && stream.write_all(&place.greeting(place.rank)).await.is_ok()
             // Only a neighbour in the same generation answers; another one hangs up.
             && matches!(timeout(GREETING, stream.read_u8()).await, Ok(Ok(1)))
@@ -112,10 +121,11 @@ async fn reach(place: &Place) -> io::Result<TcpStream> {
     }
 }
 
-async fn take_in(listener: &TcpListener, place: &Place) -> io::Result<TcpStream> {
+async fn take_in((world, host): (&World, Host), listener: &TcpListener, place: &Place) -> io::Result<Wire> {
     let expected = place.greeting(place.before());
     loop {
-        let (mut stream, _) = listener.accept().await?;
+        let (stream, _) = listener.accept().await?;
+        let mut stream = Wire::new(world, host, stream);
         let mut greeting = vec![0; expected.len()];
         let greeted = timeout(GREETING, stream.read_exact(&mut greeting)).await;
         if matches!(greeted, Ok(Ok(_))) && greeting == expected && stream.write_u8(1).await.is_ok() {
@@ -124,18 +134,19 @@ async fn take_in(listener: &TcpListener, place: &Place) -> io::Result<TcpStream>
     }
 }
 
-const FRAME: usize = 48;
+/// Large numbers of a frame: the step, the sum, and what became of snapshots.
+const LARGE: usize = 2 + 2 * OPEN;
+const FRAME: usize = 8 * LARGE + 4 * 4;
 
 fn frame(rank: u32, word: &Word) -> [u8; FRAME] {
-    let Wish { ready, interval, guard, complete } = word.wish;
+    let Wish { ready, interval, guard, steps } = word.wish;
     let flags = u32::from(word.stop) | u32::from(ready) << 1;
     let mut out = [0; FRAME];
-    let numbers = [word.step, word.sum, complete];
     let small = [rank, flags, interval, guard];
-    for (place, number) in out.chunks_exact_mut(8).zip(numbers) {
+    for (place, number) in out.chunks_exact_mut(8).zip([word.step, word.sum].into_iter().chain(steps.numbers())) {
         place.copy_from_slice(&number.to_le_bytes());
     }
-    for (place, number) in out[24..].chunks_exact_mut(4).zip(small) {
+    for (place, number) in out[8 * LARGE..].chunks_exact_mut(4).zip(small) {
         place.copy_from_slice(&number.to_le_bytes());
     }
     out
@@ -143,7 +154,11 @@ fn frame(rank: u32, word: &Word) -> [u8; FRAME] {
 
 fn unframe(bytes: &[u8; FRAME]) -> (u32, Word) {
     let large = |at: usize| u64::from_le_bytes(bytes[8 * at..8 * at + 8].try_into().expect("eight bytes"));
-    let small = |at: usize| u32::from_le_bytes(bytes[24 + 4 * at..28 + 4 * at].try_into().expect("four bytes"));
-    let wish = Wish { ready: small(1) & 2 != 0, interval: small(2), guard: small(3), complete: large(2) };
+    let small = |at: usize| {
+        let at = 8 * LARGE + 4 * at;
+        u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
+    };
+    let steps = Steps::from_numbers(std::array::from_fn(|number| large(2 + number)));
+    let wish = Wish { ready: small(1) & 2 != 0, interval: small(2), guard: small(3), steps };
     (small(0), Word { step: large(0), sum: large(1), stop: small(1) & 1 != 0, wish })
 }

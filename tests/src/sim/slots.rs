@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use worker::machine::kept::Steps;
+
 /// Slots of a generation: live, newest complete, in progress.
 const SLOTS: usize = 3;
 
@@ -14,8 +16,8 @@ struct Inner {
     free: BTreeSet<u32>,
     /// Held by the agent.
     theirs: BTreeSet<u32>,
-    /// Generation and step of the newest snapshot that is complete in the group.
-    complete: (u64, u64),
+    /// What became of the snapshots of a generation in the group.
+    kept: (u64, Steps),
 }
 
 /// Shared by the session and the trainer.
@@ -80,13 +82,13 @@ impl Slots {
         }
     }
 
-    pub(crate) fn completed(&self, generation: u64, step: u64) {
-        self.lock().complete = (generation, step);
+    pub(crate) fn keeps(&self, generation: u64, steps: Steps) {
+        self.lock().kept = (generation, steps);
     }
 
-    /// The newest complete step of a generation; 0: none.
-    pub(crate) fn complete(&self, generation: u64) -> u64 {
-        let (of, step) = self.lock().complete;
-        if of == generation { step } else { 0 }
+    /// What became of the snapshots of a generation.
+    pub(crate) fn kept(&self, generation: u64) -> Steps {
+        let (of, steps) = self.lock().kept;
+        if of == generation { steps } else { Steps::default() }
     }
 }

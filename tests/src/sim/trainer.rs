@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 use worker::load::{Start as Load, scalar_state};
 use worker::machine::cadence::{Cadence, Measured, Tier};
+use worker::machine::kept::Verdicts;
 use worker::machine::session::Input;
 
 use super::oracle::job;
@@ -76,7 +77,7 @@ pub(crate) async fn run(
     let (step, source) = member.load(announced).await?;
     let place = Place { generation, rank, world: world.get(), next, key: announced.key.clone() };
     let within = Duration::from_secs_f64(prepared.spec.fault.restart);
-    let mut ring = Ring::form(&prepared.listener, place, within).await.map_err(exchange)?;
+    let mut ring = Ring::form((&start.world, start.host), &prepared.listener, place, within).await.map_err(exchange)?;
     member.tell(Input::Joined { generation, step, source: source.clone(), load: vec![] }).await;
     let end = announced.stop_at.min(prepared.spec.training.steps);
     let stopped = member.train(&mut ring, step, end).await?;
@@ -177,13 +178,13 @@ impl Member<'_> {
         let within = Duration::from_secs_f64(self.prepared.spec.fault.collective);
         let mut cadence = Cadence::new(&self.prepared.spec.checkpoint, from);
         let (mut step, mut number, mut loss) = (from, self.truth.number(from), None);
-        let mut told = (0, None::<Instant>);
+        let (mut verdicts, mut told) = (Verdicts::default(), None::<Instant>);
         while step < end {
             step += 1;
             let sum = self.compute(step).await?;
-            let complete = self.slots.complete(self.generation);
+            let kept = self.slots.kept(self.generation);
             let measured = Measured { step: 1.0, threads: 1, ..Measured::default() };
-            let wish = cadence.wish(self.slots.ready(), complete, measured);
+            let wish = cadence.wish(self.slots.ready(), kept, measured);
             let stop = self.control.stop.load(Ordering::Relaxed);
             let words = ring.exchange(Word { step, sum, stop, wish }, within).await.map_err(exchange)?;
             number = truth::advance(number, words.iter().fold(0u64, |sum, word| sum.wrapping_add(word.sum)));
@@ -194,8 +195,8 @@ impl Member<'_> {
             self.start.world.count("step");
             let value = 1.0 / step as f64;
             loss = Some(value);
-            if last || told.1.is_none_or(|at| at.elapsed() >= Duration::from_millis(100)) {
-                told.1 = Some(Instant::now());
+            if last || told.is_none_or(|at| at.elapsed() >= Duration::from_millis(100)) {
+                told = Some(Instant::now());
                 self.tell(Input::Stepped { generation: self.generation, step, loss: value }).await;
             }
             if self.rank == Rank::ZERO {
@@ -208,10 +209,10 @@ impl Member<'_> {
             if let Some(tier) = decision.skipped {
                 self.skipped(step, tier).await;
             }
-            if decision.complete > told.0 {
-                told.0 = decision.complete;
-                let complete = wire::StepComplete { generation: self.generation, step: told.0, seconds: 0.0 };
-                self.say(worker_message::Body::Complete(complete)).await;
+            if verdicts.follow(&decision.steps) {
+                let (complete, given_up) = (verdicts.complete(), verdicts.given_up());
+                let kept = wire::StepsKept { generation: self.generation, complete, given_up, seconds: 0.0 };
+                self.say(worker_message::Body::Kept(kept)).await;
             }
             if last {
                 break;

@@ -16,6 +16,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 use turmoil::net::TcpListener;
+use worker::machine::kept::Steps;
 use worker::machine::session::{Action, Identity, Input, Session};
 
 use super::plant::Plant;
@@ -118,7 +119,9 @@ impl Server {
             agent_command::Body::Run(run) => self.take(Input::Run(run)).await,
             agent_command::Body::Hold(generation) => self.take(Input::Hold(generation)).await,
             agent_command::Body::SlotFree(slot) => self.slots.free(slot),
-            agent_command::Body::Complete(complete) => self.slots.completed(complete.generation, complete.step),
+            agent_command::Body::Kept(kept) => {
+                self.slots.keeps(kept.generation, Steps::of(&kept.complete, &kept.given_up));
+            }
             agent_command::Body::Restored(answer) => {
                 let control = self.control.as_ref().filter(|(of, _)| *of == answer.generation);
                 let waiting = control.and_then(|(_, control)| control.restored.lock().expect("no panic").take());

@@ -12,6 +12,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 use super::bucket::{Disk, Request};
+use super::network::Wires;
 use super::oracle::Oracle;
 use super::plant::Plant;
 use super::random::Random;
@@ -40,6 +41,7 @@ pub(crate) struct Life {
     pub(crate) turns: usize,
     /// How often it was started.
     pub(crate) lives: u32,
+    pub(crate) wires: Wires,
 }
 
 pub(crate) struct State {

@@ -1,33 +1,15 @@
 // The twins of ptx.cuh's products of warpgroups. They run when they are waited for; until then their sums are NaN, and
 // what they read in shared memory is looked at only then.
 #pragma once
-#include <deque>
-#include <map>
+#include <cmath>
+#include <cstring>
 
 #include "machine.h"
 
 namespace emulator {
-// A product that was asked for and not yet waited for.
-struct Product {
-    float* sums;
-    int blocks;
-    unsigned a[4];
-    size_t left;       // of a left operand in shared memory: bytes from its start; in registers: none
-    size_t b;          // bytes from the start of dynamic shared memory
-    bool add, transposed, first;
-    std::vector<float> before;
-};
 constexpr size_t NOWHERE = ~size_t{0};
-struct Products {
-    std::deque<std::vector<Product>> groups;
-    std::vector<Product> open;
-};
-// Of this fibre; a block's fibres stay on one OS thread.
-inline Products& products() {
-    static thread_local std::map<Fibre*, Products> all;
-    return all[machine->fibre];
-}
 
+// A number of a tile, in bytes from the start of dynamic shared memory.
 inline float shared_number(size_t at) {
     // The 128-byte swizzle: bits 4 to 6 of an address are turned by bits 7 to 9.
     at ^= at >> 3 & 0x70;
@@ -52,29 +34,30 @@ inline void run_product(Product& product) {
             if (product.left != NOWHERE) left[i][k] = shared_number(product.left + 128 * row + 2 * k);
         }
     }
-    for (int n = 0; n < 4 * product.blocks; n++) {
+    for (unsigned n = 0; n < 32; n++) {
         float sum = product.first ? product.before[n] : product.sums[n];
         if (!product.add) sum = 0.0f;
         size_t column = n / 4 * 8 + lane % 4 * 2 + n % 2;
         for (unsigned k = 0; k < 16; k++) {
-            size_t at = product.b + (product.transposed ? 128 * k + 2 * column : 128 * column + 2 * k);
-            sum += left[n % 4 / 2][k] * shared_number(at);
+            size_t at = product.transposed ? 128 * k + 2 * column : 128 * column + 2 * k;
+            sum += left[n % 4 / 2][k] * shared_number(product.right + at);
         }
         product.sums[n] = sum;
     }
 }
 
-inline void start_product(float* sums, int blocks, const unsigned (&a)[4], size_t left, size_t b, bool add,
-                          bool transposed) {
-    Products& mine = products();
-    Product product = {sums, blocks, {a[0], a[1], a[2], a[3]}, left, b, add, transposed, true, {}};
+inline void start_product(float* sums, const unsigned (&a)[4], size_t left, size_t right, bool add, bool transposed) {
+    Fibre& mine = *machine->fibre;
+    Product product = {sums, {a[0], a[1], a[2], a[3]}, left, right, add, transposed, true, {}};
     for (const Product& other : mine.open) product.first &= other.sums != sums;
-    for (const auto& group : mine.groups) {
+    for (const auto& group : mine.products) {
         for (const Product& other : group) product.first &= other.sums != sums;
     }
-    if (product.first) product.before.assign(sums, sums + 4 * blocks);
-    for (int n = 0; n < 4 * blocks; n++) sums[n] = std::nanf("");
-    mine.open.push_back(std::move(product));
+    for (int n = 0; n < 32; n++) {
+        product.before[n] = sums[n];
+        sums[n] = std::nanf("");
+    }
+    mine.open.push_back(product);
 }
 }  // namespace emulator
 
@@ -82,7 +65,7 @@ inline void start_product(float* sums, int blocks, const unsigned (&a)[4], size_
 
 struct Matrix {
     size_t at;
-    __device__ __forceinline__ Matrix plus(int bytes) const { return {at + bytes}; }
+    Matrix plus(int bytes) const { return {at + bytes}; }
 };
 inline Matrix matrix_of(const void* at) {
     auto* start = static_cast<const unsigned char*>(emulator::machine->dynamic_shared());
@@ -93,27 +76,25 @@ inline Matrix matrix_of(const void* at) {
 inline void group_publish() {}
 inline void group_fence() {}
 inline void group_commit() {
-    emulator::Products& mine = emulator::products();
-    mine.groups.push_back(std::move(mine.open));
+    emulator::Fibre& mine = *emulator::machine->fibre;
+    mine.products.push_back(std::move(mine.open));
     mine.open.clear();
 }
 template <int LEFT>
 inline void group_wait() {
-    emulator::Products& mine = emulator::products();
-    while (mine.groups.size() > LEFT) {
-        for (emulator::Product& product : mine.groups.front()) emulator::run_product(product);
-        mine.groups.pop_front();
+    auto& groups = emulator::machine->fibre->products;
+    while (groups.size() > LEFT) {
+        for (emulator::Product& product : groups.front()) emulator::run_product(product);
+        groups.erase(groups.begin());
     }
 }
-template <bool TRANSPOSED, bool ADD, int BLOCKS>
-inline void group_product(float (&sums)[BLOCKS][4], const unsigned (&a)[4], Matrix b) {
-    emulator::start_product(&sums[0][0], BLOCKS, a, emulator::NOWHERE, b.at, ADD, TRANSPOSED);
+template <bool TRANSPOSED, bool ADD>
+inline void group_product(float (&sums)[8][4], const unsigned (&a)[4], Matrix b) {
+    emulator::start_product(&sums[0][0], a, emulator::NOWHERE, b.at, ADD, TRANSPOSED);
 }
-template <bool TRANSPOSED, bool ADD, int BLOCKS>
-inline void group_product(float (&sums)[BLOCKS][4], Matrix a, Matrix b) {
-    emulator::start_product(&sums[0][0], BLOCKS, {0, 0, 0, 0}, a.at, b.at, ADD, TRANSPOSED);
+template <bool TRANSPOSED, bool ADD>
+inline void group_product(float (&sums)[8][4], Matrix a, Matrix b) {
+    emulator::start_product(&sums[0][0], {0, 0, 0, 0}, a.at, b.at, ADD, TRANSPOSED);
 }
-template <int BLOCKS>
-inline void hold(float (&)[BLOCKS][4]) {}
-template <int COUNT>
-inline void hold(unsigned (&)[COUNT][4]) {}
+inline void hold(float (&)[8][4]) {}
+inline void hold(unsigned (&)[4][4]) {}

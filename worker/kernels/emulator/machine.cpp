@@ -117,6 +117,7 @@ void Machine::entry() {
         here.fail(std::string("met ") + exception.what());
     }
     if (!here.fibre->copies.empty()) here.fail("ended with asynchronous copies that it never waited for");
+    if (!here.fibre->open.empty() || !here.fibre->products.empty()) here.fail("ended with products never waited for");
     here.fibre->done = true;
     here.leave();
     __builtin_unreachable();
@@ -234,6 +235,8 @@ void Machine::prepare() {
         fibre.parity = 0;
         fibre.copies.clear();
         fibre.groups.clear();
+        fibre.open.clear();
+        fibre.products.clear();
         start(fibre);
     }
 }

@@ -50,6 +50,15 @@ struct Copy {
     unsigned bytes, from_bytes;
 };
 
+// A product of a warpgroup that was asked for and not yet waited for; see group.h.
+struct Product {
+    float* sums;
+    unsigned a[4];                        // a left operand in registers
+    size_t left, right;                   // operands in shared memory: bytes from its start; or nowhere
+    bool add, transposed, first;          // first: `before` is what the sums were
+    float before[32];
+};
+
 struct Fibre {
 #if defined(__x86_64__)
     void* stack_pointer;
@@ -64,6 +73,8 @@ struct Fibre {
     uint8_t parity;                       // which of the two hands is written next
     std::vector<Copy> copies;             // in order of issue
     std::vector<size_t> groups;           // for each committed group, the count of copies up to its end
+    std::vector<Product> open;            // products of no group yet
+    std::vector<std::vector<Product>> products;   // those of committed groups
 };
 
 // What all blocks of one launch share.

@@ -19,7 +19,7 @@ pub enum Product {
     TN,
 }
 
-/// The shape of a matrix product.
+/// The shape of a product of dense matrices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MatmulShape {
     /// Rows of C.
@@ -28,16 +28,12 @@ pub struct MatmulShape {
     pub n: usize,
     /// Length of the sums.
     pub k: usize,
-    /// Elements from one row of A to the next, where rows are not dense.
-    pub a_pitch: Option<usize>,
-    /// Elements from one row of C to the next, where rows are not dense.
-    pub c_pitch: Option<usize>,
 }
 
 impl MatmulShape {
-    /// The shape of dense matrices.
-    pub fn dense(m: usize, n: usize, k: usize) -> Self {
-        Self { m, n, k, a_pitch: None, c_pitch: None }
+    /// From its three sizes.
+    pub fn new(m: usize, n: usize, k: usize) -> Self {
+        Self { m, n, k }
     }
 }
 

@@ -6,6 +6,8 @@
 
 use proto::spec::CheckpointSpec;
 
+use super::kept::{Agreed, Steps, agree};
+
 /// The share of a step that snapshots in memory may cost, on average.
 const SHARE: f64 = 0.02;
 /// The share of the threads that steps leave idle which snapshots may take.
@@ -33,19 +35,19 @@ pub struct Wish {
     pub interval: u32,
     /// Steps a snapshot needs to become complete.
     pub guard: u32,
-    /// The newest step that is complete in this rank's parity group; 0: none in this generation.
-    pub complete: u64,
+    /// What became of earlier captures in its parity group.
+    pub steps: Steps,
 }
 
 /// What all ranks do after this step.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Decision {
     /// Capture the state, and how far it goes.
     pub capture: Option<Tier>,
     /// A capture that was due and for which some rank had no slot.
     pub skipped: Option<Tier>,
-    /// The newest step that is complete in every group; 0: none.
-    pub complete: u64,
+    /// What became of earlier captures in all groups.
+    pub steps: Agreed,
 }
 
 /// What a rank has measured of its snapshots.
@@ -90,16 +92,15 @@ impl Cadence {
         Self { store_every, memory_every, start, step: start, last: start, latency: 0, settled: true }
     }
 
-    /// This rank's word. `complete` is the newest step that is complete in its parity group; 0: none in this
-    /// generation.
-    pub fn wish(&mut self, ready: bool, complete: u64, measured: Measured) -> Wish {
-        self.measure(complete);
+    /// This rank's word. `steps` is what became of this generation's captures in its parity group.
+    pub fn wish(&mut self, ready: bool, steps: Steps, measured: Measured) -> Wish {
+        self.measure(steps.newest());
         let busy = SHARE * measured.threads.max(1) as f64;
         let budget = measured.step * busy.max(SPARE_SHARE * measured.spare as f64);
         let cheap = if budget > 0.0 { (measured.cost / budget).ceil() } else { 1.0 };
         let interval = self.memory_every.unwrap_or((cheap as u32).clamp(1, LONGEST_INTERVAL));
         let guard = LEAST_GUARD.max(self.latency.saturating_add(1)).min(LONGEST_INTERVAL);
-        Wish { ready, interval, guard, complete }
+        Wish { ready, interval, guard, steps }
     }
 
     /// Measures how long the last snapshot takes to become complete. One that is not yet has taken that long already:
@@ -118,7 +119,6 @@ impl Cadence {
     pub fn decide(&mut self, step: u64, last: bool, wishes: &[Wish]) -> Decision {
         let interval = u64::from(wishes.iter().map(|wish| wish.interval).max().unwrap_or(0));
         let guard = u64::from(wishes.iter().map(|wish| wish.guard).max().unwrap_or(0));
-        let complete = wishes.iter().map(|wish| wish.complete).min().unwrap_or(0);
         let to_store = self.store_every - step % self.store_every;
         let is_memory_due = interval > 0 && step.saturating_sub(self.last) >= interval && to_store >= guard;
         let due = match () {
@@ -131,7 +131,8 @@ impl Cadence {
         if can && due.is_some() {
             (self.last, self.settled) = (step, false);
         }
-        Decision { capture: due.filter(|_| can), skipped: due.filter(|_| !can), complete }
+        let steps = agree(wishes.iter().map(|wish| &wish.steps));
+        Decision { capture: due.filter(|_| can), skipped: due.filter(|_| !can), steps }
     }
 }
 
@@ -151,7 +152,7 @@ mod tests {
     }
 
     fn ready() -> Wish {
-        Wish { ready: true, interval: 1, guard: 2, complete: 0 }
+        Wish { ready: true, interval: 1, guard: 2, steps: Steps::default() }
     }
 
     #[test]
@@ -165,12 +166,13 @@ mod tests {
     #[test]
     fn one_rank_without_a_slot_skips_for_all_but_never_the_last() {
         let mut cadence = Cadence::new(&spec(2, true, 1), 0);
-        let wishes = [ready(), Wish { ready: false, complete: 7, ..ready() }];
+        let wishes = [ready(), Wish { ready: false, steps: Steps::of(&[7], &[1]), ..ready() }];
         let decided = cadence.decide(2, false, &wishes);
-        assert_eq!((decided.capture, decided.skipped, decided.complete), (None, Some(Tier::Store), 0));
+        assert_eq!((decided.capture, decided.skipped), (None, Some(Tier::Store)));
+        assert_eq!(decided.steps, Agreed { complete: 0, given_up: vec![1] });
         assert_eq!(cadence.decide(3, true, &wishes).capture, Some(Tier::Store));
         let mut none = Cadence::new(&spec(100, false, 0), 0);
-        let wish = none.wish(true, 0, Measured::default());
+        let wish = none.wish(true, Steps::default(), Measured::default());
         assert_eq!(none.decide(1, false, &[wish]), Decision::default());
     }
 
@@ -178,19 +180,19 @@ mod tests {
     fn snapshots_cost_two_percent_of_a_step() {
         let mut cadence = Cadence::new(&spec(100, true, 0), 0);
         let measured = |cost| Measured { cost, step: 1.0, threads: 2, spare: 0 };
-        assert_eq!(cadence.wish(true, 0, measured(0.03)).interval, 1);
-        assert_eq!(cadence.wish(true, 0, measured(0.1)).interval, 3);
+        assert_eq!(cadence.wish(true, Steps::default(), measured(0.03)).interval, 1);
+        assert_eq!(cadence.wish(true, Steps::default(), measured(0.1)).interval, 3);
         let spare = Measured { spare: 4, ..measured(1.9) };
-        assert_eq!(cadence.wish(true, 0, spare).interval, 1, "where idle threads hash");
-        assert_eq!(cadence.wish(true, 0, measured(f64::INFINITY)).interval, LONGEST_INTERVAL);
-        assert_eq!(Cadence::new(&spec(100, true, 7), 0).wish(true, 0, measured(9.0)).interval, 7);
+        assert_eq!(cadence.wish(true, Steps::default(), spare).interval, 1, "where idle threads hash");
+        assert_eq!(cadence.wish(true, Steps::default(), measured(f64::INFINITY)).interval, LONGEST_INTERVAL);
+        assert_eq!(Cadence::new(&spec(100, true, 7), 0).wish(true, Steps::default(), measured(9.0)).interval, 7);
     }
 
     #[test]
     fn what_a_snapshot_needs_keeps_the_next_out_of_the_way_of_a_stored_one() {
         let mut cadence = Cadence::new(&spec(8, true, 3), 16);
         let decide = |cadence: &mut Cadence, step, complete| {
-            let wish = cadence.wish(true, complete, Measured::default());
+            let wish = cadence.wish(true, Steps::of(&[complete], &[]), Measured::default());
             (wish.guard, cadence.decide(step, false, &[wish]).capture)
         };
         assert_eq!(decide(&mut cadence, 17, 0), (2, None));
@@ -216,7 +218,7 @@ mod tests {
         ) {
             let mut cadence = Cadence::new(&spec(every, true, 1), 0);
             for step in 1..=steps {
-                let wish = Wish { ready: true, interval, guard, complete: 0 };
+                let wish = Wish { interval, guard, ..ready() };
                 let decided = cadence.decide(step, step == steps, &[wish, ready()]);
                 prop_assert_eq!(decided.skipped, None);
                 if step % every == 0 || step == steps {

@@ -116,10 +116,10 @@ impl<D: Device> Model<D> {
             let acts = &mut model.acts;
             device.cross_entropy(shape, &acts.targets, Some(scale), &mut acts.logits, write, to.0, to.1)?;
             let d_normed = PartMut(&mut acts.delta, shape.first * hidden);
-            let by_input = MatmulShape::dense(shape.rows, hidden, pitch);
+            let by_input = MatmulShape::new(shape.rows, hidden, pitch);
             let table = padded_or(acts.padded.as_ref().map(|padded| &padded.table), parameters, head);
             device.matmul(Product::NN, by_input, whole(&acts.logits), table, Write::Replace, d_normed)?;
-            let by_table = MatmulShape::dense(pitch, hidden, shape.rows);
+            let by_table = MatmulShape::new(pitch, hidden, shape.rows);
             let input = Part(&acts.last_normed, shape.first * hidden);
             let d_table = match &mut acts.padded {
                 Some(padded) => PartMut(&mut padded.d_table, 0),
@@ -155,7 +155,7 @@ impl<D: Device> Model<D> {
         let (hidden, acts) = (self.sizes.hidden, &mut self.acts);
         let table = padded_or(acts.padded.as_ref().map(|padded| &padded.table), parameters, self.offsets.head);
         let input = Part(&acts.last_normed, shape.first * hidden);
-        let (shape, to) = (MatmulShape::dense(shape.rows, shape.pitch, hidden), PartMut(&mut acts.logits, 0));
+        let (shape, to) = (MatmulShape::new(shape.rows, shape.pitch, hidden), PartMut(&mut acts.logits, 0));
         device.matmul(Product::NT, shape, input, table, Write::Replace, to)
     }
 }

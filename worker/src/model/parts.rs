@@ -45,7 +45,7 @@ impl<D: Device> Parts<'_, D> {
             Layout::OutIn => Product::NT,
             Layout::InOut => Product::NN,
         };
-        let (shape, weight) = (MatmulShape::dense(rows, outputs, inputs), self.at(layer.weight));
+        let (shape, weight) = (MatmulShape::new(rows, outputs, inputs), self.at(layer.weight));
         match layer.bias {
             Some(bias) => self.device.matmul_bias(product, shape, whole(input), weight, self.at(bias), output),
             None => self.device.matmul(product, shape, whole(input), weight, Write::Replace, PartMut(output, 0)),
@@ -61,7 +61,7 @@ impl<D: Device> Parts<'_, D> {
         act: &mut D::Activation,
     ) -> DeviceResult {
         let (Sizes { rows, inner, .. }, LinearAt { inputs, outputs, .. }) = (self.sizes, layer);
-        let (shape, weight) = (MatmulShape::dense(rows, outputs, inputs), self.at(layer.weight));
+        let (shape, weight) = (MatmulShape::new(rows, outputs, inputs), self.at(layer.weight));
         match (self.sizes.block.feed_forward, layer.bias, layer.layout) {
             (FeedForward::Gelu, Some(bias), Layout::InOut) => {
                 self.device.matmul_gelu(Product::NN, shape, whole(input), weight, self.at(bias), pre, act)
@@ -87,7 +87,7 @@ impl<D: Device> Parts<'_, D> {
             Layout::OutIn => Product::NN,
             Layout::InOut => Product::NT,
         };
-        let shape = MatmulShape::dense(self.sizes.rows, layer.inputs, layer.outputs);
+        let shape = MatmulShape::new(self.sizes.rows, layer.inputs, layer.outputs);
         let to = PartMut(d_input, 0);
         self.device.matmul(product, shape, whole(d_output), self.at(layer.weight), Write::Replace, to)
     }
@@ -102,8 +102,8 @@ impl<D: Device> Parts<'_, D> {
     ) -> DeviceResult {
         let (rows, LinearAt { inputs, outputs, .. }) = (self.sizes.rows, layer);
         let (shape, a, b) = match layer.layout {
-            Layout::OutIn => (MatmulShape::dense(outputs, inputs, rows), d_output, input),
-            Layout::InOut => (MatmulShape::dense(inputs, outputs, rows), input, d_output),
+            Layout::OutIn => (MatmulShape::new(outputs, inputs, rows), d_output, input),
+            Layout::InOut => (MatmulShape::new(inputs, outputs, rows), input, d_output),
         };
         let place = PartMut(&mut *to.gradient, layer.weight);
         self.device.matmul_gradient(Product::TN, shape, whole(a), whole(b), Write::Replace, place)?;

@@ -23,9 +23,10 @@ use tonic::transport::{Channel, Endpoint};
 pub use control::Control;
 pub use thread::{News, Order};
 
+use crate::machine::kept::Steps;
 use crate::machine::session::{Action, Input, Session};
 use crate::run::{Options, WorkerError};
-use crate::slots::{Complete, Slots};
+use crate::slots::{Kept, Slots};
 
 /// For the agent to take the worker in.
 const ATTACH: Duration = Duration::from_secs(20);
@@ -101,8 +102,9 @@ impl Server<'_> {
             Some(agent_command::Body::Run(run)) => self.take(Input::Run(run)).await,
             Some(agent_command::Body::Hold(generation)) => self.take(Input::Hold(generation)).await,
             Some(agent_command::Body::SlotFree(slot)) => self.slots.free(slot),
-            Some(agent_command::Body::Complete(wire::StepComplete { generation, step, seconds })) => {
-                self.slots.completed(Complete { generation, step, seconds });
+            Some(agent_command::Body::Kept(kept)) => {
+                let steps = Steps::of(&kept.complete, &kept.given_up);
+                self.slots.keeps(Kept { generation: kept.generation, steps, seconds: kept.seconds });
             }
             Some(agent_command::Body::Restored(answer)) => {
                 if let Some(control) = self.control_of(answer.generation) {
@@ -123,7 +125,7 @@ impl Server<'_> {
             News::Captured(captured) => self.send(worker_message::Body::Captured(captured)).await,
             News::Skipped(skipped) => self.send(worker_message::Body::Skipped(skipped)).await,
             News::Restore(restore) => self.send(worker_message::Body::Restore(restore)).await,
-            News::Complete(complete) => self.send(worker_message::Body::Complete(complete)).await,
+            News::Kept(kept) => self.send(worker_message::Body::Kept(kept)).await,
             // The loop ends on it.
             News::Lost(_) => {}
         }

@@ -39,8 +39,8 @@ pub enum News {
     Skipped(wire::SaveSkipped),
     /// For the agent: fill the live slot.
     Restore(wire::Restore),
-    /// For the agent: a step is complete in all parity groups.
-    Complete(wire::StepComplete),
+    /// For the agent: what became of snapshots in all parity groups.
+    Kept(wire::StepsKept),
     /// The device is gone, and this process of no more use; why.
     Lost(String),
 }

@@ -171,13 +171,41 @@ fn a_step_with_parity_goes_only_with_a_member_that_has_it_no_more() {
     assert_eq!(keeper.advance(secs(100)), [Keep::Ask], "its word may be lost");
     assert!(keeper.advance(secs(101)).is_empty());
     assert_eq!(keeper.advance(secs(102)), [Keep::Ask]);
-    keeper.answered(1, 1, 1, &[5]);
+    keeper.answered(1, 1, 1, &peer(5, false), &[]);
     assert!(keeper.advance(secs(103)).is_empty());
     // A word that a newer one has overtaken.
     assert!(!keeper.peer(1, 1, 0, vec![]));
     assert!(keeper.keeps((1, 5)));
-    keeper.answered(1, 1, 2, &[]);
+    keeper.answered(1, 1, 2, &[], &[]);
     assert_eq!(keeper.advance(secs(103)), [Keep::Publish, Keep::GiveUp((1, 5)), Keep::Release((1, 5))]);
+}
+
+#[test]
+fn that_parity_is_made_is_also_learnt_late() {
+    let mut keeper = both_hold(5);
+    keeper.encoded((1, 5), true);
+    keeper.short(Shortage::Memory);
+    assert_eq!(keeper.advance(secs(0)), [Keep::Publish]);
+    assert_eq!(keeper.advance(secs(2)), [Keep::Ask], "the link has broken as the other said that its parity is made");
+    keeper.answered(1, 2, 2, &peer(5, true), &[5]);
+    assert!(keeper.advance(secs(3)).is_empty(), "of another generation");
+    keeper.answered(1, 1, 2, &peer(5, true), &[]);
+    assert_eq!(keeper.advance(secs(3)), [Keep::Complete((1, 5))]);
+}
+
+#[test]
+fn that_parity_is_made_is_also_learnt_by_way_of_a_third() {
+    let mut keeper = Keeper::default();
+    keeper.announce(membership(1, 3, None));
+    keeper.captured((1, 5), 0);
+    assert!(keeper.peer(1, 1, 1, peer(5, false)) && keeper.peer(2, 1, 1, peer(5, false)));
+    assert_eq!(keeper.advance(secs(0)), [Keep::Publish, Keep::Encode((1, 5))]);
+    keeper.encoded((1, 5), true);
+    assert_eq!(keeper.advance(secs(1)), [Keep::Publish]);
+    keeper.answered(2, 1, 2, &peer(5, true), &[]);
+    assert!(keeper.advance(secs(1)).is_empty(), "the third has not heard of the other's parity either");
+    keeper.answered(2, 1, 2, &peer(5, true), &[5]);
+    assert_eq!(keeper.advance(secs(1)), [Keep::Complete((1, 5))]);
 }
 
 #[test]
@@ -196,21 +224,53 @@ fn what_is_complete_or_fenced_is_never_given_up() {
     assert!(fenced.advance(secs(100)).is_empty() && fenced.keeps((1, 5)));
 }
 
-#[test]
-fn with_several_groups_steps_become_complete_in_their_order_and_nothing_is_given_up() {
+/// The first of two members in the first of two groups.
+fn one_of_two_groups() -> Keeper {
     let mut keeper = Keeper::default();
     keeper.announce(Membership { groups: 2, ..membership(1, 2, None) });
+    keeper
+}
+
+#[test]
+fn with_several_groups_steps_become_complete_in_any_order_and_are_given_up() {
+    let mut keeper = one_of_two_groups();
     keeper.captured((1, 5), 0);
     keeper.captured((1, 6), 0);
     hear(&mut keeper, [peer(5, false), peer(6, true)].concat());
     keeper.advance(secs(0));
     keeper.encoded((1, 5), false);
     keeper.encoded((1, 6), true);
-    assert_eq!(keeper.advance(secs(1)), [Keep::Publish, Keep::Encode((1, 5))]);
+    assert_eq!(keeper.advance(secs(1)), [Keep::Publish, Keep::Encode((1, 5)), Keep::Complete((1, 6))]);
     keeper.encoded((1, 5), false);
     keeper.short(Shortage::Store);
-    assert_eq!(keeper.advance(secs(100)), [Keep::Encode((1, 5))]);
-    keeper.encoded((1, 5), true);
-    hear(&mut keeper, [peer(5, true), peer(6, true)].concat());
-    assert_eq!(keeper.advance(secs(101)), [Keep::Publish, Keep::Complete((1, 5)), Keep::Complete((1, 6))]);
+    assert_eq!(keeper.advance(secs(2)), [Keep::Encode((1, 5))], "6 may not become complete in the other group");
+    keeper.encoded((1, 5), false);
+    assert_eq!(keeper.advance(secs(3)), [Keep::Publish, Keep::GiveUp((1, 5)), Keep::Release((1, 5))]);
+    assert_eq!((keeper.complete().collect(), keeper.given_up().collect()), (vec![6], vec![5]));
+}
+
+#[test]
+fn what_another_group_has_given_up_goes_although_it_is_complete_in_this_one() {
+    let mut keeper = one_of_two_groups();
+    for step in [5, 6] {
+        keeper.captured((1, step), 0);
+        hear(&mut keeper, [peer(5, true), peer(6, true)].concat());
+        keeper.advance(secs(0));
+        keeper.encoded((1, step), true);
+        assert_eq!(keeper.advance(secs(0)), [Keep::Publish, Keep::Complete((1, step))]);
+    }
+    keeper.short(Shortage::Store);
+    assert!(keeper.advance(secs(100)).is_empty(), "there is nothing to ask the members of this group");
+    keeper.given_up_elsewhere(2, &[5, 6]);
+    assert!(keeper.advance(secs(100)).is_empty(), "of another generation");
+    keeper.given_up_elsewhere(1, &[6]);
+    assert_eq!(keeper.advance(secs(100)), [Keep::Publish, Keep::GiveUp((1, 6)), Keep::Release((1, 6))]);
+    assert!(keeper.complete_everywhere((1, 5)).is_empty());
+    keeper.given_up_elsewhere(1, &[5]);
+    assert!(keeper.advance(secs(101)).is_empty() && keeper.keeps((1, 5)), "what is complete everywhere stays");
+    // Hashing may take so long that the word of a step's end comes before the step.
+    keeper.given_up_elsewhere(1, &[7]);
+    keeper.captured((1, 7), 0);
+    let all = keeper.advance(secs(102));
+    assert_eq!(all, [Keep::GiveUp((1, 7)), Keep::Release((1, 7))], "nobody was told of it");
 }

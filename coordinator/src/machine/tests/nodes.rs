@@ -7,8 +7,20 @@ use proto::wire::{NodeStatus, SubmitMode};
 use super::super::*;
 use super::rig::{Rig, job_name, node, spec};
 
+impl Rig {
+    /// Stores what is to be recorded of nodes, if something is.
+    pub(super) fn store_nodes(&mut self) -> Option<BTreeSet<NodeName>> {
+        let drained = self.drained.take()?;
+        self.handle(Event::NodesRecorded { outcome: Outcome::Done });
+        Some(drained)
+    }
+}
+
 fn drain(rig: &mut Rig, name: &str, empty: bool) -> Result<NodeStatus, Refusal> {
     let request = rig.ask(Ask::Drain(node(name), empty));
+    if let Some(drained) = rig.store_nodes() {
+        assert_eq!(drained.contains(&node(name)), empty);
+    }
     match rig.replies[&request].clone()? {
         Answer::Node(status) => Ok(*status),
         other => panic!("{other:?}"),
@@ -110,4 +122,36 @@ fn what_a_node_holds_is_kept_until_it_cannot_be_needed() {
     assert_eq!((rig.live(), keeps(&rig)), (Some((2, 2)), Some((0, true))), "it moved, and has stored nothing yet");
     rig.train(10);
     assert_eq!(keeps(&rig), Some((0, false)));
+}
+
+#[test]
+fn a_drain_takes_effect_once_it_is_recorded_and_outlives_the_coordinator() {
+    let mut rig = Rig::new();
+    rig.attach("a", 2);
+    rig.attach("b", 2);
+    let (first, second) = (rig.ask(Ask::Drain(node("b"), true)), rig.ask(Ask::Drain(node("a"), true)));
+    assert_eq!(state(&mut rig, "b").0, "ready", "it is not recorded yet");
+    rig.drained = None;
+    rig.handle(Event::NodesRecorded { outcome: Outcome::Failed("the store is away".into()) });
+    let Err(Refusal::Unavailable(why)) = &rig.replies[&first] else { panic!("{:?}", rig.replies[&first]) };
+    assert!(why.contains("the store is away") && why.contains("ask again"), "{why}");
+    assert_eq!((state(&mut rig, "b").0.as_str(), rig.replies.contains_key(&second)), ("ready", false));
+    assert_eq!(rig.store_nodes(), Some([node("a")].into()), "the next one's turn");
+    assert_eq!((state(&mut rig, "a").0.as_str(), rig.replies[&second].is_ok()), ("drained", true));
+
+    let mut next = Rig::new();
+    next.handle(Event::NodesLoaded { drained: [node("b"), node("z")].into() });
+    next.attach("a", 2);
+    next.attach("b", 2);
+    next.submit(spec("{ min = 1, max = 4 }"), SubmitMode::New, None);
+    next.settle();
+    assert_eq!(next.live(), Some((1, 2)), "nothing is started on the node that is to be empty");
+    assert_eq!((state(&mut next, "b").0.as_str(), state(&mut next, "z").0.as_str()), ("drained", "lost"));
+    // One that is not there, and may never be again, is let back all the same.
+    assert_eq!(drain(&mut next, "z", false).unwrap().state, "lost");
+    assert!(matches!(drain(&mut next, "z", false), Err(Refusal::NotFound(_))));
+    let request = next.ask(Ask::Drain(node("b"), false));
+    next.handle(Event::NodesRecorded { outcome: Outcome::Lost("epoch 2 was taken".into()) });
+    assert_eq!(next.fenced.as_deref(), Some("epoch 2 was taken"));
+    assert!(matches!(next.replies[&request], Err(Refusal::Unavailable(_))));
 }

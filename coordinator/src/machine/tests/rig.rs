@@ -72,6 +72,8 @@ pub(super) struct Rig {
     /// Store operations not yet answered.
     pub(super) pending: VecDeque<(JobName, Operation)>,
     pub(super) records: Vec<Entry>,
+    /// What is to be recorded of nodes, not yet answered.
+    pub(super) drained: Option<BTreeSet<NodeName>>,
     /// Of the job most tests are about.
     pub(super) ledger: Option<Ledger>,
     /// Of further jobs.
@@ -92,6 +94,7 @@ impl Rig {
             nodes: BTreeMap::new(),
             pending: VecDeque::new(),
             records: Vec::new(),
+            drained: None,
             ledger: None,
             others: BTreeMap::new(),
             events: Vec::new(),
@@ -127,6 +130,9 @@ impl Rig {
                 Action::Store { job, operation } => {
                     assert!(self.pending.iter().all(|(other, _)| *other != job), "one store operation at a time");
                     self.pending.push_back((job, operation));
+                }
+                Action::RecordNodes { drained } => {
+                    assert!(self.drained.replace(drained).is_none(), "one record of nodes at a time");
                 }
                 Action::Publish { job, event } if job == job_name() => self.published(event),
                 Action::Reply { request, answer } => {
@@ -282,7 +288,7 @@ impl Rig {
     /// Lets everybody act until nothing changes.
     pub(super) fn settle(&mut self) {
         for _ in 0..200 {
-            let stored = self.store();
+            let stored = self.store() | self.store_nodes().is_some();
             if !self.obey() && !stored {
                 return;
             }

@@ -128,7 +128,7 @@ mod tests {
     #[test]
     fn agrees_with_the_definition_and_is_the_same_for_every_thread_count() {
         for (m, n, k) in [(1, 1, 1), (37, 24, 16), (1, 50, 64), (130, 97, 33), (256, 192, 600), (700, 96, 128)] {
-            let shape = MatmulShape::dense(m, n, k);
+            let shape = MatmulShape::new(m, n, k);
             let (a, b, old) = (random(m * k, 0), random(n * k, 1), random(m * n, 2));
             for product in [Product::NN, Product::NT, Product::TN] {
                 let expected = naive(product, shape, &a, &b);

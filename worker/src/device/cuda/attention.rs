@@ -1,20 +1,67 @@
-//! Attention: kernels compiled for heads of up to 32, 64 and 128 numbers.
+//! Attention: kernels compiled for heads of up to 32, 64 and 128 numbers, and others on products of warpgroups.
 
 use super::driver::Driver;
 use super::memory::{Array, Bf16};
 use super::{CudaDevice, arguments, int};
 use crate::device::{AttentionShape, DeviceError, DeviceResult};
 
-/// A kernel's names, by the width it is compiled for.
-type Names = [(usize, &'static str); 3];
-const FORWARD: Names = [(32, "attention_forward_32"), (64, "attention_forward_64"), (128, "attention_forward_128")];
-const BACKWARD_KV: Names =
-    [(32, "attention_backward_kv_32"), (64, "attention_backward_kv_64"), (128, "attention_backward_kv_128")];
-const BACKWARD_Q: Names =
-    [(32, "attention_backward_q_32"), (64, "attention_backward_q_64"), (128, "attention_backward_q_128")];
-/// Threads of a block, and its queries.
+/// Threads of a block.
 const THREADS: u32 = 128;
-const QUERIES: usize = 128;
+/// The widest heads that products of warpgroups take, which devices of this one capability have.
+const GROUP_WIDTH: usize = 64;
+const GROUP_CAPABILITY: (u32, u32) = (9, 0);
+
+/// A kernel, and its launch: rows of a block, and its shared memory.
+struct Kernel {
+    name: &'static str,
+    rows: usize,
+    shared: usize,
+}
+
+/// The three kernels of one kind.
+struct Kernels {
+    forward: Kernel,
+    backward_kv: Kernel,
+    backward_q: Kernel,
+}
+
+/// As the header of `attention.cu` tells, for a width that it is compiled for.
+macro_rules! kernels {
+    ($width:literal, $keys:literal, $stage:literal) => {
+        Kernels {
+            forward: Kernel { name: concat!("attention_forward_", $width), rows: 128, shared: 768 * $width },
+            backward_kv: Kernel {
+                name: concat!("attention_backward_kv_", $width),
+                rows: $keys,
+                shared: 4 * ($keys + 128) * $width + 1024,
+            },
+            backward_q: Kernel {
+                name: concat!("attention_backward_q_", $width),
+                rows: 128,
+                shared: 4 * (128 + 2 * $stage) * $width,
+            },
+        }
+    };
+}
+
+/// By the widest head that they take.
+static KERNELS: [(usize, Kernels); 3] =
+    [(32, kernels!(32, 128, 64)), (64, kernels!(64, 128, 64)), (128, kernels!(128, 64, 32))];
+/// Those of `attention_group.cu`.
+static GROUPED: Kernels = Kernels {
+    forward: Kernel { name: "attention_forward_group", rows: 64, shared: 40_960 },
+    backward_kv: Kernel { name: "attention_backward_kv_group", rows: 64, shared: 50_176 },
+    backward_q: Kernel { name: "attention_backward_q_group", rows: 64, shared: 49_152 },
+};
+
+/// The kernels for heads of this width on a device of this capability.
+fn kernels(capability: (u32, u32), head_dim: usize) -> DeviceResult<&'static Kernels> {
+    if capability == GROUP_CAPABILITY && head_dim <= GROUP_WIDTH && head_dim.is_multiple_of(8) {
+        return Ok(&GROUPED);
+    }
+    let none = || DeviceError::Unsupported(format!("heads of {head_dim} numbers: attention takes up to 128"));
+    KERNELS.iter().find(|(width, _)| head_dim <= *width).map(|(_, kernels)| kernels).ok_or_else(none)
+}
 
 /// What a backward reads.
 pub(super) struct Saved<'a, D: Driver> {
@@ -22,12 +69,6 @@ pub(super) struct Saved<'a, D: Driver> {
     pub(super) out: &'a Array<D, Bf16>,
     pub(super) statistics: &'a Array<D, f32>,
     pub(super) d_out: &'a Array<D, Bf16>,
-}
-
-/// The kernel for heads of this width, and the width it is compiled for.
-fn kernel(names: Names, head_dim: usize) -> DeviceResult<(usize, &'static str)> {
-    let none = || DeviceError::Unsupported(format!("heads of {head_dim} numbers: attention takes up to 128"));
-    names.into_iter().find(|(width, _)| head_dim <= *width).ok_or_else(none)
 }
 
 /// Sizes as the kernels take them: sequences, tokens, query heads, key heads, width.
@@ -51,12 +92,12 @@ impl<D: Driver> CudaDevice<D> {
     ) -> DeviceResult {
         let AttentionShape { batch, sequence, heads, head_dim, .. } = shape;
         let rows = batch * sequence;
-        let (width, kernel) = kernel(FORWARD, head_dim)?;
+        let kernel = &kernels(self.capability, head_dim)?.forward;
         let (qkv, out) = (qkv.at(0, rows * shape.row()), out.at(0, rows * shape.output_row()));
         let lse = statistics.at(0, rows * heads);
         let [b, t, h, kv, wide] = sizes(shape);
         let arguments = arguments![out, lse, qkv, b, t, h, kv, wide, inverse_root(head_dim)];
-        self.run(kernel, [sequence.div_ceil(QUERIES), heads, batch], THREADS, 768 * width, arguments)
+        self.run(kernel.name, [sequence.div_ceil(kernel.rows), heads, batch], THREADS, kernel.shared, arguments)
     }
 
     pub(super) fn attend_backward(
@@ -77,22 +118,8 @@ impl<D: Driver> CudaDevice<D> {
         self.run("attention_dot", [(rows * heads * lanes).div_ceil(256), 1, 1], 256, 0, arguments)?;
 
         let arguments = arguments![d_qkv, qkv, d_out, lse, dot, b, t, h, kv, wide, inverse_root(head_dim)];
-        let (width, kv_kernel) = kernel(BACKWARD_KV, head_dim)?;
-        let (keys, shared) = backward_kv(width);
-        self.run(kv_kernel, [sequence.div_ceil(keys), kv_heads, batch], THREADS, shared, arguments)?;
-        let (width, q_kernel) = kernel(BACKWARD_Q, head_dim)?;
-        self.run(q_kernel, [sequence.div_ceil(QUERIES), heads, batch], THREADS, backward_q(width), arguments)
+        let Kernels { backward_kv: kv, backward_q: q, .. } = kernels(self.capability, head_dim)?;
+        self.run(kv.name, [sequence.div_ceil(kv.rows), kv_heads, batch], THREADS, kv.shared, arguments)?;
+        self.run(q.name, [sequence.div_ceil(q.rows), heads, batch], THREADS, q.shared, arguments)
     }
-}
-
-/// Keys of a block of the keys' backward, and its shared memory.
-fn backward_kv(width: usize) -> (usize, usize) {
-    let keys = if width == 128 { 64 } else { 128 };
-    (keys, 4 * (keys + 128) * width + 1024)
-}
-
-/// Shared memory of the queries' backward.
-fn backward_q(width: usize) -> usize {
-    let keys = if width == 128 { 32 } else { 64 };
-    4 * (QUERIES + 2 * keys) * width
 }

@@ -11,7 +11,7 @@ use std::fmt;
 use std::ptr::NonNull;
 use std::time::Duration;
 
-use super::error::{CudaError, CudaResult};
+use super::error::CudaResult;
 use crate::device::Product;
 
 /// A version of CUDA, as NVIDIA counts them.
@@ -184,8 +184,6 @@ pub struct ProductKey {
     pub n: usize,
     /// Length of the sums.
     pub k: usize,
-    /// Elements from one row to the next, of A, B and C.
-    pub pitches: [usize; 3],
     /// Bytes, up to 16, that the addresses of A, B and C are multiples of.
     pub alignments: [u8; 3],
     /// Type of C.
@@ -196,9 +194,21 @@ pub struct ProductKey {
     pub epilogue: Epilogue,
 }
 
+impl ProductKey {
+    /// Rows and columns of A and of B, as they lie in memory.
+    pub fn operands(&self) -> [(usize, usize); 2] {
+        let Self { m, n, k, .. } = *self;
+        match self.product {
+            Product::NN => [(m, k), (k, n)],
+            Product::NT => [(m, k), (n, k)],
+            Product::TN => [(k, m), (k, n)],
+        }
+    }
+}
+
 impl fmt::Display for ProductKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { product, m, n, k, pitches: [a, b, c], alignments: [x, y, z], .. } = self;
+        let Self { product, m, n, k, alignments: [x, y, z], .. } = self;
         let result = if self.result == Element::Bfloat16 { "bf16" } else { "f32" };
         let write = match (self.epilogue, self.add) {
             (Epilogue::Plain, false) => "replace",
@@ -206,7 +216,7 @@ impl fmt::Display for ProductKey {
             (Epilogue::Bias, _) => "bias",
             (Epilogue::BiasGelu, _) => "bias-gelu",
         };
-        write!(f, "{product:?} {m} {n} {k} {a} {b} {c} {x} {y} {z} {result} {write}")
+        write!(f, "{product:?} {m} {n} {k} {x} {y} {z} {result} {write}")
     }
 }
 
@@ -266,13 +276,8 @@ pub trait Driver: Send + Sync + 'static {
     /// The three addresses hold matrices of these shapes and pitches, and C overlaps neither A nor B; those of `after`,
     /// which is the key's epilogue, hold one number a column and a matrix like C.
     unsafe fn product(&self, key: &ProductKey, operands: [u64; 3], after: After) -> CudaResult<bool>;
-    /// Names the rule by which algorithms are chosen, or the list they were adopted from: a word for the numeric
-    /// identity.
-    fn plan_identity(&self) -> String;
-    /// The algorithms chosen so far, a line each: what other workers adopt to have the same bits.
-    fn plans(&self) -> String;
-    /// Takes over the choices of another worker with the same device and libraries.
-    fn adopt_plans(&self, plans: &str) -> CudaResult;
+    /// Names the rule by which products' algorithms are chosen: a word for the numeric identity.
+    fn plan_identity(&self) -> &'static str;
 
     /// From here on this thread's work for [`Stream::Compute`] is taken down, not done: kernels, products, copies on
     /// the device, and clearing. Nothing else may be asked for until [`Driver::end_graph`].
@@ -301,9 +306,4 @@ pub trait Driver: Send + Sync + 'static {
 /// The largest power of two up to 16 that divides an address.
 pub(super) fn alignment(address: u64) -> u8 {
     1 << address.trailing_zeros().min(4)
-}
-
-/// A list of plans cannot be used.
-pub(super) fn bad_plan<T>(line: usize, what: impl Into<String>) -> CudaResult<T> {
-    Err(CudaError::Plans { line, what: what.into() })
 }

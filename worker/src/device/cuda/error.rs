@@ -102,14 +102,6 @@ pub enum CudaError {
         /// cuBLAS's name of the error.
         code: String,
     },
-    /// A list of plans that cannot be used.
-    #[error("line {line} of the list of product plans: {what}")]
-    Plans {
-        /// Counted from 1.
-        line: usize,
-        /// What is wrong with it.
-        what: String,
-    },
     /// Any other call.
     #[error("{operation}: {code}")]
     Call {

@@ -13,6 +13,20 @@ pub(super) struct Module {
     pub(super) defines: &'static [&'static str],
     /// Kernels in it.
     pub(super) kernels: &'static [&'static str],
+    /// The one compute capability it is for, with instructions that no other has; all if none is told.
+    pub(super) needs: Option<(u32, u32)>,
+}
+
+impl Module {
+    /// Whether a device of this capability has its kernels.
+    pub(super) fn fits(&self, capability: (u32, u32)) -> bool {
+        self.needs.is_none_or(|needed| needed == capability)
+    }
+
+    /// What it is compiled for.
+    pub(super) fn architecture(&self, (major, minor): (u32, u32)) -> String {
+        format!("sm_{major}{minor}{}", if self.needs.is_some() { "a" } else { "" })
+    }
 }
 
 macro_rules! source {
@@ -24,7 +38,7 @@ macro_rules! source {
 /// A module without definitions.
 macro_rules! module {
     ($file:literal: $($kernel:literal),+) => {
-        Module { file: $file, text: source!($file), defines: &[], kernels: &[$($kernel),+] }
+        Module { file: $file, text: source!($file), defines: &[], kernels: &[$($kernel),+], needs: None }
     };
 }
 
@@ -40,21 +54,23 @@ macro_rules! attention {
                 concat!("attention_backward_kv_", $width),
                 concat!("attention_backward_q_", $width),
             ],
+            needs: None,
         }
     };
 }
 
 /// What the files include.
-pub(super) const HEADERS: [(&str, &str); 5] = [
+pub(super) const HEADERS: [(&str, &str); 6] = [
     ("ptx.cuh", source!("ptx.cuh")),
     ("common.cuh", source!("common.cuh")),
     ("tiles.cuh", source!("tiles.cuh")),
+    ("group.cuh", source!("group.cuh")),
     ("attention.cuh", source!("attention.cuh")),
     ("attention_backward.cuh", source!("attention_backward.cuh")),
 ];
 
 /// All of them.
-pub(super) const MODULES: [Module; 13] = [
+pub(super) const MODULES: [Module; 14] = [
     module!("cast.cu": "cast_to_bf16", "cast_to_float", "axpy", "scale"),
     module!("exact.cu": "accumulate_blocks", "gradient_from_blocks", "square_sums", "find_fault"),
     module!("optimizer.cu": "adamw"),
@@ -75,6 +91,13 @@ pub(super) const MODULES: [Module; 13] = [
     attention!("32"),
     attention!("64"),
     attention!("128"),
+    Module {
+        needs: Some((9, 0)),
+        ..module!(
+            "attention_group.cu":
+            "attention_forward_group", "attention_backward_kv_group", "attention_backward_q_group"
+        )
+    },
 ];
 
 /// Names all sources: 16 hexadecimal digits of their hash.

@@ -16,7 +16,9 @@ pub(super) fn pitch(vocabulary: usize) -> usize {
 
 /// Rows of logits at a time.
 pub(super) fn rows(vocabulary: usize, rows: usize) -> usize {
-    (LOGITS / pitch(vocabulary) / PITCH * PITCH).max(PITCH).min(rows)
+    let most = (LOGITS / pitch(vocabulary)).max(PITCH);
+    // Chunks of one size, so that none is too short for the products.
+    rows.div_ceil(rows.div_ceil(most)).next_multiple_of(PITCH).min(rows)
 }
 
 /// Bytes of a row that a block keeps in shared memory, two blocks a multiprocessor. They decide no bits.
@@ -42,7 +44,7 @@ impl<D: Driver> CudaDevice<D> {
         let (logits, row_losses) = (logits.at(0, rows * pitch), self.scratch.at(0, rows));
         let (targets, count) = (targets.ids(first, rows), int(rows));
         let (scale, wanted) = (gradient.unwrap_or(0.0), i32::from(gradient.is_some()));
-        let kept = (kept(self.driver.identity().capability) / 2).min(pitch) / 8 * 8;
+        let kept = (kept(self.capability) / 2).min(pitch) / 8 * 8;
         let (columns, width) = (int(vocabulary), int(pitch));
         let arguments = arguments![logits, row_losses, targets, count, columns, width, scale, wanted, int(kept)];
         self.run("cross_entropy", [rows, 1, 1], 512, 2 * kept, arguments)?;

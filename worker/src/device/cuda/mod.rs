@@ -73,6 +73,8 @@ use arguments;
 /// A CUDA device, or what stands for one, as a [`super::Device`].
 pub struct CudaDevice<D: Driver> {
     driver: Arc<D>,
+    /// By which kernels are chosen where there are several.
+    capability: (u32, u32),
     /// Float32, for one operation at a time.
     scratch: Array<D, f32>,
     transfer: Mutex<Transfer<D>>,
@@ -96,7 +98,15 @@ impl<D: Driver> CudaDevice<D> {
         let scratch = Array::zeroed(&driver, SCRATCH / 4, "scratch memory")?;
         let transfer = Mutex::new(Transfer::new(&driver, patience)?);
         let timer = [Mark::new(&driver, true)?, Mark::new(&driver, true)?];
-        Ok(Self { driver, scratch, transfer, exchange: Mutex::new(None), timer, patience })
+        let capability = driver.identity().capability;
+        Ok(Self { driver, capability, scratch, transfer, exchange: Mutex::new(None), timer, patience })
+    }
+
+    /// The same device with the kernels of another.
+    #[cfg(test)]
+    fn as_if(mut self, capability: (u32, u32)) -> Self {
+        self.capability = capability;
+        self
     }
 
     /// What runs this device's work.
@@ -176,25 +186,17 @@ impl<D: Driver> CudaDevice<D> {
         operands: [(u64, usize); 3],
         (result, write, after): (Element, Write, After),
     ) -> DeviceResult<bool> {
-        let MatmulShape { m, n, k, a_pitch, c_pitch } = shape;
+        let MatmulShape { m, n, k } = shape;
         if m == 0 || n == 0 {
             return Ok(true);
         }
-        let ((a_rows, a_width), (b_rows, b_width)) = match product {
-            Product::NN => ((m, k), (k, n)),
-            Product::NT => ((m, k), (n, k)),
-            Product::TN => ((k, m), (k, n)),
-        };
-        let pitches = [a_pitch.unwrap_or(a_width), b_width, c_pitch.unwrap_or(n)];
-        let shapes = [(a_rows, a_width), (b_rows, b_width), (m, n)];
-        for (((rows, width), pitch), (_, elements)) in shapes.into_iter().zip(pitches).zip(operands) {
-            let needed = (rows.max(1) - 1) * pitch + width;
-            assert!(width <= pitch && needed <= elements, "a product of {shape:?} reads or writes beyond its operands");
+        for (needed, (_, elements)) in [m * k, k * n, m * n].into_iter().zip(operands) {
+            assert!(needed <= elements, "a product of {shape:?} reads or writes beyond its operands");
         }
         let addresses = operands.map(|(address, _)| address);
         let alignments = addresses.map(alignment);
         let (add, epilogue) = (write == Write::Add, after.epilogue());
-        let key = ProductKey { product, m, n, k, pitches, alignments, result, add, epilogue };
+        let key = ProductKey { product, m, n, k, alignments, result, add, epilogue };
         // SAFETY: the operands were just checked, and what the epilogue takes by the caller; what is written is borrowed
         // exclusively.
         Ok(unsafe { self.driver.product(&key, addresses, after) }?)

@@ -347,16 +347,8 @@ impl Driver for Emulated {
         self.enqueue(Stream::Compute, Work::Product { key: *key, operands, after }).map(|()| true)
     }
 
-    fn plan_identity(&self) -> String {
-        "plans-none".into()
-    }
-
-    fn plans(&self) -> String {
-        String::new()
-    }
-
-    fn adopt_plans(&self, _plans: &str) -> CudaResult {
-        Ok(())
+    fn plan_identity(&self) -> &'static str {
+        "plans-none"
     }
 
     fn begin_graph(&self) -> CudaResult {

@@ -6,17 +6,9 @@ use crate::device::cuda::driver::{After, Element, ProductKey};
 
 /// Bytes from the first element of A, B and C to the last.
 pub(super) fn bytes(key: &ProductKey) -> [usize; 3] {
-    let ProductKey { product, m, n, k, pitches, result, .. } = *key;
-    let (a, b) = match product {
-        Product::NN => ((m, k), (k, n)),
-        Product::NT => ((m, k), (n, k)),
-        Product::TN => ((k, m), (k, n)),
-    };
-    let span = |(rows, columns): (usize, usize), pitch: usize, size: usize| {
-        if rows == 0 { 0 } else { ((rows - 1) * pitch + columns) * size }
-    };
+    let ProductKey { m, n, k, result, .. } = *key;
     let size = if result == Element::Bfloat16 { 2 } else { 4 };
-    [span(a, pitches[0], 2), span(b, pitches[1], 2), span((m, n), pitches[2], size)]
+    [2 * m * k, 2 * k * n, size * m * n]
 }
 
 /// Makes the product.
@@ -24,12 +16,12 @@ pub(super) fn bytes(key: &ProductKey) -> [usize; 3] {
 /// # Safety
 /// The addresses have as many bytes as [`bytes`] says, the bias one number a column, and what is kept as many as C.
 pub(super) unsafe fn run(key: &ProductKey, [a, b, c]: [u64; 3], after: After) {
-    let ProductKey { product, m, n, k, pitches: [a_pitch, b_pitch, c_pitch], result, add, .. } = *key;
+    let ProductKey { product, m, n, k, result, add, .. } = *key;
     // Distances of A's elements along m and k, and of B's along k and n.
     let (a_steps, b_steps) = match product {
-        Product::NN => ((a_pitch, 1), (b_pitch, 1)),
-        Product::NT => ((a_pitch, 1), (1, b_pitch)),
-        Product::TN => ((1, a_pitch), (b_pitch, 1)),
+        Product::NN => ((k, 1), (n, 1)),
+        Product::NT => ((k, 1), (1, k)),
+        Product::TN => ((1, m), (n, 1)),
     };
     let (a, b) = (a as *const u16, b as *const u16);
     for i in 0..m {
@@ -41,7 +33,7 @@ pub(super) unsafe fn run(key: &ProductKey, [a, b, c]: [u64; 3], after: After) {
                     let x = bf16::widen(*a.add(i * a_steps.0 + l * a_steps.1));
                     sum += x * bf16::widen(*b.add(l * b_steps.0 + j * b_steps.1));
                 }
-                let at = i * c_pitch + j;
+                let at = i * n + j;
                 if let Some(bias) = after.bias {
                     sum += bf16::widen(*(bias as *const u16).add(j));
                 }

@@ -24,7 +24,7 @@ use self::products::Products;
 use super::compile::{Compiler, cache_folder};
 use super::driver::{After, Argument, Driver, Event, Graph, Identity, Launch, Memory, ProductKey, Stream};
 use super::error::{CudaError, CudaResult};
-use super::kernels::MODULES;
+use super::kernels::{MODULES, Module};
 use super::libraries::{self, Kind};
 use super::probe;
 
@@ -104,23 +104,25 @@ impl Real {
             let kind = result::stream::StreamKind::NonBlocking;
             *stream = result::stream::create(kind).map_err(|e| call("creating a stream", e))?;
         }
-        driver.load(&compiler, &format!("sm_{}{}", capability.0, capability.1))?;
+        driver.load(&compiler, capability)?;
         let products = Products::new(driver.streams[0], choice)?;
         driver.identity.libraries.push(("cublaslt", products.version()));
         driver.products = Some(products);
         Ok(driver)
     }
 
-    /// Compiles all modules, each in a thread of its own, and loads them.
-    fn load(&mut self, compiler: &Compiler, architecture: &str) -> CudaResult {
+    /// Compiles all modules that the device has, each in a thread of its own, and loads them.
+    fn load(&mut self, compiler: &Compiler, capability: (u32, u32)) -> CudaResult {
+        let modules = || MODULES.iter().filter(|module| module.fits(capability));
         let cubins: Vec<CudaResult<Vec<u8>>> = std::thread::scope(|scope| {
-            let compile = |module| scope.spawn(move || compiler.cubin(module, architecture));
-            let running: Vec<_> = MODULES.iter().map(compile).collect();
+            let compile =
+                |module: &'static Module| scope.spawn(move || compiler.cubin(module, &module.architecture(capability)));
+            let running: Vec<_> = modules().map(compile).collect();
             let panicked =
                 || Err(CudaError::Call { operation: "compiling".into(), code: "its thread panicked".into() });
             running.into_iter().map(|thread| thread.join().unwrap_or_else(|_| panicked())).collect()
         });
-        for (module, cubin) in MODULES.iter().zip(cubins) {
+        for (module, cubin) in modules().zip(cubins) {
             let cubin = cubin?;
             let failed = |code: DriverError| CudaError::Kernel { kernel: module.file, code: code.to_string() };
             // SAFETY: a cubin, which says itself how long it is.
@@ -336,16 +338,8 @@ impl Driver for Real {
         unsafe { products.run(self, key, operands, after) }
     }
 
-    fn plan_identity(&self) -> String {
-        self.products.as_ref().map_or_else(String::new, Products::identity)
-    }
-
-    fn plans(&self) -> String {
-        self.products.as_ref().map_or_else(String::new, Products::list)
-    }
-
-    fn adopt_plans(&self, plans: &str) -> CudaResult {
-        self.products.as_ref().map_or(Ok(()), |products| products.adopt(plans))
+    fn plan_identity(&self) -> &'static str {
+        self.products.as_ref().map_or("plans-none", Products::identity)
     }
 
     fn begin_graph(&self) -> CudaResult {

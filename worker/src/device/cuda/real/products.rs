@@ -2,17 +2,16 @@
 //!
 //! cuBLASLt has many algorithms for a product, with different bits. A plan fixes one: the first that its own heuristic
 //! names, which follows from the library's version and the device alone, or the fastest of its first few, timed once
-//! on scratch memory. Timing may choose differently on another day, so a timed choice can be listed and adopted: all
-//! workers of a job must use one list. Only algorithms whose sums are made in a fixed order are considered: those that
-//! split the inner dimension join their parts in workspace, in float32, never in place.
+//! on scratch memory. Timing may choose differently on another day and by another worker, so it is for jobs that do not
+//! ask for the same bits. Only algorithms whose sums are made in a fixed order are considered: those that split the inner
+//! dimension join their parts in workspace, in float32, never in place.
 //!
 //! cuBLAS thinks in columns. A row-major matrix is the column-major form of its transpose, so C = A·B is asked for as
 //! Cᵀ = Bᵀ·Aᵀ: its first operand is our B.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::ffi::c_void;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use cudarc::cublaslt::result::{self, CublasError};
@@ -22,7 +21,7 @@ use cudarc::driver::sys as driver_sys;
 
 use super::Real;
 use crate::device::Product;
-use crate::device::cuda::driver::{After, Element, Epilogue, ProductKey, bad_plan};
+use crate::device::cuda::driver::{After, Element, Epilogue, ProductKey};
 use crate::device::cuda::error::{CudaError, CudaResult};
 
 /// Bytes that algorithms may use to join parts: what NVIDIA advises for Hopper.
@@ -30,6 +29,9 @@ const WORKSPACE: usize = 32 << 20;
 /// Candidates that are timed, and how often each.
 const CANDIDATES: usize = 8;
 const ROUNDS: u32 = 3;
+
+/// There is no such algorithm.
+const NONE: CublasError = CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
 
 /// How a product's algorithm is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,20 +42,14 @@ pub enum Choice {
     Fastest,
 }
 
-/// An algorithm, as cuBLASLt lets it be kept: good for one version of the library.
-type Algorithm = [u64; 8];
-
 /// All plans of a device.
 pub(super) struct Products {
     handle: sys::cublasLtHandle_t,
     stream: driver_sys::CUstream,
     workspace: u64,
     choice: Choice,
-    adopted: AtomicBool,
     /// `None` for what the library cannot make in one.
     plans: Mutex<HashMap<ProductKey, Option<Plan>>>,
-    /// By the text of their keys, in its order.
-    chosen: Mutex<BTreeMap<String, Algorithm>>,
 }
 
 /// One kind of product, ready to run.
@@ -74,9 +70,7 @@ impl Products {
     pub(super) fn new(stream: driver_sys::CUstream, choice: Choice) -> CudaResult<Self> {
         let handle = result::create_handle()
             .map_err(|code| CudaError::Call { operation: "starting cuBLASLt".into(), code: code.to_string() })?;
-        let (plans, chosen) = (Mutex::default(), Mutex::default());
-        let mut products =
-            Self { handle, stream, workspace: 0, choice, adopted: AtomicBool::new(false), plans, chosen };
+        let mut products = Self { handle, stream, workspace: 0, choice, plans: Mutex::default() };
         let none = |_| CudaError::OutOfMemory { bytes: WORKSPACE, what: "the products' workspace" };
         // SAFETY: only products write there, and they write before they read.
         products.workspace = unsafe { driver::malloc_sync(WORKSPACE) }.map_err(none)?;
@@ -91,47 +85,12 @@ impl Products {
         format!("{}.{}.{}", version / 10000, version / 100 % 100, version % 100)
     }
 
-    /// The rule, or the list as it is: what was timed has a name only once all products of a step were made, or a list
-    /// was adopted.
-    pub(super) fn identity(&self) -> String {
-        let adopted = self.adopted.load(Ordering::Relaxed);
-        if self.choice == Choice::First && !adopted {
-            return "plans-first".into();
+    /// The rule.
+    pub(super) fn identity(&self) -> &'static str {
+        match self.choice {
+            Choice::First => "plans-first",
+            Choice::Fastest => "plans-timed",
         }
-        format!("plans-{}", &blake3::hash(self.list().as_bytes()).to_hex()[..16])
-    }
-
-    /// The choices made so far, a line each, below a line that says what they are good for.
-    pub(super) fn list(&self) -> String {
-        let mut text = format!("cublaslt {}\n", self.version());
-        for (key, algorithm) in self.chosen.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            let words = algorithm.map(|word| format!("{word:016x}")).join(" ");
-            text.extend([&key[..], " = ", &words, "\n"]);
-        }
-        text
-    }
-
-    /// Takes over a list.
-    pub(super) fn adopt(&self, text: &str) -> CudaResult {
-        let mut lines = text.lines();
-        let (first, expected) = (lines.next().unwrap_or_default(), format!("cublaslt {}", self.version()));
-        if first != expected {
-            return bad_plan(1, format!("it is for {first:?}, but this is {expected:?}"));
-        }
-        let mut adopted = BTreeMap::new();
-        for (index, line) in lines.enumerate() {
-            let Some((key, words)) = line.split_once(" = ") else { return bad_plan(index + 2, "there is no \" = \"") };
-            let words: Result<Vec<u64>, _> = words.split(' ').map(|word| u64::from_str_radix(word, 16)).collect();
-            let Ok(Ok(algorithm)) = words.map(Algorithm::try_from) else {
-                return bad_plan(index + 2, "there are not eight hexadecimal numbers");
-            };
-            adopted.insert(key.to_string(), algorithm);
-        }
-        // Plans made otherwise so far are made again.
-        self.plans.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        *self.chosen.lock().unwrap_or_else(PoisonError::into_inner) = adopted;
-        self.adopted.store(true, Ordering::Relaxed);
-        Ok(())
     }
 
     /// Enqueues a product. `false`: the library has no algorithm for it with its epilogue.
@@ -152,47 +111,32 @@ impl Products {
         let Some(plan) = &plans[key] else { return Ok(false) };
         // SAFETY: the caller vouches for the operands.
         let status = unsafe { self.start(&plan.description, &plan.algorithm, key, (operands, after)) };
-        status.map(|()| true).map_err(|code| failed(real, key, code))
+        match status {
+            Ok(()) => Ok(true),
+            // Some algorithms that the heuristic names turn out to be none with operands of odd sizes.
+            Err(NONE) if key.epilogue != Epilogue::Plain => {
+                plans.insert(*key, None);
+                Ok(false)
+            }
+            Err(code) => Err(failed(real, key, code)),
+        }
     }
 
-    /// Chooses an algorithm: the one that was adopted for it, or by the rule.
+    /// Chooses an algorithm by the rule.
     fn plan(&self, real: &Real, key: &ProductKey) -> CudaResult<Option<Plan>> {
         let failed = |code| failed(real, key, code);
         let description = Description::new(key).map_err(failed)?;
-        let mut chosen = self.chosen.lock().unwrap_or_else(PoisonError::into_inner);
-        let name = key.to_string();
-        if let Some(data) = chosen.get(&name) {
-            let algorithm = sys::cublasLtMatmulAlgo_t { data: *data };
-            self.check(&description, &algorithm).map_err(failed)?;
-            return Ok(Some(Plan { description, algorithm }));
-        }
-        let none = CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
         let candidates = match self.candidates(&description, key) {
-            Err(code) if code == none => Vec::new(),
+            Err(NONE) => Vec::new(),
             candidates => candidates.map_err(failed)?,
         };
         let algorithm = match (self.choice, candidates.as_slice()) {
             (_, []) if key.epilogue != Epilogue::Plain => return Ok(None),
-            (_, []) => return Err(failed(none)),
+            (_, []) => return Err(failed(NONE)),
             (Choice::First, [first, ..]) | (_, [first]) => *first,
             (Choice::Fastest, [first, ..]) => self.fastest(&description, key, &candidates).unwrap_or(*first),
         };
-        chosen.insert(name, algorithm.data);
         Ok(Some(Plan { description, algorithm }))
-    }
-
-    /// Whether an algorithm from elsewhere can make this product within the workspace.
-    fn check(&self, description: &Description, algorithm: &sys::cublasLtMatmulAlgo_t) -> Result<(), CublasError> {
-        let [a, b, c] = description.layouts;
-        // SAFETY: plain data, of which zeros are a value.
-        let mut found: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
-        // SAFETY: the descriptors are alive.
-        unsafe {
-            sys::cublasLtMatmulAlgoCheck(self.handle, description.product, b, a, c, c, algorithm, &raw mut found)
-                .result()?;
-        }
-        let fits = found.workspaceSize <= WORKSPACE;
-        fits.then_some(()).ok_or(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED))
     }
 
     /// The heuristic's first few algorithms whose sums have a fixed order, the most promising first.
@@ -337,16 +281,14 @@ impl Description {
         use sys::cublasLtEpilogue_t as E;
         use sys::cublasLtMatmulDescAttributes_t as A;
         use sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
-        let ProductKey { m, n, k, .. } = *key;
         let mut made = Self { product: ptr::null_mut(), layouts: [ptr::null_mut(); 3] };
         made.product = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, CUDA_R_32F)?;
-        let (a_rows, b_rows) = rows(key);
-        let (a_columns, b_columns) = (m * k / a_rows.max(1), k * n / b_rows.max(1));
+        let [a, b] = key.operands();
         let result_type = if key.result == Element::Bfloat16 { CUDA_R_16BF } else { CUDA_R_32F };
-        let shapes = [(CUDA_R_16BF, a_rows, a_columns), (CUDA_R_16BF, b_rows, b_columns), (result_type, m, n)];
-        for ((layout, (kind, rows, columns)), pitch) in made.layouts.iter_mut().zip(shapes).zip(key.pitches) {
+        let shapes = [(CUDA_R_16BF, a), (CUDA_R_16BF, b), (result_type, (key.m, key.n))];
+        for (layout, (kind, (rows, columns))) in made.layouts.iter_mut().zip(shapes) {
             // In columns: as many rows as we have columns.
-            *layout = result::create_matrix_layout(kind, columns as u64, rows as u64, pitch as i64)?;
+            *layout = result::create_matrix_layout(kind, columns as u64, rows as u64, columns as i64)?;
         }
         // Transposed in columns is what is as it is in rows, and B comes first.
         let (first, second) = match key.product {
@@ -364,7 +306,7 @@ impl Description {
         };
         made.set(A::CUBLASLT_MATMUL_DESC_EPILOGUE, &(epilogue as u32).to_ne_bytes())?;
         if key.epilogue == Epilogue::BiasGelu {
-            made.set(A::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &(key.pitches[2] as i64).to_ne_bytes())?;
+            made.set(A::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &(key.n as i64).to_ne_bytes())?;
         }
         Ok(made)
     }
@@ -390,15 +332,6 @@ impl Drop for Description {
     }
 }
 
-/// Rows of A and B as they lie in memory.
-fn rows(key: &ProductKey) -> (usize, usize) {
-    match key.product {
-        Product::NN => (key.m, key.k),
-        Product::NT => (key.m, key.n),
-        Product::TN => (key.k, key.k),
-    }
-}
-
 struct Preference(sys::cublasLtMatmulPreference_t);
 
 impl Drop for Preference {
@@ -413,15 +346,14 @@ struct Scratch([u64; 5]);
 
 impl Scratch {
     fn new(key: &ProductKey) -> Option<Self> {
-        let (a_rows, b_rows) = rows(key);
         let size = if key.result == Element::Bfloat16 { 2 } else { 4 };
-        let result = key.m * key.pitches[2] * size;
+        let result = key.m * key.n * size;
         let (bias, pre) = match key.epilogue {
             Epilogue::Plain => (1, 1),
             Epilogue::Bias => (2 * key.n, 1),
             Epilogue::BiasGelu => (2 * key.n, result),
         };
-        let bytes = [a_rows * key.pitches[0] * 2, b_rows * key.pitches[1] * 2, result, bias, pre];
+        let bytes = [2 * key.m * key.k, 2 * key.k * key.n, result, bias, pre];
         let mut made = Self([0; 5]);
         for (address, bytes) in made.0.iter_mut().zip(bytes) {
             // SAFETY: set before anything reads it.

@@ -25,6 +25,8 @@ use crate::rng::{Counter, Place};
 
 /// The unit of rounding to bfloat16, whose numbers have eight significant bits: half a step at 1.
 const UNIT: f64 = 1.0 / 256.0;
+/// A device without any instruction that is younger than the oldest device with tensor cores for bfloat16.
+const OLDER: (u32, u32) = (8, 0);
 /// Orders the emulator tries.
 const SEEDS: [Option<u64>; 4] = [None, Some(1), Some(2), Some(3)];
 
@@ -105,11 +107,13 @@ fn full(n: usize, lane: u32) -> Vec<f32> {
     (0..n).map(|i| counter.normal(i as u64) as f32).collect()
 }
 
-/// Runs a case in every order; the bits must be the same.
-fn on_emulator(case: impl Fn(&mut Bench<'_, Emulated>)) {
+/// Runs a case in every order; the bits must be the same. The kernels are those of `capability`, or of the device.
+fn on_emulator(capability: Option<(u32, u32)>, case: impl Fn(&mut Bench<'_, Emulated>)) {
     let mut first: Option<Vec<f32>> = None;
     for seed in SEEDS {
         let device = CudaDevice::new(Emulated::new(seed).unwrap(), PATIENCE).unwrap();
+        let capability = capability.unwrap_or(device.capability);
+        let device = device.as_if(capability);
         let mut bench = Bench::new(&device);
         case(&mut bench);
         let results = std::mem::take(&mut bench.results);
@@ -119,15 +123,18 @@ fn on_emulator(case: impl Fn(&mut Bench<'_, Emulated>)) {
     }
 }
 
-/// Runs a case twice on a real device; the bits must be the same. Says why where there is none.
+/// Runs a case twice on a real device, with the kernels of `capability` or its own; the bits must be the same. Says why
+/// where there is none.
 #[cfg(feature = "gpu-tests")]
-fn on_gpu(case: impl Fn(&mut Bench<'_, super::real::Real>)) {
+fn on_gpu(capability: Option<(u32, u32)>, case: impl Fn(&mut Bench<'_, super::real::Real>)) {
     use super::real::{Choice, Real};
     let driver = match Real::new(0, Choice::First) {
         Ok(driver) => driver,
         Err(error) => return skip(&format!("no GPU to test on: {error}")),
     };
     let device = CudaDevice::new(driver, PATIENCE).unwrap();
+    let capability = capability.unwrap_or(device.capability);
+    let device = device.as_if(capability);
     let run = || {
         let mut bench = Bench::new(&device);
         case(&mut bench);
@@ -142,22 +149,35 @@ fn skip(why: &str) {
     eprintln!("skipped: {why}");
 }
 
-/// Tests of cases, on the emulator and with the feature on a GPU.
+/// Tests of cases, on the emulator and with the feature on a GPU; those behind `older` with kernels of old devices too.
 macro_rules! cases {
-    ($($case:ident),+ $(,)?) => {
+    ($($case:ident),+ $(,)? $(; older: $($older:ident),+)?) => {
         mod emulated {
             $(#[test]
             fn $case() {
-                crate::device::cuda::tests::on_emulator(super::$case);
+                crate::device::cuda::tests::on_emulator(None, super::$case);
             })+
         }
         #[cfg(feature = "gpu-tests")]
         mod gpu {
             $(#[test]
             fn $case() {
-                crate::device::cuda::tests::on_gpu(super::$case);
+                crate::device::cuda::tests::on_gpu(None, super::$case);
             })+
         }
+        $(mod emulated_older {
+            $(#[test]
+            fn $older() {
+                crate::device::cuda::tests::on_emulator(Some(crate::device::cuda::tests::OLDER), super::$older);
+            })+
+        }
+        #[cfg(feature = "gpu-tests")]
+        mod gpu_older {
+            $(#[test]
+            fn $older() {
+                crate::device::cuda::tests::on_gpu(Some(crate::device::cuda::tests::OLDER), super::$older);
+            })+
+        })?
     };
 }
 use cases;

@@ -82,6 +82,33 @@ fn sound_kernels_are_right_in_every_order_and_planted_mistakes_are_not() {
     assert!(matches!(unknown, Err(CudaError::Kernel { kernel: "no_such_kernel", .. })), "{unknown:?}");
 }
 
+/// Whether the product of a warpgroup is as it should be, for each of some seeds.
+fn products(kernel: &'static str) -> Vec<bool> {
+    let run = |seed| -> CudaResult<Vec<f32>> {
+        let driver = Arc::new(Emulated::new(Some(seed))?);
+        let (output, mut back) = (Array::<_, f32>::zeroed(&driver, 128, "test")?, Staging::new(&driver, 512)?);
+        let arguments = [Argument::from(output.at(0, 128))];
+        let launch = Launch { kernel, grid: [1; 3], block: [128, 1, 1], shared: 16 << 10, arguments: &arguments };
+        // SAFETY: the kernel takes this one address, of 128 numbers, which fit into the area.
+        unsafe {
+            driver.launch(Stream::Compute, &launch)?;
+            driver.copy_out(Stream::Compute, output.at(0, 128), back.start(), 512)?;
+        }
+        driver.record(back.done(), Stream::Compute)?;
+        driver.wait_host(back.done(), PATIENCE, "the result")?;
+        Ok(bytemuck::cast_slice(back.bytes()).to_vec())
+    };
+    (1..=8).map(|seed| run(seed).is_ok_and(|result| result == [64.0; 128])).collect()
+}
+
+#[test]
+fn products_that_nobody_waits_for_and_tiles_that_are_not_whole_are_noticed() {
+    assert_eq!(products("planted_sound_product"), [true; 8]);
+    for wrong in ["planted_product_without_wait", "planted_product_without_barrier"] {
+        assert!(products(wrong).contains(&false), "{wrong} was not noticed");
+    }
+}
+
 #[test]
 fn waits_that_are_missing_between_host_and_device_are_noticed() {
     for plant in [Plant::NoWait, Plant::EarlyReuse, Plant::NoHostWait] {

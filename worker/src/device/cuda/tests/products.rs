@@ -4,7 +4,7 @@ use super::{Bench, UNIT, cases, random};
 use crate::device::cuda::driver::Driver;
 use crate::device::{AttentionShape, Device, MatmulShape, Part, PartMut, Product, Write};
 
-cases!(products_of_every_kind, products_of_padded_rows, attention_and_its_backward);
+cases!(products_of_every_kind, products_with_epilogues, attention_and_its_backward; older: attention_and_its_backward);
 
 /// Operands are exact and sums are float32 on both sides, in another order: the result is rounded once to bfloat16, or
 /// differs by float32's own roundings. A product that is added to bfloat16 numbers may be rounded before that too.
@@ -13,7 +13,7 @@ fn products_of_every_kind<D: Driver>(bench: &mut Bench<'_, D>) {
         .into_iter()
         .flat_map(|p| [(5, 7, 9), (16, 40, 33), (64, 24, 8)].map(|s| (p, s)))
     {
-        let shape = MatmulShape::dense(m, n, k);
+        let shape = MatmulShape::new(m, n, k);
         let (a, b, c) = (random(m * k, 0), random(k * n, 1), random(m * n, 2));
         for write in [Write::Replace, Write::Add] {
             let (ta, tb, mut tc) = (bench.twin(&a), bench.twin(&b), bench.twin(&c));
@@ -30,56 +30,29 @@ fn products_of_every_kind<D: Driver>(bench: &mut Bench<'_, D>) {
     }
 }
 
-/// Logits have padded rows, as the result of one product and the operand of two; and operands begin off the start.
-fn products_of_padded_rows<D: Driver>(bench: &mut Bench<'_, D>) {
-    let (rows, hidden, vocabulary) = (6, 24, 37);
-    let pitch = bench.cuda.logits_pitch(vocabulary);
-    assert_eq!(pitch, 128);
-    let (x, w) = (random(rows * hidden + 8, 0), random(vocabulary * hidden + 3, 1));
-    let (cx, cw, tx, tw) = (bench.halves(&x), bench.halves(&w), bench.twin(&x), bench.twin(&w));
-    let cuda = bench.cuda;
-
-    let shape = MatmulShape::dense(rows, vocabulary, hidden);
-    let mut expected = bench.twin(&vec![0.0; rows * vocabulary]);
-    bench
-        .cpu
-        .matmul(Product::NT, shape, Part(&tx, 8), Part(&tw, 3), Write::Replace, PartMut(&mut expected, 0))
-        .unwrap();
-    let mut logits = cuda.allocate_activation(rows * pitch, "logits").unwrap();
-    let padded = MatmulShape { c_pitch: Some(pitch), ..shape };
-    cuda.matmul(Product::NT, padded, Part(&cx, 8), Part(&cw, 3), Write::Replace, PartMut(&mut logits, 0)).unwrap();
-    let spread = |dense: &[f32]| -> Vec<f32> {
-        dense.chunks(vocabulary).flat_map(|row| [row, &[0.0; 91][..]].concat()).collect()
-    };
-    bench.halves_are("logits", &logits, &spread(&expected), 1.0);
-
-    // From here on both sides have the rounded logits.
-    let mut rounded = vec![0.0; rows * pitch];
-    cuda.download_activation(Part(&logits, 0), &mut rounded).unwrap();
-    let dense: Vec<f32> = rounded.chunks(pitch).flat_map(|row| row[..vocabulary].to_vec()).collect();
-    let dense = bench.twin(&dense);
-    let shape = MatmulShape::dense(rows, hidden, vocabulary);
-    let mut expected = bench.twin(&vec![0.0; rows * hidden]);
-    bench
-        .cpu
-        .matmul(Product::NN, shape, Part(&dense, 0), Part(&tw, 3), Write::Replace, PartMut(&mut expected, 0))
-        .unwrap();
-    let mut d_x = cuda.allocate_activation(rows * hidden, "gradient").unwrap();
-    let padded = MatmulShape { a_pitch: Some(pitch), ..shape };
-    cuda.matmul(Product::NN, padded, Part(&logits, 0), Part(&cw, 3), Write::Replace, PartMut(&mut d_x, 0)).unwrap();
-    bench.halves_are("gradient of the input", &d_x, &expected, 1.0);
-
-    let shape = MatmulShape::dense(vocabulary, hidden, rows);
-    let mut expected = bench.twin(&vec![0.0; vocabulary * hidden]);
-    bench
-        .cpu
-        .matmul(Product::TN, shape, Part(&dense, 0), Part(&tx, 8), Write::Replace, PartMut(&mut expected, 0))
-        .unwrap();
-    let mut d_w = cuda.allocate(vocabulary * hidden, "gradient").unwrap();
-    let padded = MatmulShape { a_pitch: Some(pitch), ..shape };
-    cuda.matmul_gradient(Product::TN, padded, Part(&logits, 0), Part(&cx, 8), Write::Replace, PartMut(&mut d_w, 0))
-        .unwrap();
-    bench.floats_are("gradient of the weights", &d_w, &expected, 1e-5);
+/// Operands begin off the start; and some sizes have no product with an epilogue, so that two kernels follow it.
+fn products_with_epilogues<D: Driver>(bench: &mut Bench<'_, D>) {
+    for (m, n, k, at) in [(6, 24, 16, 8), (5, 7, 9, 3), (33, 64, 40, 0)] {
+        let (x, w, bias) = (random(m * k + at, 0), random(k * n + at, 1), random(n + at, 2));
+        let (cx, cw, cb) = (bench.halves(&x), bench.halves(&w), bench.halves(&bias));
+        let (tx, tw, tb) = (bench.twin(&x), bench.twin(&w), bench.twin(&bias));
+        let shape = MatmulShape::new(m, n, k);
+        for product in [Product::NN, Product::NT] {
+            let [mut pre, mut act] = [0, 1].map(|_| bench.twin(&vec![0.0; m * n]));
+            let (a, b, bias) = (Part(&tx, at), Part(&tw, at), Part(&tb, at));
+            bench.cpu.matmul_gelu(product, shape, a, b, bias, &mut pre, &mut act).unwrap();
+            let [mut sums, mut kept, mut got] = [0, 1, 2].map(|_| bench.halves(&vec![f32::NAN; m * n]));
+            let (cuda, operands) = (bench.cuda, || (Part(&cx, at), Part(&cw, at), Part(&cb, at)));
+            let (a, b, bias) = operands();
+            cuda.matmul_bias(product, shape, a, b, bias, &mut sums).unwrap();
+            let (a, b, bias) = operands();
+            cuda.matmul_gelu(product, shape, a, b, bias, &mut kept, &mut got).unwrap();
+            let name = format!("{product:?} {m} {n} {k}");
+            bench.halves_are(&format!("{name} bias"), &sums, &pre, 2.0);
+            bench.halves_are(&format!("{name} before GELU"), &kept, &pre, 2.0);
+            bench.halves_are(&format!("{name} GELU"), &got, &act, 3.0);
+        }
+    }
 }
 
 /// Probabilities and their gradients are rounded to bfloat16 before they are multiplied, and so are the output, which
@@ -98,12 +71,14 @@ fn attention_and_its_backward<D: Driver>(bench: &mut Bench<'_, D>) {
 #[cfg(feature = "gpu-tests")]
 #[test]
 fn gpu_attention_of_long_sequences() {
-    super::on_gpu(|bench| {
+    let lengths = |bench: &mut Bench<'_, _>| {
         for (batch, sequence, heads, kv_heads, head_dim) in [(2, 1024, 3, 3, 64), (1, 2048, 4, 2, 128)] {
             // The results are small beside the values that they are means of.
             attention(bench, AttentionShape { batch, sequence, heads, kv_heads, head_dim }, (8.0, 64.0));
         }
-    });
+    };
+    super::on_gpu(None, lengths);
+    super::on_gpu(Some(super::OLDER), lengths);
 }
 
 fn attention<D: Driver>(bench: &mut Bench<'_, D>, shape: AttentionShape, roundings: (f64, f64)) {

@@ -4,7 +4,7 @@ use super::{Bench, cases, full, random};
 use crate::device::cuda::driver::Driver;
 use crate::device::{Device, LossShape, Part, PartMut, Write};
 
-cases!(losses, exact_sums, values_that_are_not_finite, vectors, transfers_longer_than_their_area);
+cases!(losses, exact_sums, values_that_are_not_finite, vectors, transfers_longer_than_their_area; older: losses);
 
 /// The gradient is rounded once; a row's loss is float32 on the device and float64 on the CPU.
 fn losses<D: Driver>(bench: &mut Bench<'_, D>) {

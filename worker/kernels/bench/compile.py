@@ -16,7 +16,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-KERNELS = os.path.join(HERE, "../worker/kernels")
+KERNELS = os.path.dirname(HERE)
 
 
 def variants():
@@ -31,14 +31,14 @@ def variants():
 
 
 def path_of(source):
-    own = os.path.join(HERE, "kernels", source)
+    own = os.path.join(HERE, source)
     return own if os.path.exists(own) else os.path.join(KERNELS, source)
 
 
 def headers():
     """All files by the names they are included by; this folder's own win."""
     names = {}
-    for folder in (KERNELS, os.path.join(HERE, "kernels")):
+    for folder in (KERNELS, HERE):
         for path in glob.glob(os.path.join(folder, "*.cu*")):
             names[os.path.basename(path)] = open(path).read()
     return names
@@ -110,7 +110,7 @@ def emulated(job):
     out = os.path.join(HERE, "emulated", f"{group}-{name}.so")
     text = f'#include "launch.cpp"\n#include "machine.cpp"\n#include "{path_of(source)}"\n'
     flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-gnu-unique",
-             "-Wl,-Bsymbolic", "-w", "-DCAIRN_EMULATOR", "-I" + os.path.join(HERE, "kernels"), "-I" + KERNELS,
+             "-Wl,-Bsymbolic", "-w", "-DCAIRN_EMULATOR", "-I" + HERE, "-I" + KERNELS,
              "-I" + os.path.join(KERNELS, "emulator")]
     made = subprocess.run(["c++", *flags, *["-D" + d for d in defines], "-x", "c++", "-", "-o", out], input=text,
                           text=True, capture_output=True)
