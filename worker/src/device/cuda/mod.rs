@@ -104,7 +104,7 @@ impl<D: Driver> CudaDevice<D> {
 
     /// The same device with the kernels of another.
     #[cfg(test)]
-    fn as_if(mut self, capability: (u32, u32)) -> Self {
+    fn like(mut self, capability: (u32, u32)) -> Self {
         self.capability = capability;
         self
     }

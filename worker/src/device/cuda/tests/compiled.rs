@@ -115,3 +115,11 @@ fn the_compilers_log_is_read_as_it_is_written() {
     let expected = [Usage { kernel: "axpy".into(), registers: 26, spilled: 12 }];
     assert_eq!(usage(log), expected);
 }
+
+#[test]
+fn products_of_warpgroups_are_for_one_capability_alone() {
+    let with = |capability| MODULES.iter().filter(|module| module.fits(capability)).count();
+    assert_eq!((with((9, 0)), with((8, 0)), with((10, 0))), (MODULES.len(), MODULES.len() - 1, MODULES.len() - 1));
+    let group = MODULES.iter().find(|module| module.needs.is_some()).unwrap();
+    assert_eq!((group.architecture((9, 0)), MODULES[0].architecture((9, 0))), ("sm_90a".into(), "sm_90".into()));
+}

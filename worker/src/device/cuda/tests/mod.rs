@@ -113,7 +113,7 @@ fn on_emulator(capability: Option<(u32, u32)>, case: impl Fn(&mut Bench<'_, Emul
     for seed in SEEDS {
         let device = CudaDevice::new(Emulated::new(seed).unwrap(), PATIENCE).unwrap();
         let capability = capability.unwrap_or(device.capability);
-        let device = device.as_if(capability);
+        let device = device.like(capability);
         let mut bench = Bench::new(&device);
         case(&mut bench);
         let results = std::mem::take(&mut bench.results);
@@ -134,7 +134,7 @@ fn on_gpu(capability: Option<(u32, u32)>, case: impl Fn(&mut Bench<'_, super::re
     };
     let device = CudaDevice::new(driver, PATIENCE).unwrap();
     let capability = capability.unwrap_or(device.capability);
-    let device = device.as_if(capability);
+    let device = device.like(capability);
     let run = || {
         let mut bench = Bench::new(&device);
         case(&mut bench);
