@@ -41,11 +41,13 @@ pub fn initialize(spec: &ModelSpec, seed: u64, range: Range<usize>, out: &mut [f
             } else {
                 let residual = RESIDUAL.iter().any(|part| tensor.name.contains(part));
                 let deviation = spec.initializer_range * if residual { narrow } else { 1.0 };
-                target.par_chunks_mut(CHUNK).zip(part.clone().into_par_iter().step_by(CHUNK)).for_each(|(run, first)| {
-                    for (value, index) in run.iter_mut().zip(first as u64..) {
-                        *value = (counter.normal(index) * deviation) as f32;
-                    }
-                });
+                target.par_chunks_mut(CHUNK).zip(part.clone().into_par_iter().step_by(CHUNK)).for_each(
+                    |(run, first)| {
+                        for (value, index) in run.iter_mut().zip(first as u64..) {
+                            *value = (counter.normal(index) * deviation) as f32;
+                        }
+                    },
+                );
             }
             filled += part.len();
         }

@@ -18,8 +18,7 @@ macro_rules! fixtures {
 }
 
 /// Names and files.
-const FIXTURES: [(&str, &[u8]); 6] =
-    fixtures!["gqa_tied", "untied", "wide_head", "gpt2", "gpt2_inner", "gpt2_untied"];
+const FIXTURES: [(&str, &[u8]); 6] = fixtures!["gqa_tied", "untied", "wide_head", "gpt2", "gpt2_inner", "gpt2_untied"];
 
 /// A model on a micro-batch, with what came of it in float64.
 pub(crate) struct Case {
