@@ -185,8 +185,10 @@ pub(crate) fn explain(status: Status, address: &str) -> Failure {
 
 /// Whether the same call may succeed later: the coordinator is away or restarting.
 pub(crate) fn is_passing(status: &Status) -> bool {
-    !is_settled(status)
-        && matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::Unknown | Code::DeadlineExceeded)
+    let away = matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::Unknown | Code::DeadlineExceeded);
+    // A connection that broke under the call, as when a standby begins to lead; a coordinator's word has no cause.
+    let broke = status.code() == Code::Internal && std::error::Error::source(status).is_some();
+    !is_settled(status) && (away || broke)
 }
 
 /// Whether certificates disagree.
