@@ -280,3 +280,19 @@ pub(crate) fn follow(way: Way, job: String, patience: Duration) -> mpsc::Receive
     });
     receiver
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn a_connection_that_broke_is_passing_and_what_a_coordinator_says_of_itself_is_not() {
+        let mut status = Status::internal("h2 protocol error: http2 error");
+        assert!(!is_passing(&status), "a coordinator's word has no cause");
+        status.set_source(Arc::new(std::io::Error::other("the connection broke")));
+        assert!(is_passing(&status));
+        assert!(is_passing(&Status::unavailable("standing by")) && !is_passing(&Status::not_found("no such job")));
+    }
+}

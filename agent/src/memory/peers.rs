@@ -117,8 +117,8 @@ impl Peers {
     }
 }
 
-/// Whether a call has failed of a connection, or a try to open one, that may be older than the peer's return: whoever
-/// calls meets it once, and a second call begins anew. A deadline of our own is not one of these: it has taken its time.
+/// Whether a call has failed of a connection, or of a try to open one, that may be older than the peer's return. A call
+/// meets it once; a second one begins anew. A deadline of our own is none of these: it has taken its time.
 fn may_be_stale(status: &Status) -> bool {
     status.code() != Code::DeadlineExceeded && std::error::Error::source(status).is_some()
 }
