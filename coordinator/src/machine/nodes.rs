@@ -46,7 +46,9 @@ impl Cluster {
 
     /// An earlier coordinator has recorded that these nodes are to be empty.
     pub(super) fn nodes_loaded(&mut self, drained: BTreeSet<NodeName>) {
-        drained.into_iter().for_each(|node| self.members.drain(node, true));
+        for node in drained {
+            self.members.drain(node, true);
+        }
     }
 
     /// A node is to be emptied, or used again.
