@@ -185,8 +185,10 @@ pub(crate) fn explain(status: Status, address: &str) -> Failure {
 
 /// Whether the same call may succeed later: the coordinator is away or restarting.
 pub(crate) fn is_passing(status: &Status) -> bool {
-    !is_settled(status)
-        && matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::Unknown | Code::DeadlineExceeded)
+    let away = matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::Unknown | Code::DeadlineExceeded);
+    // A connection that broke under the call, as when a standby begins to lead; a coordinator's word has no cause.
+    let broke = status.code() == Code::Internal && std::error::Error::source(status).is_some();
+    !is_settled(status) && (away || broke)
 }
 
 /// Whether certificates disagree.
@@ -277,4 +279,20 @@ pub(crate) fn follow(way: Way, job: String, patience: Duration) -> mpsc::Receive
         }
     });
     receiver
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn a_connection_that_broke_is_passing_and_what_a_coordinator_says_of_itself_is_not() {
+        let mut status = Status::internal("h2 protocol error: http2 error");
+        assert!(!is_passing(&status), "a coordinator's word has no cause");
+        status.set_source(Arc::new(std::io::Error::other("the connection broke")));
+        assert!(is_passing(&status));
+        assert!(is_passing(&Status::unavailable("standing by")) && !is_passing(&Status::not_found("no such job")));
+    }
 }

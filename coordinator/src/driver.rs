@@ -1,8 +1,8 @@
 //! The driver: one task that owns the machine and performs what it decides.
 //!
 //! Everything that happens (messages, requests, finished store operations, time) reaches the machine through one queue,
-//! in one order. Store operations run in tasks of their own, at most one for a job and one for the nodes; if one breaks,
-//! the driver ends with its error rather than going on without it.
+//! in one order. Store operations run in tasks of their own, at most one for a job and one for the nodes; if one
+//! breaks, the driver ends with its error rather than going on without it.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -69,6 +69,38 @@ fn a_drained_node_is_left_in_order_and_the_weights_are_the_same() {
 }
 
 #[test]
+fn a_drained_node_stays_empty_under_the_next_coordinator() {
+    let job = Job::with(&LONG);
+    let cluster = Cluster::new(&job);
+    let first = cluster.coordinator();
+    let (_a, _b) = (cluster.agent("a"), cluster.agent("b"));
+    let states = || -> Vec<(String, String)> {
+        let text = |node: &Value, key: &str| node[key].as_str().unwrap_or_default().to_string();
+        let nodes = cluster.call(&["nodes"]);
+        nodes.of("node").into_iter().map(|node| (text(node, "node"), text(node, "state"))).collect()
+    };
+    let wait_for = |expected: [(&str, &str); 2]| {
+        let expected = expected.map(|(node, state)| (node.to_string(), state.to_string()));
+        let deadline = Instant::now() + LIMIT;
+        while states() != expected {
+            assert!(Instant::now() < deadline, "{:?} and not {expected:?}", states());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    wait_for([("a", "ready"), ("b", "ready")]);
+    assert_eq!(cluster.call(&["drain", "b"]).events[0]["state"], "drained");
+    first.kill();
+    let _second = cluster.coordinator();
+    wait_for([("a", "ready"), ("b", "drained")]);
+    submit(&cluster, &job, "{ min = 1, max = 4 }");
+    let mut watch = Run::start(&cluster.words(&["watch", "t"]));
+    let formed = watch.wait_for("generation", |_| true);
+    assert_eq!(formed["world_size"], 2, "on node a alone: {formed}");
+    assert_eq!(cluster.call(&["undrain", "b"]).events[0]["state"], "ready");
+    watch.wait_for("generation", |event| event["world_size"] == 4);
+}
+
+#[test]
 fn a_job_of_low_priority_gives_way_and_goes_on_by_itself() {
     let (expected, short) = (expected(), undisturbed());
     let job = Job::with(&LONG);

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tests::sim::{Options, Outcome, Plant, Totals, run};
 
 /// Seeds of the ordinary test; another number by the variable.
-const SEEDS: u64 = 1_500;
+const SEEDS: u64 = 2_000;
 const VARIABLE: &str = "CAIRN_SIMULATION_SEEDS";
 /// Simulations at once.
 const THREADS: usize = 2;

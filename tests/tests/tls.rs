@@ -3,13 +3,14 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use proto::tls::Authority;
 use tests::certs::Certs;
 use tests::cluster::{Cluster, Part};
 use tests::job::Job;
 use tests::relay::{Relay, huffman};
-use tests::run::{Outcome, Run, cairn};
+use tests::run::{LIMIT, Outcome, Run, cairn};
 
 /// Names that occur nowhere else in a protocol.
 const JOB: &str = "wire-tapped-job";
@@ -108,6 +109,46 @@ fn who_lacks_the_right_certificate_is_told_why() {
         cairn(&[&words[..], &["--tls", certs.operator()]].concat())
     };
     expect(&ask(), 3, &["no coordinator answers", "Connection refused"], "nobody");
+}
+
+/// A whole cluster moves to another authority, and nothing but the coordinator is restarted, to make the agents connect
+/// anew.
+#[test]
+fn renewed_certificates_are_taken_up_by_what_runs() {
+    let job = Job::new();
+    let cluster = Cluster::secured(&job);
+    let first = cluster.coordinator();
+    let _agent = cluster.agent("a");
+    let wait_for_agent = || {
+        let deadline = Instant::now() + LIMIT;
+        while !cluster.call(&["nodes"]).events.iter().any(|node| node["state"] == "ready") {
+            assert!(Instant::now() < deadline, "the agent does not come");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    wait_for_agent();
+    let (certs, next) = (cluster.certs(), Certs::new(&job.folder().join("next")));
+    let way = ["--coordinator", &cluster.address, "--token-file", &cluster.token];
+    let jobs = |tls: &str| cairn(&[&["jobs"][..], &way, &["--tls", tls]].concat());
+    expect(&jobs(next.operator()), 2, &["of another cluster"], "before");
+    let before = job.folder().join("before");
+    fs::create_dir(&before).expect("a folder");
+    for name in ["ca.pem", "cert.pem", "key.pem"] {
+        fs::copy(Path::new(certs.operator()).join(name), before.join(name)).expect("copied");
+    }
+    let replace = |old: &str, new: &str| {
+        for name in ["ca.pem", "cert.pem", "key.pem"] {
+            fs::rename(Path::new(new).join(name), Path::new(old).join(name)).expect("replaced");
+        }
+    };
+    replace(&certs.issue("coordinator", "main"), &next.issue("coordinator", "main"));
+    expect(&jobs(next.operator()), 0, &[], "the same process takes the new authority's operator in");
+    expect(&jobs(&before.display().to_string()), 2, &["of another cluster"], "and the old one's no more");
+    replace(&certs.issue("agent", "a"), &next.issue("agent", "a"));
+    replace(certs.operator(), next.operator());
+    first.kill();
+    let _second = cluster.coordinator();
+    wait_for_agent();
 }
 
 #[test]

@@ -367,7 +367,7 @@ impl Keeper {
             && self.asked.is_none_or(|at| since(at) >= ASK)
     }
 
-    /// The steps of the present generation that are complete in the group and still held, the newest of them; ascending.
+    /// The newest steps of the present generation that are complete in the group and still held, ascending.
     pub fn complete(&self) -> impl Iterator<Item = u64> {
         let generation = self.membership.generation;
         let complete = self.held.iter().filter(move |(key, held)| key.0 == generation && held.complete);

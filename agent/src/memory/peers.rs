@@ -11,9 +11,9 @@ use proto::auth::Token;
 use proto::tls::{Role, Security};
 use proto::wire::snapshots_client::SnapshotsClient;
 use proto::wire::{self, GroupHeld, GroupQuery, ReadRequest, StepDescription, StepRequest};
-use tonic::Status;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
 
 /// To open a connection, and for a short call.
 pub(super) const CALL: Duration = Duration::from_secs(5);
@@ -83,7 +83,10 @@ impl Peers {
     /// What a peer knows of a step.
     pub(crate) async fn describe(&self, address: &str, request: StepRequest) -> Result<StepDescription, Status> {
         let mut client = self.client(address)?;
-        let described = within(CALL, client.describe(request)).await;
+        let described = match within(CALL, client.describe(request.clone())).await {
+            Err(status) if may_be_stale(&status) => within(CALL, client.describe(request)).await,
+            described => described,
+        };
         described.map(tonic::Response::into_inner).inspect_err(|status| self.note(address, status))
     }
 
@@ -101,13 +104,23 @@ impl Peers {
     /// Reads bytes of a peer's payload or parity into `out`, which they fill.
     pub(crate) async fn read(&self, address: &str, request: ReadRequest, out: &mut [u8]) -> Result<(), Status> {
         let mut client = self.client(address)?;
-        let mut chunks = within(CALL, client.read(request)).await?.into_inner();
+        let chunks = match within(CALL, client.read(request.clone())).await {
+            Err(status) if may_be_stale(&status) => within(CALL, client.read(request)).await,
+            chunks => chunks,
+        };
+        let mut chunks = chunks?.into_inner();
         let mut filling = Filling { out, at: 0 };
         while let Some(chunk) = within(STALL, chunks.message()).await? {
             filling.take(&chunk)?;
         }
         filling.done()
     }
+}
+
+/// Whether a call has failed of a connection, or of a try to open one, that may be older than the peer's return. A call
+/// meets it once; a second one begins anew. A deadline of our own is none of these: it has taken its time.
+fn may_be_stale(status: &Status) -> bool {
+    status.code() != Code::DeadlineExceeded && std::error::Error::source(status).is_some()
 }
 
 /// Memory that a peer's chunks fill, no more and no less.

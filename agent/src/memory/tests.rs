@@ -135,6 +135,22 @@ async fn only_agents_of_the_cluster_read_snapshots() {
     assert!(peers(Security::Loopback).describe(&address, request).await.is_err(), "no certificate");
 }
 
+#[tokio::test]
+async fn a_connection_that_breaks_at_once_is_opened_again() {
+    let lab = Lab::new();
+    let (target, record) = node(&options(lab.0.path(), Security::Loopback)).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        // As one that is older than the peer that stands behind it now.
+        drop(listener.accept().await.unwrap());
+        relay(listener, target.parse().unwrap(), record).await;
+    });
+    let peers = Peers::new(token(lab.0.path()), Security::Loopback);
+    let request = StepRequest { job: JOB.into(), generation: 1, step: 1 };
+    assert_eq!(peers.describe(&address, request).await.unwrap().captures.len(), 0);
+}
+
 #[test]
 fn a_node_does_not_offer_its_snapshots_where_it_must_not_or_cannot() {
     let lab = Lab::new();

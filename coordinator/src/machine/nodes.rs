@@ -1,9 +1,9 @@
 //! The nodes as operators see them, and what operators ask of one: to be emptied, and to be used again.
 //!
 //! A drained node takes no new work. The scheduler no longer sees it, so jobs on it stop after a checkpoint and form
-//! their next generation elsewhere, or wait. It stays drained until it is undrained, whatever becomes of its agent and of
-//! coordinators: a request takes effect, and is answered, once the store has a record of it. Undraining also lets a node
-//! back that was set aside, by its admission or by jobs.
+//! their next generation elsewhere, or wait. It stays drained until it is undrained, whatever becomes of its agent and
+//! of coordinators: a request takes effect, and is answered, once the store has a record of it. Undraining also lets a
+//! node back that was set aside, by its admission or by jobs.
 
 use std::collections::{BTreeSet, VecDeque};
 
@@ -46,7 +46,9 @@ impl Cluster {
 
     /// An earlier coordinator has recorded that these nodes are to be empty.
     pub(super) fn nodes_loaded(&mut self, drained: BTreeSet<NodeName>) {
-        drained.into_iter().for_each(|node| self.members.drain(node, true));
+        for node in drained {
+            self.members.drain(node, true);
+        }
     }
 
     /// A node is to be emptied, or used again.
@@ -94,7 +96,7 @@ impl Cluster {
                 Err(Refusal::Unavailable(reason))
             }
             Outcome::Failed(why) | Outcome::Impossible(why) => Err(Refusal::Unavailable(format!(
-                "it is not sure that what is wanted of node {node} is recorded, so nothing is done yet: {why}; ask again"
+                "what is wanted of node {node} may not be recorded, so nothing is done yet: {why}; ask again"
             ))),
             other => Err(Refusal::Unavailable(format!("an answer to something else: {other:?}"))),
         };

@@ -127,7 +127,9 @@ impl Drop for Wire {
             }
         };
         // Outside the lock, in the order of their numbers.
-        ended.into_values().for_each(|stream| drop(lock(&stream).take()));
+        for stream in ended.into_values() {
+            drop(lock(&stream).take());
+        }
     }
 }
 
