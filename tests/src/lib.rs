@@ -34,10 +34,14 @@ pub fn skip(what: &str) {
     println!("skipped: {what}");
 }
 
-/// The `cairn` binary of the profile the tests are built with, brought up to date first.
+/// The `cairn` binary: the one that `CAIRN_BINARY` names, or that of the profile the tests are built with, brought up to
+/// date first.
 pub fn cairn() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
+        if let Some(binary) = std::env::var_os("CAIRN_BINARY") {
+            return binary.into();
+        }
         let test = std::env::current_exe().expect("a test knows its own file");
         // target/<profile>/deps/<test>, or target/<profile>/<program>
         let folder = test.parent().expect("a file lies in a folder");
