@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use proto::ids::{JobName, NodeName, WorkerId};
 
-use crate::bench::BenchDevice;
 use crate::bench_collective::BenchCollectiveArgs;
 use crate::certs::CertsCommand;
 use crate::checkpoint::CheckpointCommand;
@@ -355,7 +354,7 @@ pub(crate) struct PrepareArgs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
     /// Tokens a second of full training steps on this machine.
-    Train(BenchTrainArgs),
+    Train(crate::bench::BenchTrainArgs),
     /// Saves and loads of a store, beside a plain writer and reader of the same bytes.
     Store(BenchStoreArgs),
     /// The workers' exchange by operation, size and number of ranks.
@@ -429,55 +428,6 @@ pub(crate) struct BenchCoordinatorArgs {
     /// Seconds of heartbeats, in simulated time.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub(crate) seconds: u32,
-    /// What standard output carries.
-    #[arg(long, value_enum, default_value = "text")]
-    pub(crate) output: Output,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Examples:
-  cairn bench train --workers 1 --threads 2
-  cairn bench train --workers 2 --threads 1 --peer
-  cairn bench train --device cuda --preset gpt2-124m --sequence-length 1024 --global-batch 64 --micro-batch 64 --table
-
---peer runs tests/peers/torch_train.py (PyTorch must be installed) in turn with Cairn and prints the ratio.")]
-pub(crate) struct BenchTrainArgs {
-    /// A preset, such as small, llama-110m or gpt2-124m; docs/job-file.md lists them.
-    #[arg(long, default_value = "small")]
-    pub(crate) preset: String,
-    /// Tokens of one sequence.
-    #[arg(long, default_value_t = 256)]
-    pub(crate) sequence_length: usize,
-    /// Sequences of one step.
-    #[arg(long, default_value_t = 16)]
-    pub(crate) global_batch: usize,
-    /// Sequences of one micro-batch.
-    #[arg(long, default_value_t = 4)]
-    pub(crate) micro_batch: usize,
-    /// What to compute on; with cuda all workers share the first GPU.
-    #[arg(long, value_enum, default_value = "cpu")]
-    pub(crate) device: BenchDevice,
-    /// Workers.
-    #[arg(long, default_value_t = 1)]
-    pub(crate) workers: u32,
-    /// Threads of each worker; 0 shares the cores out.
-    #[arg(long, default_value_t = 0)]
-    pub(crate) threads: usize,
-    /// Seconds of each measurement.
-    #[arg(long, default_value_t = 10.0)]
-    pub(crate) seconds: f64,
-    /// Then a table of the step's operations: the time of each, and its floor on this machine.
-    #[arg(long)]
-    pub(crate) table: bool,
-    /// Then a run with a snapshot of the state at every step, beside one without.
-    #[arg(long)]
-    pub(crate) snapshots: bool,
-    /// Override any key of the job that is measured, such as training.reduction=fast; may be repeated.
-    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
-    pub(crate) set: Vec<(String, String)>,
-    #[command(flatten)]
-    pub(crate) peers: crate::bench::PeerArgs,
     /// What standard output carries.
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) output: Output,

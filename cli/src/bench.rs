@@ -7,7 +7,7 @@ use proto::spec::{DeviceKind, JobSpec, Overrides, PRESETS};
 use serde_json::{Value, json};
 use worker::bench_table::bench_table;
 
-use crate::args::{BenchCommand, BenchTrainArgs, Output};
+use crate::args::{BenchCommand, Output, key_value};
 use crate::failure::{Failure, chain};
 use crate::table::{self, say};
 use crate::{bench_capture, bench_collective, bench_coordinator, bench_store, bench_synthetic};
@@ -34,6 +34,55 @@ pub(crate) struct PeerArgs {
     /// The peer script.
     #[arg(long, default_value = "tests/peers/torch_train.py", requires = "peer")]
     script: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  cairn bench train --workers 1 --threads 2
+  cairn bench train --workers 2 --threads 1 --peer
+  cairn bench train --device cuda --preset gpt2-124m --sequence-length 1024 --global-batch 64 --micro-batch 64 --table
+
+--peer runs tests/peers/torch_train.py (PyTorch must be installed) in turn with Cairn and prints the ratio.")]
+pub(crate) struct BenchTrainArgs {
+    /// A preset, such as small, llama-110m or gpt2-124m; docs/job-file.md lists them.
+    #[arg(long, default_value = "small")]
+    pub(crate) preset: String,
+    /// Tokens of one sequence.
+    #[arg(long, default_value_t = 256)]
+    pub(crate) sequence_length: usize,
+    /// Sequences of one step.
+    #[arg(long, default_value_t = 16)]
+    pub(crate) global_batch: usize,
+    /// Sequences of one micro-batch.
+    #[arg(long, default_value_t = 4)]
+    pub(crate) micro_batch: usize,
+    /// What to compute on; with cuda all workers share the first GPU.
+    #[arg(long, value_enum, default_value = "cpu")]
+    pub(crate) device: BenchDevice,
+    /// Workers.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) workers: u32,
+    /// Threads of each worker; 0 shares the cores out.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) threads: usize,
+    /// Seconds of each measurement.
+    #[arg(long, default_value_t = 10.0)]
+    pub(crate) seconds: f64,
+    /// Then a table of the step's operations: the time of each, and its floor on this machine.
+    #[arg(long)]
+    pub(crate) table: bool,
+    /// Then a run with a snapshot of the state at every step, beside one without.
+    #[arg(long)]
+    pub(crate) snapshots: bool,
+    /// Override a key of the job, such as training.reduction=fast; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    pub(crate) set: Vec<(String, String)>,
+    #[command(flatten)]
+    peers: PeerArgs,
+    /// What standard output carries.
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) output: Output,
 }
 
 impl BenchDevice {
@@ -83,29 +132,17 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
     }
     let mine = median(&mut ours);
     let peer = args.peers.peer.then(|| median(&mut theirs));
-    let m = &spec.model;
     if args.output == Output::Json {
         let line = json!({
             "event": "bench_train", "preset": args.preset, "device": device, "parameters": parameters,
-            "workers": args.workers, "threads": threads,
-            "steps": steps, "again": again, "tokens_per_second": mine, "rounds": ours, "peer_tokens_per_second": peer, "peer_rounds": theirs,
+            "workers": args.workers, "threads": threads, "steps": steps, "again": again,
+            "tokens_per_second": mine, "rounds": ours, "peer_tokens_per_second": peer, "peer_rounds": theirs,
             "ratio": peer.map(|peer| mine / peer),
         });
         say!("{line}");
         return further(args, &spec, threads);
     }
-    say!(
-        "model {}: {} wide, {} layers, {} heads, ffn {}, vocabulary {}; {} sequences of {} tokens a step, {} sums",
-        args.preset,
-        m.hidden_size,
-        m.num_hidden_layers,
-        m.num_attention_heads,
-        m.intermediate_size,
-        m.vocab_size,
-        args.global_batch,
-        args.sequence_length,
-        format!("{:?}", spec.training.reduction).to_lowercase()
-    );
+    heading(args, &spec);
     say!("{parameters} parameters on {device}");
     let each = match args.device {
         BenchDevice::Cpu => format!("{} workers × {threads} threads", args.workers),
@@ -128,6 +165,23 @@ fn train(args: &BenchTrainArgs) -> Result<u8, Failure> {
         say!("ratio {:.2}", mine / peer);
     }
     further(args, &spec, threads)
+}
+
+/// What is measured.
+fn heading(args: &BenchTrainArgs, spec: &JobSpec) {
+    let m = &spec.model;
+    say!(
+        "model {}: {} wide, {} layers, {} heads, ffn {}, vocabulary {}; {} sequences of {} tokens a step, {} sums",
+        args.preset,
+        m.hidden_size,
+        m.num_hidden_layers,
+        m.num_attention_heads,
+        m.intermediate_size,
+        m.vocab_size,
+        args.global_batch,
+        args.sequence_length,
+        format!("{:?}", spec.training.reduction).to_lowercase()
+    );
 }
 
 /// What else was asked for.

@@ -34,8 +34,8 @@ pub fn skip(what: &str) {
     println!("skipped: {what}");
 }
 
-/// The `cairn` binary: the one that `CAIRN_BINARY` names, or that of the profile the tests are built with, brought up to
-/// date first.
+/// The `cairn` binary: the one that `CAIRN_BINARY` names, or that of the profile the tests are built with, brought up
+/// to date first.
 pub fn cairn() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {

@@ -42,7 +42,7 @@ const CLOCKS: [&str; 13] = [
     "worker/src/generation.rs",
     "worker/src/trainer.rs",
     "worker/src/bench",
-    "worker/src/device/timed.rs",
+    "worker/src/device/cpu/train.rs",
     "worker/src/device/cuda/real/",
     "worker/examples/",
 ];
@@ -112,7 +112,11 @@ fn functions(file: &Source) -> Vec<(String, usize, usize)> {
         let inside = |line: &&&str| line.is_empty() || line.len() - line.trim_start().len() >= indent;
         let end = lines[index..].iter().take_while(inside).position(|line| **line == close);
         let one_line = line.ends_with('}') || line.ends_with(';');
-        if let (Some(length), false) = (end, one_line) {
+        // Only declared: its parameters end where it began, and with them all of it.
+        let parameters = format!("{})", " ".repeat(indent));
+        let declared = lines[index..].iter().find(|line| line.starts_with(&parameters));
+        let bodiless = one_line || declared.is_some_and(|line| line.ends_with(';'));
+        if let (Some(length), false) = (end, bodiless) {
             found.push((name, index + 1, length + 1));
         }
     }

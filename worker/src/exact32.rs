@@ -4,8 +4,8 @@
 //! of about its own gradients' size, so 32 bits do, and the exchange moves no more bytes than float32 would. A block's
 //! grid 2^e is chosen from the steps before: it rises at once to the largest magnitude seen, with room to spare, and
 //! falls by at most one power of two in eight steps, so that a block that is quiet for a moment is not surprised. A
-//! model has thousands of blocks, and one of them that outgrows its grid makes all compute the step again; so the room to
-//! spare is what the precision leaves: of the bits of a micro-batch's values, 24 are kept where there are so many.
+//! model has thousands of blocks, and one of them that outgrows its grid makes all compute the step again; so the room
+//! to spare is what the precision leaves: of the bits of a micro-batch's values, 24 are kept where there are so many.
 //!
 //! So that no partial sum can overflow in any order, each of the M micro-batches must stay within (2³¹ − 1)/M cells.
 //! Values beyond saturate, which shows in the block's largest magnitude; then the whole step is computed again on the
@@ -17,8 +17,8 @@ use crate::device::{Device, DeviceResult, Write};
 /// The coarsest and the finest grid: both powers and their inverses are normal float32 numbers.
 const COARSEST: i32 = 126;
 const FINEST: i8 = -126;
-/// Bits that a block's largest value keeps, if there are enough: as many as a float32 has. The smallest ones matter too,
-/// as Adam takes steps of one size for gradients of any.
+/// Bits that a block's largest value keeps, if there are enough: as many as a float32 has. The smallest ones matter
+/// too, as Adam takes steps of one size for gradients of any.
 const PRECISION: i32 = 24;
 /// Powers of two that a block may grow by from one step to the next without a second computation: at least, at most.
 const HEADROOM: (i32, i32) = (3, 8);
@@ -223,7 +223,7 @@ mod tests {
                 prop_assert!(grids.fits(next, magnitude(value)));
                 let room = grids.headroom as u8;
                 prop_assert!(grids.fits(next, magnitude(value).saturating_add(room).min(254)) || next == 126);
-                prop_assert!(next >= exponent - i8::from(exponent > -126 && step % FALL == 0));
+                prop_assert!(next >= exponent - i8::from(exponent > -126 && step.is_multiple_of(FALL)));
                 // What it called for, it keeps its bits on.
                 prop_assert!(grids.bits - grids.headroom >= PRECISION.min(grids.bits - HEADROOM.0));
             }

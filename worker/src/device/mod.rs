@@ -89,9 +89,9 @@ pub trait Device: Send + Sync + Sized {
 
     /// What is kept of work that is the same every time.
     type Repeated: Default + Send + Sync;
-    /// Does `work`, which asks for the same operations on the same memory each time it is called with these `parameters`
-    /// and `gradient`: a device may take it down once and play it later, without asking again. It may ask for kernels
-    /// and products only, and nothing that reaches the host.
+    /// Does `work`, which asks for the same operations on the same memory each time it is called with these
+    /// `parameters` and `gradient`: a device may take it down once and play it later, without asking again. It may ask
+    /// for kernels and products only, and nothing that reaches the host.
     fn repeat(
         &self,
         repeated: &mut Self::Repeated,

@@ -1,8 +1,8 @@
 //! A device that measures another: every operation is passed on, waited for, and its time added up by name.
 //!
 //! Beside its time each operation has its floor: the arithmetic it cannot do without, and the bytes it has to move at
-//! least. A GPU's operations are timed by its own clock, from when it begins one to when it is done; since each is waited
-//! for, a whole step takes longer here than it does in training.
+//! least. A GPU's operations are timed by its own clock, from when it begins one to when it is done; since each is
+//! waited for, a whole step takes longer here than it does in training.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};

@@ -158,8 +158,9 @@ impl<D: Device> Model<D> {
         self.offsets.total
     }
 
-    /// Computes the micro-batch that was loaded: the sum of its tokens' losses goes to `losses[index]`, and the gradient
-    /// of their mean replaces `gradient`. Returns when the work is handed to the device, which may still be at it.
+    /// Computes the micro-batch that was loaded: the sum of its tokens' losses goes to `losses[index]`, and the
+    /// gradient of their mean replaces `gradient`. Returns when the work is handed to the device, which may still be at
+    /// it.
     /// The bits depend on the arguments and the shape alone, not on threads.
     pub fn compute(
         &mut self,

@@ -150,7 +150,8 @@ impl<D: Device> Parts<'_, D> {
         }
     }
 
-    /// The backward of the feed-forward block's activation, in place: `pre` becomes its gradient, `d_act` becomes the activation again.
+    /// The backward of the feed-forward block's activation, in place: `pre` becomes its gradient, `d_act` becomes the
+    /// activation again.
     pub(super) fn activate_backward(&self, pre: &mut D::Activation, d_act: &mut D::Activation) -> DeviceResult {
         let Sizes { rows, inner, .. } = self.sizes;
         match self.sizes.block.feed_forward {

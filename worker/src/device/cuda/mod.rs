@@ -197,8 +197,8 @@ impl<D: Driver> CudaDevice<D> {
         let alignments = addresses.map(alignment);
         let (add, epilogue) = (write == Write::Add, after.epilogue());
         let key = ProductKey { product, m, n, k, alignments, result, add, epilogue };
-        // SAFETY: the operands were just checked, and what the epilogue takes by the caller; what is written is borrowed
-        // exclusively.
+        // SAFETY: the operands were just checked, and what the epilogue takes by the caller; what is written is
+        // borrowed exclusively.
         Ok(unsafe { self.driver.product(&key, addresses, after) }?)
     }
 }

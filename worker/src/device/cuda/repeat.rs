@@ -16,19 +16,15 @@ use super::{CudaDevice, DeviceResult};
 type Outside = (u64, Option<u64>);
 
 /// What is kept of such work.
+#[derive(Default)]
 pub enum CudaRepeated<D: Driver> {
     /// Nothing yet.
+    #[default]
     New,
     /// It was done once.
     Seen(Outside),
     /// It can be played.
     Kept(Outside, Played<D>),
-}
-
-impl<D: Driver> Default for CudaRepeated<D> {
-    fn default() -> Self {
-        Self::New
-    }
 }
 
 /// A graph, given back when it goes.

@@ -341,7 +341,7 @@ impl Driver for Emulated {
 
     unsafe fn product(&self, key: &ProductKey, operands: [u64; 3], after: After) -> CudaResult<bool> {
         // As a library that has no algorithm for some: both ways are tried.
-        if key.epilogue != Epilogue::Plain && key.n % 8 != 0 {
+        if key.epilogue != Epilogue::Plain && !key.n.is_multiple_of(8) {
             return Ok(false);
         }
         self.enqueue(Stream::Compute, Work::Product { key: *key, operands, after }).map(|()| true)

@@ -1,8 +1,8 @@
 //! Device memory in few large pieces.
 //!
-//! What a model is made of are hundreds of arrays, all taken when it is made and given back together. Small ones share a
-//! slab, one behind the other; a slab goes back to the driver when the last of its arrays does. Large ones have a piece
-//! of their own, which the driver rounds to its pages anyway.
+//! What a model is made of are hundreds of arrays, all taken when it is made and given back together. Small ones share
+//! a slab, one behind the other; a slab goes back to the driver when the last of its arrays does. Large ones have a
+//! piece of their own, which the driver rounds to its pages anyway.
 
 use std::collections::HashMap;
 

@@ -3,8 +3,8 @@
 //! cuBLASLt has many algorithms for a product, with different bits. A plan fixes one: the first that its own heuristic
 //! names, which follows from the library's version and the device alone, or the fastest of its first few, timed once
 //! on scratch memory. Timing may choose differently on another day and by another worker, so it is for jobs that do not
-//! ask for the same bits. Only algorithms whose sums are made in a fixed order are considered: those that split the inner
-//! dimension join their parts in workspace, in float32, never in place.
+//! ask for the same bits. Only algorithms whose sums are made in a fixed order are considered: those that split the
+//! inner dimension join their parts in workspace, in float32, never in place.
 //!
 //! cuBLAS thinks in columns. A row-major matrix is the column-major form of its transpose, so C = A·B is asked for as
 //! Cᵀ = Bᵀ·Aᵀ: its first operand is our B.

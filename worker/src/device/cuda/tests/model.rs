@@ -71,8 +71,8 @@ fn loss_and_gradient<D: Driver>(bench: &mut Bench<'_, D>, spec: &ModelSpec) {
     }
 }
 
-/// Against what PyTorch computed in float64: the difference is small beside the gradient, of the whole and of each tensor.
-/// Weights and activations have eight significant bits, and tensors are small, so roundings do not average out.
+/// Against what PyTorch computed in float64: the difference is small beside the gradient, of the whole and of each
+/// tensor. Weights and activations have eight significant bits, and tensors are small, so roundings do not average out.
 fn float64<D: Driver>(bench: &mut Bench<'_, D>) {
     for case in recorded::cases() {
         let (name, (loss, _, gradient)) = (case.name, recorded::run(&case, bench.cuda));
