@@ -50,8 +50,10 @@ def work(folder):
     from torch.nn.parallel import DistributedDataParallel
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    # A place to meet for each start: in torchrun's own store gloo finds the addresses of the workers before (PyTorch 2.15).
+    rank, again = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+    meet = f"file://{os.path.abspath(folder)}/meet-{again}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
     torch.manual_seed(1)
     net = DistributedDataParallel(model())
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
