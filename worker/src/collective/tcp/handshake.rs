@@ -17,7 +17,7 @@ use super::super::{CollectiveError, Result};
 use super::socket::{Connection, Deadline};
 
 const MAGIC: &[u8; 8] = b"CAIRNrng";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const GREETING: usize = 96;
 const MAC: usize = 32;
 const WELCOME: u8 = 1;

@@ -62,7 +62,7 @@ impl<D: Driver> TrainDevice for CudaDevice<D> {
     }
 
     fn spare_threads(&self) -> usize {
-        SPARE
+        std::thread::available_parallelism().map_or(1, |cores| cores.get() - 1).clamp(1, SPARE)
     }
 
     fn finish(&self) -> DeviceResult {
